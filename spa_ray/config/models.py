@@ -1,0 +1,278 @@
+"""The config as frozen pydantic models: every key, its type, its default and its meaning.
+
+Comes in: plain dicts that `load.py` merged. Goes out: a validated `Config`. Never: files, Ray, torch, vLLM.
+Defaults that depend on another key (train.beta by method, prompts by scoring mode) are None here and are
+resolved in one place each (`Train.resolved`, `objectives`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    """The policy that samples, judges, refines and is trained."""
+
+    path: str = Field(description="local folder or hub id of a Hugging Face causal LM")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = Field(1, ge=1)
+    max_model_len: int | None = Field(None, ge=8, description="context in tokens; null reads the model's own")
+    trust_remote_code: bool = False
+    engine: str = Field("vllm", description="`vllm`, or the dotted path `module:factory` of another engine")
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's EngineArgs as they are")
+
+
+class Prompts(Section):
+    """Where prompts come from."""
+
+    source: str | None = Field(None, description="file, folder, dotted path `module:reader`, or a named data set")
+    split: str | None = None
+    limit: int | None = Field(None, ge=1, description="take the first N prompts")
+    columns: dict[Literal["prompt", "messages", "prompt_id"], str] = Field(
+        default_factory=dict, description="names of the user's columns, by ours"
+    )
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+DEFAULT_SYSTEM_PROMPTS: tuple[str | None, ...] = (
+    None,
+    "You are a careful assistant. Think about who could be hurt before you answer, then help as far as that allows.",
+    "You are a practical assistant. Give concrete, correct steps that the person can act on.",
+    "You are a candid assistant. Say plainly what you do not know and what should not be done.",
+    "You are a warm assistant. Acknowledge the person, then answer the need behind the question.",
+)
+
+
+class Sampling(Section):
+    """Diverse sampling of n candidates a prompt (SPA, step 1)."""
+
+    n: int = Field(5, ge=1)
+    temperature: float = Field(1.2, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1)
+    system_prompts: tuple[str | None, ...] = Field(
+        DEFAULT_SYSTEM_PROMPTS, min_length=1, description="candidate i is sampled under entry i modulo the length"
+    )
+    resample_duplicates: bool = True
+
+
+class Scoring(Section):
+    """Self-scoring: one call a response and objective (SPA, step 2)."""
+
+    scale: tuple[int, int] = (1, 10)
+    mode: Literal["choice", "regex", "expected"] = "choice"
+    draws: int = Field(1, ge=1, description="scores drawn per response and objective; the score is their mean")
+    temperature: float = Field(1.0, ge=0)
+    retries: int = Field(2, ge=0, description="further tries after a judgement that cannot be read")
+    max_tokens: int = Field(8, ge=1)
+    prompt: str | None = Field(None, description="Jinja2; null takes the built-in one of the mode")
+    system: str | None = None
+    pattern: str = Field(r"\[\[(\d+)\]\]", description="mode regex: its first group is the score")
+
+    @field_validator("scale")
+    @classmethod
+    def _ascending(cls, scale: tuple[int, int]) -> tuple[int, int]:
+        if scale[0] >= scale[1]:
+            raise ValueError(f"scale must ascend, got {list(scale)}; write for example [1, 10]")
+        return scale
+
+
+class Refine(Section):
+    """One improved answer a prompt, written over all scored candidates (SPA, step 2)."""
+
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1)
+    prompt: str | None = Field(None, description="Jinja2; null takes the built-in one")
+    system: str | None = None
+
+
+class Denoise(Section):
+    """The two denoising criteria (SPA, Eq. 1 and the consistency rule)."""
+
+    consistency: Literal["strict", "primary_ge", "off"] = "strict"
+    on_inconsistent: Literal["drop_prompt", "drop_refined"] = "drop_prompt"
+    informativeness: bool = True
+    ddof: Literal[0, 1] = 1
+    tau: float | None = Field(None, gt=0, description="upper bound of det; null reads tau_quantile off the data")
+    tau_quantile: float | None = Field(0.32, gt=0, le=1, description="null: no upper bound")
+    tau_over: Literal["positive", "all"] = "positive"
+
+
+class Pairs(Section):
+    """Preference pairs (SPA, Eq. 2)."""
+
+    delta: float = Field(2.0, gt=0)
+    order: Literal["lex", "pareto"] = "lex"
+    include: Literal["all", "refined_only", "candidates_only"] = "all"
+    thresholds: dict[str, float] = Field(
+        default_factory=dict, description="objective -> a*: compare min(score, a*) instead of the score"
+    )
+    score_grid: float | None = Field(None, gt=0, description="round real-valued scores to this grid first")
+    keep_system: bool = Field(False, description="train under the system prompt that the chosen was sampled with")
+
+
+class Lora(Section):
+    """Low-rank adapters (peft)."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+TrainMethod = Literal["spa", "spa_simpo", "spa_dpo", "sft"]
+
+# Where the papers are silent these are our choice (README, «What is not known»).
+METHOD_DEFAULTS: dict[str, dict[str, float]] = {
+    "spa": {"beta": 2.5, "gamma": 1.375, "lr": 1e-6},
+    "spa_simpo": {"beta": 2.5, "gamma": 1.375, "lr": 1e-6},
+    "spa_dpo": {"beta": 0.1, "gamma": 0.0, "lr": 5e-7},
+    "sft": {"beta": 0.0, "gamma": 0.0, "lr": 1e-5},
+}
+
+
+class Train(Section):
+    """Preference training. `beta`, `gamma` and `lr` are null until `resolved()` fills them in by method."""
+
+    method: TrainMethod = "spa"
+    beta: float | None = Field(None, ge=0)
+    gamma: float | None = Field(None, description="Eq. 3's γ itself, not γ/β")
+    alpha: float = Field(1.0, ge=0, description="exponent of the pair weight; 0 is plain SimPO")
+    gap: Literal["abs_sum", "l1", "primary"] = "abs_sum"
+    w_max: float | None = Field(None, gt=0)
+    drop_dead: bool = Field(False, description="leave out pairs whose gap is 0")
+    lr: float | None = Field(None, gt=0)
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float | None = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="stop after N optimizer steps whatever `epochs` says")
+    max_pairs: int | None = Field(None, ge=1, description="a seeded subset of N pairs, for size-matched comparisons")
+    shuffle_labels: bool = Field(False, description="control: swap chosen and rejected by a seeded fair coin")
+    batch_size: int = Field(32, ge=1, description="pairs in an optimizer step, over all ranks")
+    micro_batch_tokens: int | None = Field(None, ge=1, description="tokens in a micro-batch; null: 8 × max_length")
+    max_length: int = Field(2048, ge=2, description="prompt + response; longer pairs are dropped and counted")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    lora: Lora | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: bool = False
+    gradient_checkpointing: bool = False
+    save_every_steps: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+    def resolved(self) -> Train:
+        """This section with β, γ and lr filled in by method."""
+        unset = {k: v for k, v in METHOD_DEFAULTS[self.method].items() if getattr(self, k) is None}
+        return self.model_copy(update=unset)
+
+
+class Generation(Section):
+    """How the generation stage treats rows."""
+
+    max_attempts: int = Field(3, ge=1)
+    max_error_fraction: float = Field(0.1, ge=0, le=1)
+    rows_per_block: int = Field(64, ge=1, description="rows committed together; also the grain of a resume")
+
+
+class Iterations(Section):
+    count: int = Field(1, ge=1)
+    prompts: Literal["same", "diff"] = "same"
+    reuse_refined: bool = Field(False, description="add the last iteration's refined answer as a candidate")
+
+
+class Engines(Section):
+    min: int = Field(1, ge=1)
+    max: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Engines:
+        if self.max < self.min:
+            raise ValueError(f"engines.max {self.max} is below engines.min {self.min}")
+        return self
+
+
+class Resources(Section):
+    """What may be used. Never part of a stage's hash."""
+
+    engines: Engines = Engines()
+    gpus_per_engine: float | None = Field(None, ge=0, description="null: tensor_parallel_size on a GPU cluster, else 0")
+    cpus_per_engine: float = Field(1, ge=0)
+    concurrency: int = Field(128, ge=1, description="prompts in flight in one engine")
+    train_workers: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 on a GPU cluster, else 0")
+    cpus_per_worker: float = Field(1, gt=0)
+
+
+class EvalSampling(Section):
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1)
+
+
+class Evaluation(Section):
+    """Held-out prompts, answered once and scored by a judge that training never saw."""
+
+    prompts: Prompts | None = None
+    families: dict[str, Prompts] = Field(default_factory=dict, description="further held-out sets, by name")
+    judge: str = Field("base", description="`base` (the model before training), `self`, a model folder, or `module:judge`")
+    objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
+    sampling: EvalSampling = EvalSampling()
+    bootstrap: int = Field(1000, ge=1, description="resamples of the 95% intervals")
+
+
+class Config(Section):
+    """One arm's whole config. `name`, `seed` and `run_dir` belong to the run."""
+
+    name: str
+    run_dir: str
+    seed: int = 0
+    profile: Literal["paper", "robust"] = "paper"
+    arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"main": {}}, min_length=1)
+    objectives: tuple[str, ...] = ("harmless", "helpful")
+    constitution: str = Field("hhh", description="built-in name or YAML file")
+    model: Model
+    prompts: Prompts = Prompts()
+    sampling: Sampling = Sampling()
+    scoring: Scoring = Scoring()
+    refine: Refine = Refine()
+    denoise: Denoise = Denoise()
+    pairs: Pairs = Pairs()
+    train: Train = Train()
+    generation: Generation = Generation()
+    iterations: Iterations = Iterations()
+    resources: Resources = Resources()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        k = len(self.objectives)
+        if k < 2:
+            raise ValueError(f"objectives: {k} given, two or more are needed, highest priority first")
+        if len(set(self.objectives)) != k:
+            raise ValueError("objectives: a name stands twice")
+        if self.sampling.n < k + 1:
+            raise ValueError(
+                f"sampling.n is {self.sampling.n}, at least {k + 1} (objectives + 1) are needed: "
+                f"{k} points are always perfectly correlated and no prompt would be kept"
+            )
+        stray = set(self.pairs.thresholds) - set(self.objectives)
+        if stray:
+            raise ValueError(f"pairs.thresholds: {sorted(stray)[0]!r} is not one of the objectives {list(self.objectives)}")
+        return self
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "robust": {"denoise": {"informativeness": False}, "train": {"gap": "l1"}},
+}

@@ -1,0 +1,88 @@
+"""The Arrow schemas of every table that crosses a stage, and their metadata.
+
+Goes out: `PROMPTS`, `EPISODES`, `PAIRS` and `with_metadata`. Never: readers, models, Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+MESSAGES = pa.list_(MESSAGE)
+SCORES = pa.list_(pa.float64())
+
+PROMPTS = pa.schema([("prompt_id", pa.string()), ("messages", MESSAGES), ("meta", pa.string())])
+
+RESPONSE = pa.struct(
+    [
+        ("index", pa.int32()),  # 0..n-1 the candidates, n the refined answer
+        ("kind", pa.string()),  # "candidate" | "refined"
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),  # as generated, the end token included when it was generated
+        ("system", pa.string()),  # null: none
+        ("temperature", pa.float64()),
+        ("seed", pa.int64()),
+        ("finish_reason", pa.string()),  # "stop" | "length"
+        ("scores", SCORES),  # objective order; null where a judgement failed
+        ("score_draws", pa.list_(SCORES)),  # [objective][draw]
+        ("score_status", pa.list_(pa.string())),  # per objective: "ok" or the failure
+        ("judge_texts", pa.list_(pa.string())),  # per objective: the last judgement's raw text
+        ("off_scale", SCORES),  # per objective: probability mass off the scale (mode expected), else null
+    ]
+)
+
+EPISODES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("meta", pa.string()),
+        ("responses", pa.list_(RESPONSE)),
+        ("scores", pa.list_(SCORES)),  # responses.scores once more, so that thresholds read a narrow column
+        ("error", pa.string()),  # null when fine
+        ("attempt", pa.int32()),
+        ("prompt_tokens", pa.int64()),
+        ("generated_tokens", pa.int64()),
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        ("pair_id", pa.string()),  # prompt_id:chosen_index:rejected_index
+        ("prompt_id", pa.string()),
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("chosen_index", pa.int32()),
+        ("rejected_index", pa.int32()),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("chosen_scores", SCORES),
+        ("rejected_scores", SCORES),
+        ("margin", pa.float64()),  # Eq. 2: sum of absolute differences
+        ("gap", pa.float64()),  # Eq. 3: absolute difference of the sums
+        ("decided_by", pa.string()),  # the first objective that differs
+        ("kind", pa.string()),  # "refined" where the chosen is the refined answer, else "candidate"
+    ]
+)
+
+
+def with_metadata(schema: pa.Schema, *, objectives: Sequence[str], model: str, config_hash: str) -> pa.Schema:
+    """The schema with the run's facts in its metadata (DESIGN: objectives, model, config hash)."""
+    return schema.with_metadata(
+        {"objectives": json.dumps(list(objectives)), "model": model, "config_hash": config_hash}
+    )
+
+
+def objectives_of(schema: pa.Schema) -> list[str]:
+    """The objectives, highest priority first, that a table's metadata names. Raises: KeyError when it names none."""
+    metadata = schema.metadata or {}
+    return json.loads(metadata[b"objectives"])
+
+
+def canonical(table: pa.Table) -> pa.Table:
+    """The table sorted by prompt_id (and pair_id where there is one), in one chunk: equal runs give equal bytes."""
+    keys = [(k, "ascending") for k in ("prompt_id", "pair_id") if k in table.column_names]
+    return table.sort_by(keys).combine_chunks()

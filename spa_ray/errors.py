@@ -1,0 +1,15 @@
+"""The two ways in which a command ends badly.
+
+`InputError` is the user's to mend (exit status 2), `RunError` is a run that failed in the middle
+(exit status 1). Both carry one line; nobody prints a traceback for them.
+"""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """The input or the config is wrong: what, where, how to mend it, in one line."""
+
+
+class RunError(Exception):
+    """The run failed: which stage, which actor, and where its log is, in one line."""
