@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all one needs; each sets up what is missing first.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types unit format lock wheel-check setup clean-venv help
+
+BIN := .venv/bin
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CPU
+	@$(BIN)/spa demo $(ARGS)
+
+test: lint types ## lint, types, every test, coverage of the pure rooms
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+unit: .venv/.ready ## the tests that start no engine
+	$(BIN)/python -m pytest -m "not engine" $(ARGS)
+
+lint: .venv/.ready ## ruff, lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready ## mypy
+	$(BIN)/mypy
+
+format: .venv/.ready ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: .venv/.ready ## resolve pyproject.toml into requirements/*.lock (ARGS=--upgrade takes newer versions)
+	scripts/lock.sh $(ARGS)
+
+wheel-check: .venv/.ready ## build wheel and sdist, and use the wheel outside the checkout
+	scripts/wheel_check.sh
+
+setup: .venv/.ready ## .venv from the lock
+
+.venv/.ready: scripts/setup.sh requirements/cpu.lock requirements/gpu.lock pyproject.toml
+	@scripts/setup.sh
+
+clean-venv: ## remove .venv; the next call sets up again
+	rm -rf .venv
