@@ -1,0 +1,10 @@
+"""Denoising and preference pairs: pure, vectorised functions on Arrow tables of episodes.
+
+`resolve_tau`, then `denoise`, then `build_pairs`, and `Funnel.of` to count. Never: Ray, torch, vLLM, files.
+"""
+
+from spa_ray.preferences.denoising import DROP_REASONS, denoise, resolve_tau
+from spa_ray.preferences.funnel import ALL_REASONS, Funnel
+from spa_ray.preferences.pairing import build_pairs
+
+__all__ = ["ALL_REASONS", "DROP_REASONS", "Funnel", "build_pairs", "denoise", "resolve_tau"]

@@ -1,0 +1,276 @@
+"""Preference pairs in priority order (SPA, Eq. 2) out of denoised episodes.
+
+Comes in: the table that `denoise` returns. Goes out: a table of spa_ray.data.schemas.PAIRS. Never: a tokenizer; the
+token ids are the generated ones, none invented, none cut. A response without all of its scores is in no pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from spa_ray.config.models import Config
+from spa_ray.data.schemas import MESSAGE, MESSAGES, PAIRS
+from spa_ray.errors import InputError
+from spa_ray.preferences.denoising import consistent, view_episodes
+from spa_ray.preferences.scores import Bools, Floats, Ints, list_lengths
+
+# Arrow's string and list offsets are 32 bits wide: inputs are combined and outputs written in pieces well below 2 GiB.
+BLOCK_BYTES = 2**28
+BATCH_BYTES = 2**29
+
+
+def build_pairs(denoised: pa.Table, config: Config) -> pa.Table:
+    """All preference pairs of the kept prompts, as a PAIRS table with the episodes' metadata.
+
+    (y, y⁻) is a pair iff y comes before y⁻ in `pairs.order` and Σ_o |s_o(y) - s_o(y⁻)| >= `pairs.delta` (SPA, Eq. 2):
+      order lex       s(y) is greater on the first objective on which they differ.
+      order pareto    s(y) is nowhere lower, and greater on at least one objective below the first (preliminaries).
+      thresholds      the order compares min(score, threshold); margin, gap and the stored scores are not clipped.
+      score_grid      scores are first rounded to its multiples (halves to the even one); order, margin, gap and the
+                      stored scores all use the rounded ones.
+      include         `refined_only`: the refined answer is the chosen; `candidates_only`: it is in no pair.
+      keep_system     the chosen's sampling system prompt, where it has one, heads the prompt in place of its own.
+    Two answers with the same text or the same token ids are no pair, nor is an answer whose text or ids are empty.
+    With `denoise.on_inconsistent: drop_refined` an inconsistent prompt pairs its candidates only. Rows stand in the
+    order of the prompts, then of chosen_index and rejected_index.
+    Raises: InputError when the table was not denoised, or does not hold what its schema promises.
+    """
+    needed = {"kept", "messages"} - set(denoised.column_names)
+    if needed:
+        raise InputError(f"pairs: no column {sorted(needed)[0]!r}; give the table that `denoise` returns")
+    columns = ["prompt_id", "messages", "responses", "scores", "error", "attempt", "kept"]
+    schema = PAIRS.with_metadata(denoised.schema.metadata)
+    batches = [b for block in _blocks(denoised.select(columns)) for b in _pairs_of(block, config, schema)]
+    return pa.Table.from_batches(batches, schema)
+
+
+def _blocks(table: pa.Table) -> Iterator[pa.Table]:
+    """The table in pieces of one chunk each."""
+    step = max(1, table.num_rows * BLOCK_BYTES // max(1, table.nbytes))
+    for start in range(0, table.num_rows, step):
+        yield table.slice(start, step).combine_chunks()
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What decides over pairs, for N prompts with at most L responses and k objectives each.
+
+    scores, keys: (k, L, N), as stored and as compared. usable, refined: (L, N).
+    """
+
+    scores: Floats
+    keys: Floats
+    usable: Bools
+    refined: Bools
+
+
+def _pairs_of(block: pa.Table, config: Config, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    answers = _Answers.of(block)
+    view = view_episodes(block, config)
+    kept = pc.fill_null(block["kept"], False).to_numpy()
+    usable = view.grid.scored & view.grid.scatter(answers.filled) & kept
+    if config.denoise.on_inconsistent == "drop_refined":
+        usable &= ~view.refined | consistent(view, config)
+    scores = _rounded(view.grid.values, config.pairs.score_grid)
+    caps = np.array([config.pairs.thresholds.get(name, np.inf) for name in config.objectives])
+    scored = _Scored(scores, np.minimum(scores, caps[:, None, None]), usable, view.refined)
+    row, i, j = _ordered(scored, config)
+    starts = view.grid.starts
+    differ = answers.differ(starts[row] + i, starts[row] + j)
+    row, i, j = row[differ], i[differ], j[differ]
+    weight = np.cumsum(answers.bytes_of(row, starts[row] + i, starts[row] + j))
+    cuts = np.searchsorted(weight, np.arange(BATCH_BYTES, weight[-1] if weight.size else 0, BATCH_BYTES))
+    for part in np.split(np.arange(len(row)), cuts):
+        if part.size:
+            yield _rows(answers, scored, config, schema, (row[part], i[part], j[part]), starts)
+
+
+def _rounded(scores: Floats, grid: float | None) -> Floats:
+    if grid is None:
+        return scores
+    # The outer rounding takes 3 · 0.1 = 0.30000000000000004 back to 0.3, so that margins compare with delta as written.
+    return np.round(np.rint(scores / grid) * grid, 10)
+
+
+def _ordered(scored: _Scored, config: Config) -> tuple[Ints, Ints, Ints]:
+    """Prompt, chosen position and rejected position of every pair by scores alone, sorted by all three."""
+    positions, prompts = scored.usable.shape
+    chosen_over = np.zeros((prompts, positions, positions), dtype=bool)
+    pareto = config.pairs.order == "pareto"
+    for i in range(positions):
+        for j in range(i):
+            difference = scored.scores[:, i] - scored.scores[:, j]
+            enough = sum(np.abs(d) for d in difference) >= config.pairs.delta
+            both = scored.usable[i] & scored.usable[j] & enough
+            above, below = _precedence(scored.keys[:, i], scored.keys[:, j], pareto=pareto)
+            chosen_over[:, i, j] = both & above
+            chosen_over[:, j, i] = both & below
+    if config.pairs.include == "refined_only":
+        chosen_over &= scored.refined.T[:, :, None]
+    elif config.pairs.include == "candidates_only":
+        chosen_over &= ~(scored.refined.T[:, :, None] | scored.refined.T[:, None, :])
+    row, chosen, rejected = np.nonzero(chosen_over)
+    return row, chosen, rejected
+
+
+def _precedence(a: Floats, b: Floats, *, pareto: bool) -> tuple[Bools, Bools]:
+    """Whether a comes before b, and b before a; a, b: (k, N) compared scores."""
+    if pareto:
+        nowhere_lower, nowhere_higher = np.logical_and.reduce(a >= b), np.logical_and.reduce(a <= b)
+        return nowhere_lower & np.logical_or.reduce(a[1:] > b[1:]), nowhere_higher & np.logical_or.reduce(a[1:] < b[1:])
+    above, below = a[-1] > b[-1], a[-1] < b[-1]
+    for x, y in zip(a[-2::-1], b[-2::-1], strict=True):
+        tied = x == y
+        above, below = (x > y) | (tied & above), (x < y) | (tied & below)
+    return above, below
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The responses of one block as flat Arrow columns, and the prompts that they answer."""
+
+    prompt_id: pa.Array
+    messages: pa.Array
+    index: Ints
+    kind: pa.Array
+    text: pa.Array
+    ids: pa.ListArray
+    system: pa.Array
+    text_bytes: Ints
+    ids_count: Ints
+
+    @classmethod
+    def of(cls, block: pa.Table) -> _Answers:
+        column = block["responses"].combine_chunks()
+        flat = column.flatten()
+        index = flat.field("index").to_numpy(zero_copy_only=False).astype(np.int64)
+        lengths = list_lengths(column)
+        first = np.zeros(len(index) + 1, dtype=bool)
+        first[np.cumsum(lengths) - lengths] = True
+        if (~first[1:-1] & (np.diff(index) <= 0)).any():
+            raise InputError("episodes: a prompt's responses are not in ascending `index`; generate the file again")
+        text, ids = pc.cast(flat.field("text"), pa.string()), pc.cast(flat.field("token_ids"), pa.list_(pa.int32()))
+        messages = pc.cast(block["messages"].combine_chunks(), MESSAGES)
+        text_bytes = pc.fill_null(pc.binary_length(text), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return cls(
+            prompt_id=block["prompt_id"].combine_chunks(),
+            messages=messages,
+            index=index,
+            kind=flat.field("kind"),
+            text=text,
+            ids=ids,
+            system=flat.field("system"),
+            text_bytes=text_bytes,
+            ids_count=list_lengths(ids),
+        )
+
+    @property
+    def filled(self) -> Bools:
+        """(M,) true where neither the text nor the token ids are empty."""
+        return (self.text_bytes > 0) & (self.ids_count > 0)
+
+    def differ(self, left: Ints, right: Ints) -> Bools:
+        """(P,) true where both the texts and the token ids of the two answers differ."""
+        same = _same(self.text, self.text_bytes, left, right)
+        return ~(same | _same(_as_bytes(self.ids), self.ids_count, left, right))
+
+    def bytes_of(self, row: Ints, left: Ints, right: Ints) -> Ints:
+        """(P,) size of each pair's texts, token ids and prompt."""
+        count = list_lengths(self.messages)
+        content = pc.binary_length(self.messages.flatten().field("content")).to_numpy(zero_copy_only=False)
+        prompt = np.bincount(np.repeat(np.arange(len(count)), count), weights=content, minlength=len(count))
+        answer = self.text_bytes + 4 * self.ids_count
+        return answer[left] + answer[right] + prompt.astype(np.int64)[row]
+
+    def prompts(self, row: Ints, chosen: Ints, *, keep_system: bool) -> pa.ListArray:
+        """(P,) the messages of each pair, headed by the chosen's system prompt where that is kept and there is one."""
+        picked = self.messages.take(pa.array(row))
+        if not keep_system:
+            return picked
+        system = self.system.take(pa.array(chosen))
+        given = pc.is_valid(system).to_numpy(zero_copy_only=False)
+        lengths, flat = list_lengths(picked), picked.flatten()
+        starts = np.cumsum(lengths) - lengths
+        own = pc.equal(flat.field("role"), "system").to_numpy(zero_copy_only=False)[starts]
+        source = np.arange(len(flat))
+        replaced, added = np.flatnonzero(given & own), np.flatnonzero(given & ~own)
+        source[starts[replaced]] = len(flat) + replaced
+        order = pa.array(np.insert(source, starts[added], len(flat) + added))
+        role = pa.concat_arrays([flat.field("role"), pa.repeat("system", len(system))]).take(order)
+        content = pa.concat_arrays([flat.field("content"), pc.cast(system, pa.string())]).take(order)
+        offsets = np.concatenate([[0], np.cumsum(lengths + (given & ~own))]).astype(np.int32)
+        return _message_lists(role, content, offsets)
+
+
+def _same(values: pa.Array, lengths: Ints, left: Ints, right: Ints) -> Bools:
+    """(P,) equality of two picks of the same column; only values of equal length are compared."""
+    same = lengths[left] == lengths[right]
+    where = np.flatnonzero(same)
+    same[where] = pc.equal(values.take(pa.array(left[where])), values.take(pa.array(right[where]))).to_numpy(
+        zero_copy_only=False
+    )
+    return same
+
+
+def _as_bytes(ids: pa.ListArray) -> pa.Array:
+    """The lists of token ids as byte strings over the same memory (Arrow compares strings, not lists)."""
+    values = ids.values
+    offsets = 4 * (ids.offsets.to_numpy().astype(np.int64) + values.offset)
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(ids), [None, pa.py_buffer(np.ascontiguousarray(offsets)), values.buffers()[1]]
+    )
+
+
+def _rows(
+    answers: _Answers, scored: _Scored, config: Config, schema: pa.Schema, where: tuple[Ints, Ints, Ints], starts: Ints
+) -> pa.RecordBatch:
+    """The PAIRS rows of the pairs (prompt, chosen position, rejected position)."""
+    row, i, j = where
+    left, right = starts[row] + i, starts[row] + j
+    chosen, rejected = scored.scores[:, i, row], scored.scores[:, j, row]
+    decided_by = (scored.keys[:, i, row] != scored.keys[:, j, row]).argmax(axis=0)
+    prompt_id = answers.prompt_id.take(pa.array(row))
+    chosen_index, rejected_index = pa.array(answers.index[left], pa.int32()), pa.array(answers.index[right], pa.int32())
+    columns = {
+        "pair_id": pc.binary_join_element_wise(
+            prompt_id, pc.cast(chosen_index, pa.string()), pc.cast(rejected_index, pa.string()), ":"
+        ),
+        "prompt_id": prompt_id,
+        "prompt": answers.prompts(row, left, keep_system=config.pairs.keep_system),
+        "chosen": _answer_messages(answers.text.take(pa.array(left))),
+        "rejected": _answer_messages(answers.text.take(pa.array(right))),
+        "chosen_index": chosen_index,
+        "rejected_index": rejected_index,
+        "chosen_ids": answers.ids.take(pa.array(left)),
+        "rejected_ids": answers.ids.take(pa.array(right)),
+        "chosen_scores": _score_lists(chosen),
+        "rejected_scores": _score_lists(rejected),
+        "margin": pa.array(sum(np.abs(a - b) for a, b in zip(chosen, rejected, strict=True))),
+        "gap": pa.array(np.abs(sum(chosen) - sum(rejected))),
+        "decided_by": pa.array(config.objectives).take(pa.array(decided_by)),
+        "kind": pa.array(["candidate", "refined"]).take(pa.array(scored.refined[i, row].astype(np.int8))),
+    }
+    return pa.RecordBatch.from_arrays([pc.cast(columns[f.name], f.type) for f in schema], schema=schema)
+
+
+def _answer_messages(text: pa.Array) -> pa.ListArray:
+    return _message_lists(pa.repeat("assistant", len(text)), text, np.arange(len(text) + 1, dtype=np.int32))
+
+
+def _message_lists(role: pa.Array, content: pa.Array, offsets: NDArray[np.int32]) -> pa.ListArray:
+    messages = pa.StructArray.from_arrays([role, content], fields=list(MESSAGE))
+    return pa.ListArray.from_arrays(pa.array(offsets), messages)
+
+
+def _score_lists(scores: Floats) -> pa.ListArray:
+    """(k, P) scores as P lists of k."""
+    k, pairs = scores.shape
+    return pa.ListArray.from_arrays(
+        pa.array(np.arange(0, k * pairs + 1, k, dtype=np.int32)), pa.array(scores.T.ravel())
+    )
