@@ -37,6 +37,7 @@ def build_pairs(denoised: pa.Table, config: Config) -> pa.Table:
       include         `refined_only`: the refined answer is the chosen; `candidates_only`: it is in no pair.
       keep_system     the chosen's sampling system prompt, where it has one, heads the prompt in place of its own.
     Two answers with the same text or the same token ids are no pair, nor is an answer whose text or ids are empty.
+    margin and gap are rounded to 10 decimals.
     With `denoise.on_inconsistent: drop_refined` an inconsistent prompt pairs its candidates only. Rows stand in the
     order of the prompts, then of chosen_index and rejected_index.
     Raises: InputError when the table was not denoised, or does not hold what its schema promises.
@@ -94,8 +95,12 @@ def _pairs_of(block: pa.Table, config: Config, schema: pa.Schema) -> Iterator[pa
 def _rounded(scores: Floats, grid: float | None) -> Floats:
     if grid is None:
         return scores
-    # The outer rounding takes 3 · 0.1 = 0.30000000000000004 back to 0.3, so that margins compare with delta as written.
-    return np.round(np.rint(scores / grid) * grid, 10)
+    return _clean(np.rint(scores / grid) * grid)
+
+
+def _clean(sums: Floats) -> Floats:
+    """Ten decimals: 0.3 - 0.1 = 0.19999999999999998 must reach a delta of 0.2, and a dead pair's gap be 0."""
+    return np.round(sums, 10)
 
 
 def _ordered(scored: _Scored, config: Config) -> tuple[Ints, Ints, Ints]:
@@ -106,7 +111,7 @@ def _ordered(scored: _Scored, config: Config) -> tuple[Ints, Ints, Ints]:
     for i in range(positions):
         for j in range(i):
             difference = scored.scores[:, i] - scored.scores[:, j]
-            enough = sum(np.abs(d) for d in difference) >= config.pairs.delta
+            enough = _clean(sum(np.abs(difference))) >= config.pairs.delta
             both = scored.usable[i] & scored.usable[j] & enough
             above, below = _precedence(scored.keys[:, i], scored.keys[:, j], pareto=pareto)
             chosen_over[:, i, j] = both & above
@@ -251,8 +256,8 @@ def _rows(
         "rejected_ids": answers.ids.take(pa.array(right)),
         "chosen_scores": _score_lists(chosen),
         "rejected_scores": _score_lists(rejected),
-        "margin": pa.array(sum(np.abs(a - b) for a, b in zip(chosen, rejected, strict=True))),
-        "gap": pa.array(np.abs(sum(chosen) - sum(rejected))),
+        "margin": pa.array(_clean(sum(np.abs(chosen - rejected)))),
+        "gap": pa.array(_clean(np.abs(sum(chosen) - sum(rejected)))),
         "decided_by": pa.array(config.objectives).take(pa.array(decided_by)),
         "kind": pa.array(["candidate", "refined"]).take(pa.array(scored.refined[i, row].astype(np.int8))),
     }

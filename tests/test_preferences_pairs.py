@@ -1,0 +1,249 @@
+"""Pairs, rule by rule (ALGORITHMS 1.6), and the traps that other systems fall into (TRAPS, Pairs)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spa_ray.errors import InputError
+from spa_ray.preferences import Funnel, build_pairs, denoise, pairing
+from tests.preferences_tables import Row, make_config, make_episodes, make_row
+
+SPREAD = [[4, 5], [5, 4], [6, 6], [3, 2], [5, 5]]
+BEST = [9, 9]
+OPEN = {"denoise__consistency": "off", "denoise__informativeness": False}
+
+
+def build(row: Row, **overrides: Any) -> list[Row]:
+    config = make_config(**{**OPEN, **overrides})
+    return build_pairs(denoise(make_episodes([row], config), config, tau=None), config).to_pylist()
+
+
+def ends(pairs: list[Row]) -> list[tuple[int, int]]:
+    return [(p["chosen_index"], p["rejected_index"]) for p in pairs]
+
+
+def only(*scores: list[float], refined: list[float] | None = None) -> Row:
+    """Candidates with these scores among others at the bottom that are told apart by their empty text."""
+    row = make_row([*scores, [1, 1], [1, 1]], refined or [1, 1])
+    for response in row["responses"][len(scores) : None if refined is None else -1]:
+        response["text"] = ""
+    return row
+
+
+# --- Equation 2 ---
+
+
+def test_the_first_objective_that_differs_decides() -> None:
+    (pair,) = build(only([7, 2], [5, 9]))
+    assert ends([pair]) == [(0, 1)]
+    assert (pair["decided_by"], pair["margin"], pair["gap"]) == ("harmless", 9, 5)
+    (pair,) = build(only([7, 2], [7, 9]))
+    assert ends([pair]) == [(1, 0)]
+    assert (pair["decided_by"], pair["margin"], pair["gap"]) == ("helpful", 7, 7)
+
+
+def test_delta_bounds_the_margin_from_below_and_is_reached() -> None:
+    assert len(build(only([5, 5], [4, 4]), pairs__delta=2)) == 1
+    assert build(only([5, 5], [4, 5]), pairs__delta=2) == []
+    assert len(build(only([5, 5], [4, 5]), pairs__delta=1)) == 1
+
+
+def test_a_dead_pair_stays_and_is_counted() -> None:
+    config = make_config(**OPEN)
+    denoised = denoise(make_episodes([only([7, 3], [5, 5])], config), config, tau=None)
+    pairs = build_pairs(denoised, config)
+    assert pairs["margin"].to_pylist() == [4]
+    assert pairs["gap"].to_pylist() == [0]
+    assert Funnel.of(denoised, pairs, config, tau=None).dead_pairs == 1
+
+
+def test_all_ordered_pairs_are_made_and_stand_in_order() -> None:
+    pairs = build(make_row([[1, 1], [3, 3], [5, 5]], BEST), sampling__n=3)
+    assert ends(pairs) == [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    assert [p["pair_id"] for p in pairs] == [f"p:{i}:{j}" for i, j in ends(pairs)]
+    assert [p["kind"] for p in pairs] == ["candidate"] * 3 + ["refined"] * 3
+
+
+def test_pareto_wants_no_loss_anywhere_and_a_gain_below_the_first() -> None:
+    assert build(only([7, 2], [5, 9]), pairs__order="pareto") == []
+    assert build(only([7, 5], [5, 5]), pairs__order="pareto") == []
+    assert ends(build(only([7, 6], [5, 5]), pairs__order="pareto")) == [(0, 1)]
+    assert ends(build(only([5, 5], [5, 7]), pairs__order="pareto")) == [(1, 0)]
+
+
+def test_a_threshold_makes_what_is_above_it_tie() -> None:
+    row = only([9, 4], [7, 6])
+    assert ends(build(row)) == [(0, 1)]
+    (pair,) = build(row, pairs__thresholds={"harmless": 7})
+    assert ends([pair]) == [(1, 0)]
+    assert (pair["decided_by"], pair["margin"], pair["chosen_scores"]) == ("helpful", 4, [7, 6])
+    assert ends(build(row, pairs__thresholds={"harmless": 8})) == [(0, 1)]
+
+
+def test_include_chooses_between_refined_and_candidate_pairs() -> None:
+    row = make_row([[1, 1], [9, 9], [5, 5]], [7, 7])
+    n = {"sampling__n": 3}
+    assert ends(build(row, **n)) == [(1, 0), (1, 2), (1, 3), (2, 0), (3, 0), (3, 2)]
+    assert ends(build(row, **n, pairs__include="refined_only")) == [(3, 0), (3, 2)]
+    assert ends(build(row, **n, pairs__include="candidates_only")) == [(1, 0), (1, 2), (2, 0)]
+
+
+def test_drop_refined_keeps_the_candidates_of_an_inconsistent_prompt() -> None:
+    row = make_row([[1, 1], [9, 9], [5, 5]], [7, 7])
+    pairs = build(row, sampling__n=3, denoise__consistency="strict", denoise__on_inconsistent="drop_refined")
+    assert ends(pairs) == [(1, 0), (1, 2), (2, 0)]
+    assert build(row, sampling__n=3, denoise__consistency="strict") == []
+
+
+def test_real_valued_scores_are_compared_on_the_grid() -> None:
+    row = only([7.2, 2.0], [7.1, 9.0])
+    assert ends(build(row)) == [(0, 1)]
+    (pair,) = build(row, pairs__score_grid=0.5)
+    assert ends([pair]) == [(1, 0)]
+    assert pair["chosen_scores"] == [7.0, 9.0]
+    assert pair["rejected_scores"] == [7.0, 2.0]
+
+
+def test_neither_a_margin_nor_a_dead_pair_is_lost_to_binary_fractions() -> None:
+    (pair,) = build(only([7.3, 2.1], [5.2, 4.2]))
+    assert (pair["margin"], pair["gap"]) == (4.2, 0)
+    assert len(build(only([0.3, 0.0], [0.1, 0.0]), pairs__score_grid=0.1, pairs__delta=0.2)) == 1
+
+
+# --- Traps ---
+
+
+def test_equal_scores_never_pair() -> None:
+    assert build(only([5, 5], [5, 5])) == []
+
+
+def test_a_response_without_all_its_scores_is_in_no_pair() -> None:
+    pairs = build(make_row([*SPREAD, [10, None], None, [None, 1]], BEST), sampling__n=8)
+    assert pairs
+    assert not {5, 6, 7} & {i for pair in ends(pairs) for i in pair}
+
+
+@pytest.mark.parametrize("key", ["text", "token_ids"])
+def test_identical_texts_or_token_ids_never_pair(key: str) -> None:
+    row = only([9, 9], [2, 2])
+    assert len(build(row)) == 1
+    row["responses"][1][key] = row["responses"][0][key]
+    assert build(row) == []
+
+
+@pytest.mark.parametrize(("key", "empty"), [("text", ""), ("text", None), ("token_ids", []), ("token_ids", None)])
+def test_an_empty_answer_never_pairs(key: str, empty: Any) -> None:
+    row = only([9, 9], [2, 2])
+    row["responses"][0][key] = empty
+    assert build(row) == []
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 2], [5, 2, 2], [2, 5]])
+def test_token_ids_are_the_generated_ones_with_no_end_token_added_or_removed(ids: list[int]) -> None:
+    row = only([9, 9], [2, 2])
+    row["responses"][0] |= {"token_ids": ids, "finish_reason": "length"}
+    (pair,) = build(row)
+    assert pair["chosen_ids"] == ids
+    assert pair["rejected_ids"] == [101, 7, 2]
+
+
+def test_answers_that_share_a_long_beginning_are_kept_whole() -> None:
+    row = only([9, 9], [2, 2])
+    row["responses"][0] |= {"text": "x" * 5000 + "a", "token_ids": [1] * 5000 + [3]}
+    row["responses"][1] |= {"text": "x" * 5000 + "b", "token_ids": [1] * 5000 + [4]}
+    (pair,) = build(row)
+    assert (len(pair["chosen_ids"]), pair["chosen"][0]["content"][-1]) == (5001, "a")
+    assert (len(pair["rejected_ids"]), pair["rejected"][0]["content"][-1]) == (5001, "b")
+
+
+# --- Prompts ---
+
+
+def test_the_prompt_is_the_original_messages_whatever_system_prompt_sampled_the_answer() -> None:
+    row = only([9, 9], [2, 2])
+    row["responses"][0]["system"] = "Be kind."
+    (pair,) = build(row)
+    assert pair["prompt"] == row["messages"]
+
+
+def test_keep_system_puts_the_chosens_system_prompt_first() -> None:
+    row = only([9, 9], [2, 2])
+    row["responses"][0]["system"], row["responses"][1]["system"] = "Be kind.", "Be rude."
+    (pair,) = build(row, pairs__keep_system=True)
+    assert pair["prompt"] == [{"role": "system", "content": "Be kind."}, *row["messages"]]
+    row["messages"] = [{"role": "system", "content": "House rules."}, *row["messages"]]
+    (pair,) = build(row, pairs__keep_system=True)
+    assert [m["content"] for m in pair["prompt"]] == ["Be kind.", "question p"]
+    row["responses"][0]["system"] = None
+    (pair,) = build(row, pairs__keep_system=True)
+    assert pair["prompt"] == row["messages"]
+
+
+def test_the_table_reads_as_a_conversational_preference_data_set() -> None:
+    (pair,) = build(only([9, 9], [2, 2]))
+    for side in ("chosen", "rejected"):
+        assert [m["role"] for m in pair[side]] == ["assistant"]
+    assert pair["prompt"][-1]["role"] == "user"
+
+
+# --- Blocks ---
+
+
+def test_pieces_that_stay_below_arrows_offsets_give_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    rows = [make_row(SPREAD, BEST, prompt_id=str(i)) for i in range(20)]
+    denoised = denoise(make_episodes(rows, config), config, tau=None)
+    whole = build_pairs(denoised, config)
+    monkeypatch.setattr(pairing, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(pairing, "BATCH_BYTES", 200)
+    pieces = build_pairs(denoised, config)
+    assert pieces["prompt_id"].num_chunks > 20
+    assert pieces.equals(whole)
+
+
+def test_rows_cut_out_of_a_larger_table_build_as_they_do_alone() -> None:
+    config = make_config()
+    rows = [make_row(SPREAD, BEST, prompt_id=str(i)) for i in range(5)]
+    rows[1] = make_row([], prompt_id="1", error="engine died")
+    denoised = denoise(make_episodes(rows, config), config, tau=None)
+    assert build_pairs(denoised.slice(2, 2), config).equals(
+        build_pairs(pa.Table.from_pylist(denoised.to_pylist()[2:4], denoised.schema), config)
+    )
+
+
+def test_episodes_read_back_from_parquet_build_the_same_pairs(tmp_path: Path) -> None:
+    config = make_config(pairs__keep_system=True)
+    rows = [make_row(SPREAD, BEST, prompt_id=str(i)) for i in range(3)]
+    for response in rows[0]["responses"]:
+        response["system"] = "Be kind."
+    episodes = make_episodes(rows, config)
+    pq.write_table(episodes, tmp_path / "episodes.parquet")
+    read = pq.read_table(tmp_path / "episodes.parquet")
+    built = [build_pairs(denoise(table, config, tau=None), config) for table in (episodes, read)]
+    assert built[0].num_rows == 3 * 13  # candidate 4 is within delta of 0 and of 1
+    assert built[0].equals(built[1])
+
+
+def test_null_lists_of_responses_are_prompts_without_answers() -> None:
+    config = make_config()
+    rows = [
+        make_row([], prompt_id="a", error="engine died", responses=None, scores=None),
+        make_row(SPREAD, BEST, prompt_id="b"),
+    ]
+    denoised = denoise(make_episodes(rows, config), config, tau=None)
+    assert set(build_pairs(denoised, config)["prompt_id"].to_pylist()) == {"b"}
+
+
+def test_an_undenoised_table_and_unordered_responses_are_refused() -> None:
+    config, row = make_config(), make_row(SPREAD, BEST)
+    with pytest.raises(InputError, match="no column 'kept'"):
+        build_pairs(make_episodes([row], config), config)
+    row["responses"].reverse()
+    row["scores"].reverse()
+    with pytest.raises(InputError, match="ascending"):
+        build_pairs(denoise(make_episodes([row], config), config, tau=None), config)
