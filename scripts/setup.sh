@@ -7,8 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.8
-UV_LINK_MODE=${UV_LINK_MODE:-hardlink}
-export UV_LINK_MODE PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 say() { echo "set-up: $*"; }
 die() { echo "set-up: $*" >&2; exit 2; }
