@@ -3,7 +3,8 @@
 # The libraries come from .venv, spa_ray itself only from the wheel.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$PWD/.venv/bin/python
+checkout=$PWD
+python=$checkout/.venv/bin/python
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -12,4 +13,4 @@ trap 'rm -rf "$scratch"' EXIT
 "$python" -m pip install --quiet --no-deps --no-compile --target "$scratch/site" "$scratch"/dist/*.whl
 cp scripts/wheel_check.py "$scratch/check.py"
 cd "$scratch"
-PYTHONPATH=$scratch/site "$python" -P check.py "$scratch/site" "$scratch/dist"
+PYTHONPATH=$scratch/site "$python" -P check.py "$scratch/site" "$scratch/dist" "$checkout"
