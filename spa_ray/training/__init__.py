@@ -1,0 +1,5 @@
+"""Training: pairs and a model folder in, a trained model folder out.
+
+Inside: losses, log-probs, batch planning, the DeepSpeed step loop, the Ray Train launch, export. Never: vLLM.
+Importing this package imports nothing heavy; `losses`, `forward` and `loop` import torch.
+"""

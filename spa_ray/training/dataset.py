@@ -1,0 +1,119 @@
+"""Token rows on disk, read by memory map, and the choice of which of them a job trains on.
+
+Comes in: the Arrow file that `tokenize` wrote. Goes out: `TokenizedPairs` (rows on demand) and `Selection` (indices).
+Never: tensors, models. Nothing but lengths, gaps and keys is ever loaded whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
+
+from spa_ray.config.models import Train
+from spa_ray.errors import InputError
+from spa_ray.training.batches import LABELS, SUBSET, stream
+
+Sequence = tuple[np.ndarray, np.ndarray]  # prompt ids, response ids
+
+
+class TokenizedPairs:
+    """Rows of the token file, in the order of `pair_id`, whatever the order in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        batches = self._table.to_batches()
+        self._rank = pc.sort_indices(self._table, sort_keys=[("pair_id", "ascending")]).to_numpy()
+        self._first = np.cumsum([0] + [len(b) for b in batches])
+        self._ids = {
+            name: [(c.offsets.to_numpy(), c.values.to_numpy()) for c in (b.column(name) for b in batches)]
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        }
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def column(self, name: str) -> np.ndarray:
+        """A flat column (`gap`, `chosen_key`, `rejected_key`)."""
+        return self._table.column(name).to_numpy()[self._rank]
+
+    def lengths(self, name: str) -> Int[np.ndarray, " pairs"]:
+        """Token counts of one of the id columns."""
+        return pc.list_value_length(self._table.column(name)).to_numpy()[self._rank].astype(np.int64)
+
+    def pair_id(self, row: int) -> str:
+        return self._table.column("pair_id")[int(self._rank[row])].as_py()
+
+    def ids(self, name: str, row: int) -> Int[np.ndarray, " tokens"]:
+        """One row's ids, a view of the mapped file."""
+        at = int(self._rank[row])
+        batch = int(np.searchsorted(self._first, at, side="right")) - 1
+        offsets, values = self._ids[name][batch]
+        i = at - int(self._first[batch])
+        return values[offsets[i] : offsets[i + 1]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pairs of one job: rows of the token file, and whether their labels are swapped (a control)."""
+
+    rows: Int[np.ndarray, " pairs"]
+    swapped: np.ndarray
+    gap: Float[np.ndarray, " pairs"]
+    lengths: Int[np.ndarray, " pairs"]  # of the longest sequence that is trained on, prompt included
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def side(self, i: int, chosen: bool) -> str:
+        """The token column that stands for the chosen (or the rejected) of pair i."""
+        return "chosen_ids" if chosen != bool(self.swapped[i]) else "rejected_ids"
+
+
+def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Selection, dict[str, int]]:
+    """Apply `drop_dead`, `max_pairs`, `shuffle_labels` and SFT's deduplication, in this order; count what falls away.
+
+    Raises: InputError when nothing is left, or when weights are asked for and every gap is 0.
+    """
+    gap = data.column("gap")
+    rows = np.arange(len(data))
+    dropped = {}
+    if train.drop_dead:
+        rows = rows[gap > 0]
+        dropped["dead"] = len(data) - len(rows)
+    if train.max_pairs is not None and train.max_pairs < len(rows):
+        chosen = stream(seed, SUBSET).choice(len(rows), size=train.max_pairs, replace=False)
+        dropped["max_pairs"] = len(rows) - train.max_pairs
+        rows = rows[np.sort(chosen)]
+    swapped = np.zeros(len(rows), dtype=bool)
+    if train.shuffle_labels:
+        swapped = stream(seed, LABELS).random(len(rows)) < 0.5
+    if train.method == "sft":
+        keys = np.where(swapped, data.column("rejected_key")[rows], data.column("chosen_key")[rows])
+        _, first = np.unique(keys, return_index=True)
+        first.sort()
+        dropped["duplicate"] = len(rows) - len(first)
+        rows, swapped = rows[first], swapped[first]
+    if len(rows) == 0:
+        raise InputError(f"no pairs to train on: the table is empty or every pair was dropped ({dropped})")
+    if train.method == "spa" and train.alpha > 0 and not (gap[rows] > 0).any():
+        raise InputError(
+            f"every pair's {train.gap} gap is 0, weights mean nothing; set train.gap or train.method=spa_simpo"
+        )
+    return Selection(rows, swapped, gap[rows], _lengths(data, rows, swapped, train.method == "sft")), dropped
+
+
+def _lengths(data: TokenizedPairs, rows: np.ndarray, swapped: np.ndarray, chosen_only: bool) -> np.ndarray:
+    prompt, chosen, rejected = (data.lengths(f"{name}_ids")[rows] for name in ("prompt", "chosen", "rejected"))
+    responses = np.where(swapped, rejected, chosen) if chosen_only else np.maximum(chosen, rejected)
+    return prompt + responses
+
+
+def sequences(data: TokenizedPairs, selection: Selection, pairs: np.ndarray, *, chosen: bool) -> list[Sequence]:
+    """Prompt and response ids of one side of these pairs."""
+    rows = selection.rows
+    return [(data.ids("prompt_ids", rows[i]), data.ids(selection.side(i, chosen), rows[i])) for i in pairs]

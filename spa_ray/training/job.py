@@ -1,0 +1,89 @@
+"""What one training job is and what it leaves behind, as plain data that travels as JSON.
+
+Comes in: paths, a resolved `Train` section, a seed. Goes out: `TrainJob`, `TrainResult`. Never: torch, Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spa_ray.config.models import Train
+from spa_ray.errors import InputError
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One model to train.
+
+    `pairs` is a Parquet file or a folder of them, `model` a local model folder, `out` the model folder to write (it
+    must not stand yet), `work` the job's own folder for tokens, logs and checkpoints. All lie where every rank can read.
+    """
+
+    name: str
+    pairs: Path
+    model: Path
+    out: Path
+    train: Train
+    seed: int
+    work: Path
+    trust_remote_code: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **{key: str(Path(getattr(self, key)).absolute()) for key in ("pairs", "model", "out", "work")},
+            "train": self.train.model_dump(mode="json"),
+            "seed": self.seed,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> TrainJob:
+        paths = {key: Path(raw[key]) for key in ("pairs", "model", "out", "work")}
+        return cls(**{**raw, **paths, "train": Train.model_validate(raw["train"])})
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a job did. `metrics` is the last row of its log, `dropped` counts pairs by reason, `pairs` those trained on."""
+
+    name: str
+    model: Path
+    steps: int
+    pairs: int
+    dropped: dict[str, int]
+    metrics: dict[str, float]
+    seconds: float
+    resumed_at: int = 0
+    skipped: bool = field(default=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "model": str(self.model)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> TrainResult:
+        return cls(**{**raw, "model": Path(raw["model"])})
+
+
+def read_job(path: Path) -> TrainJob:
+    """The job that a JSON file describes. Raises: InputError when it cannot be read or is not a job."""
+    try:
+        return TrainJob.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path}: not a training job ({e}); write it with TrainJob.to_dict") from e
+
+
+def check_train(job: TrainJob) -> None:
+    """Raises: InputError when β, γ or lr is missing or the method cannot use it."""
+    train = job.train
+    missing = [key for key in ("beta", "gamma", "lr") if getattr(train, key) is None]
+    if missing:
+        raise InputError(f"job {job.name}: train.{missing[0]} is null; pass Train.resolved()")
+    if train.method != "sft" and not train.beta > 0:  # type: ignore[operator]
+        raise InputError(f"job {job.name}: train.beta must be above 0 for {train.method}, got {train.beta}")

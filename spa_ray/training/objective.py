@@ -1,0 +1,79 @@
+"""What each training method makes of a micro-batch's log-probs: its loss, and the numbers that its log shows.
+
+Comes in: summed log-probs and counts, chosen rows first, then the rejected. Goes out: weighted losses, one a pair, and
+statistics, one number a pair each. Never: models, steps, reductions. A new loss is one more entry of `OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spa_ray.config.models import Train
+from spa_ray.training.losses import dpo_loss, sft_loss, simpo_loss
+
+Stats = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """A micro-batch of n pairs. `reference` holds (chosen, rejected) summed log-probs of the policy before step 0."""
+
+    summed: Float[Tensor, " sequences"]
+    counts: Int[Tensor, " sequences"]
+    weights: Float[Tensor, " pairs"]
+    reference: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method's loss and what it needs: sequences a pair, reference log-probs, pair weights."""
+
+    loss: Callable[[LossInputs, Train], tuple[Float[Tensor, " pairs"], Stats]]
+    sequences_per_pair: int = 2
+    needs_reference: bool = False
+    weighted: bool = False
+
+
+def _simpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
+    chosen, rejected = (inputs.summed / inputs.counts).chunk(2)
+    losses = simpo_loss(chosen, rejected, beta=train.beta, gamma=train.gamma, weights=inputs.weights)  # type: ignore[arg-type]
+    return losses, _pair_stats(chosen, rejected, train.beta * chosen, train.beta * rejected)  # type: ignore[operator]
+
+
+def _dpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
+    assert inputs.reference is not None
+    (chosen, rejected), (ref_chosen, ref_rejected) = inputs.summed.chunk(2), inputs.reference
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=train.beta, weights=inputs.weights)  # type: ignore[arg-type]
+    rewards = [train.beta * (chosen - ref_chosen), train.beta * (rejected - ref_rejected)]  # type: ignore[operator]
+    return losses, _pair_stats(chosen, rejected, *rewards)
+
+
+def _sft(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
+    losses = sft_loss(inputs.summed, inputs.counts, weights=inputs.weights)
+    return losses, {"logps/chosen": (inputs.summed / inputs.counts).detach()}
+
+
+def _pair_stats(chosen: Tensor, rejected: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Stats:
+    """The field's names (TRL's); `logps/*` as the loss sees them: averaged for SimPO, summed for DPO."""
+    stats = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(torch.float32),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+    return {name: value.detach() for name, value in stats.items()}
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "spa": Objective(_simpo, weighted=True),
+    "spa_simpo": Objective(_simpo),
+    "spa_dpo": Objective(_dpo, needs_reference=True),
+    "sft": Objective(_sft, sequences_per_pair=1),
+}

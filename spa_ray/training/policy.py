@@ -1,0 +1,137 @@
+"""The policy under training: loading it, adapters, and the DeepSpeed engine around it.
+
+Comes in: a model folder and a `Train` section. Goes out: a DeepSpeed engine whose forward answers with response
+log-probs. Never: data, losses, steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spa_ray.config.models import Lora, Train
+from spa_ray.errors import InputError
+from spa_ray.training.forward import ResponseLogps
+from spa_ray.training.job import TrainJob
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_model_folder(model: Path) -> None:
+    """Raises: InputError when this is not a complete Hugging Face model folder."""
+    if not (model / "config.json").is_file():
+        raise InputError(
+            f"{model}: not a model folder (config.json is missing); give a local Hugging Face model folder"
+        )
+    if not any(model.glob("*.safetensors")):
+        raise InputError(f"{model}: no *.safetensors here; convert the weights with `save_pretrained` first")
+
+
+def load_policy(job: TrainJob, dtype: torch.dtype) -> Any:
+    """The causal LM on the CPU, dropout off everywhere."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, trust_remote_code=job.trust_remote_code)
+    disable_dropout(model)
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout probability to 0. `eval()` would do it too, but would switch gradient checkpointing off as well."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def add_lora(model: Any, lora: Lora, seed: int) -> Any:
+    """The model with trainable low-rank adapters, every rank with the same initial ones."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(seed)
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def make_engine(job: TrainJob) -> Any:
+    """A fresh DeepSpeed engine over the job's policy; `engine(batch)` returns (summed log-probs, counts)."""
+    train = job.train
+    quiet_deepspeed()
+    import deepspeed
+
+    model = load_policy(job, DTYPES[train.dtype])
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train.lora is not None:
+        model = add_lora(model, train.lora, job.seed)
+    if train.gradient_checkpointing and train.lora is not None:
+        model.enable_input_require_grads()
+    policy = ResponseLogps(model)
+    engine, *_ = deepspeed.initialize(
+        model=policy,
+        model_parameters=[p for p in policy.parameters() if p.requires_grad],
+        optimizer=lambda parameters: torch.optim.AdamW(_decay_groups(parameters, train), lr=train.lr, fused=True),
+        config=deepspeed_config(train),
+    )
+    engine.train()
+    return engine
+
+
+def deepspeed_config(train: Train) -> dict[str, Any]:
+    """DeepSpeed's own config. The loop plans and scales micro-batches itself, so the batch sizes here mean nothing."""
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.grad_clip or 0.0,
+        "bf16": {"enabled": train.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast on the CPU and needs no build
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def quiet_deepspeed() -> None:
+    """Import DeepSpeed for the device at hand, without its chatter and without its shared-memory op.
+
+    On the CPU DeepSpeed would compile an op for collectives in shared memory (a minute, and a C++ compiler). Its ranks
+    wait for each other in busy loops without a deadline: they starve each other where cores are shared, and when one is
+    killed the others spin for ever. gloo does neither, and costs under 1% of a step here.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of DeepSpeed's own calls
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+def _decay_groups(parameters: list[nn.Parameter], train: Train) -> list[dict[str, Any]]:
+    """Weight decay on matrices only."""
+    if train.weight_decay == 0:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
+    ]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # a ZeRO-3 parameter's own shape is its partition's
+    return len(shape) >= 2

@@ -1,0 +1,121 @@
+"""What a job needs before its first step: token file, selection, plan, fingerprint.
+
+Comes in: a job. Goes out: `Prepared`, the same on every rank. All ranks call; rank 0 alone tokenises. Never: models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from spa_ray.errors import InputError
+from spa_ray.training import comm
+from spa_ray.training.batches import Plan, make_plan, order_pairs, step_weights
+from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
+from spa_ray.training.job import TrainJob, check_train
+from spa_ray.training.objective import OBJECTIVES
+from spa_ray.training.policy import check_model_folder
+from spa_ray.training.tokenize import content_hash, tokenize_pairs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job's data and plan. `dropped` counts pairs by reason."""
+
+    data: TokenizedPairs
+    selection: Selection
+    plan: Plan
+    dropped: dict[str, int]
+    fingerprint: str
+
+
+def micro_batch_tokens(job: TrainJob) -> int:
+    """Tokens in a micro-batch, padding included; the config's null is 8 · max_length."""
+    return job.train.micro_batch_tokens or 8 * job.train.max_length
+
+
+def fingerprint(job: TrainJob) -> str:
+    """A hash of all that decides a job's result: the pairs' bytes, the model's files, the settings, the seed."""
+    parts = [content_hash(job.pairs), model_hash(job.model), job.train.model_dump_json(), str(job.seed)]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def model_hash(model: Path) -> str:
+    """A hash of a model folder: small files whole; of weight files the size, the first and the last MiB."""
+    digest = hashlib.blake2b(digest_size=16)
+    edge = 1 << 20
+    for file in sorted(p for p in model.iterdir() if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as f:
+            digest.update(f.read(edge))
+            f.seek(max(edge, size - edge))
+            digest.update(f.read(edge))
+    return digest.hexdigest()
+
+
+def prepare(job: TrainJob) -> Prepared:
+    """Tokenise once (kept in the job's folder), then select and plan on every rank alike. Raises: InputError."""
+    mark, dropped = comm.on_rank_zero(lambda: _tokenize(job))
+    data = TokenizedPairs(tokens_path(job, mark))
+    selection, also = select_pairs(data, job.train, seed=job.seed)
+    train, objective = job.train, OBJECTIVES[job.train.method]
+    order = order_pairs(
+        len(selection), seed=job.seed, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+    )
+    alpha = train.alpha if objective.weighted else 0.0
+    plan = make_plan(
+        order,
+        step_weights(order, selection.gap, alpha=alpha, w_max=train.w_max if objective.weighted else None),
+        selection.lengths,
+        ranks=comm.world_size(),
+        rows_per_pair=objective.sequences_per_pair,
+        micro_batch_tokens=micro_batch_tokens(job),
+    )
+    return Prepared(data, selection, plan, {**dropped, **also}, mark)
+
+
+def tokens_path(job: TrainJob, mark: str) -> Path:
+    return job.work / f"tokens_{mark}.arrow"
+
+
+def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
+    check_train(job)
+    check_model_folder(job.model)
+    if not job.pairs.exists():
+        raise InputError(f"{job.pairs}: no such file or folder; give the pairs that `spa build` wrote")
+    mark = fingerprint(job)
+    job.work.mkdir(parents=True, exist_ok=True)
+    tokens, counts = tokens_path(job, mark), job.work / f"tokens_{mark}.json"
+    if not (tokens.is_file() and counts.is_file()):
+        dropped = tokenize_pairs(
+            job.pairs,
+            tokens,
+            _tokenizer(job),
+            vocab_size=_vocab_size(job),
+            max_length=job.train.max_length,
+            gap=job.train.gap,
+        )
+        counts.write_text(json.dumps(dropped))
+    return mark, json.loads(counts.read_text())
+
+
+def _tokenizer(job: TrainJob):  # type: ignore[no-untyped-def]  # a Hugging Face tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{job.model}: its tokenizer cannot be loaded ({e})") from e
+    if tokenizer.chat_template is None:
+        raise InputError(f"{job.model}: its tokenizer has no chat template; add chat_template.jinja to the folder")
+    return tokenizer
+
+
+def _vocab_size(job: TrainJob) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
+    return config.get_text_config().vocab_size

@@ -1,0 +1,66 @@
+"""DPO's reference log-probs: computed once with the policy as loaded, before step 0, and kept in the job's folder.
+
+Comes in: the engine before its first step, the selected pairs. Goes out: summed log-probs (chosen, rejected) a pair.
+Never: a second model in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from spa_ray.training import comm
+from spa_ray.training.batches import Order, make_plan
+from spa_ray.training.dataset import Selection, TokenizedPairs, sequences
+from spa_ray.training.forward import collate_padded
+
+Reference = tuple[Float[np.ndarray, " pairs"], Float[np.ndarray, " pairs"]]
+
+
+def reference_path(work: Path, fingerprint: str) -> Path:
+    """Where a job keeps them; the fingerprint covers model, template, data and settings."""
+    return work / f"reference_{fingerprint}.npz"
+
+
+def cached_reference(path: Path) -> Reference | None:
+    """The cached log-probs, or None when there are none yet."""
+    if not path.is_file():
+        return None
+    with np.load(path) as saved:
+        return saved["chosen"], saved["rejected"]
+
+
+def compute_reference(
+    engine: Any, data: TokenizedPairs, selection: Selection, path: Path, *, micro_batch_tokens: int
+) -> Reference:
+    """Summed log-probs of all selected pairs, dealt to the ranks like one optimizer step, written to `path`."""
+    n = len(selection)
+    order = Order(np.arange(n), np.zeros(n, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    plan = make_plan(
+        order,
+        np.ones(n),
+        selection.lengths,
+        ranks=comm.world_size(),
+        rows_per_pair=2,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    found = torch.zeros(2, n, dtype=torch.float64)
+    for entries in plan.micro_batches(0, comm.rank()):
+        mine = plan.pairs[entries]
+        pairs = mine if len(mine) else plan.pairs[:1]  # ZeRO-3 gathers weights in step: every rank runs every pass
+        rows = [r for chosen in (True, False) for r in sequences(data, selection, pairs, chosen=chosen)]
+        with torch.no_grad():
+            summed, _ = engine(collate_padded(rows, comm.device()))
+        if len(mine):
+            found[:, torch.from_numpy(pairs)] = summed.double().cpu().view(2, -1)
+    chosen, rejected = comm.all_sum(found.to(comm.device())).cpu().numpy()
+    if comm.rank() == 0:
+        partial = path.with_name("reference.partial.npz")
+        np.savez(partial, chosen=chosen, rejected=rejected)
+        os.replace(partial, path)
+    return chosen, rejected
