@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: docs demo test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -30,6 +30,9 @@ format: .venv/.ready ## mend what ruff can mend
 
 lock: .venv/.ready ## resolve pyproject.toml into requirements/*.lock (ARGS=--upgrade takes newer versions)
 	scripts/lock.sh $(ARGS)
+
+docs: .venv/.ready ## write docs/CONFIG.md from the config models
+	$(BIN)/python scripts/config_doc.py
 
 wheel-check: .venv/.ready ## build wheel and sdist, and use the wheel outside the checkout
 	scripts/wheel_check.sh
