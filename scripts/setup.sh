@@ -12,15 +12,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 say() { echo "set-up: $*"; }
 die() { echo "set-up: $*" >&2; exit 2; }
 
-# DeepSpeed compiles an op, so the interpreter's C headers are needed beside venv and pip.
+# torch compiles kernels against the interpreter's C headers, so one that has them comes first.
 serves='import ensurepip, os, sys, sysconfig, venv
-fit = (3, 11) <= sys.version_info < (3, 14) and os.path.exists(sysconfig.get_path("include") + "/Python.h")
-print(sys.executable) if fit else sys.exit(1)'
+headers = os.path.exists(sysconfig.get_path("include") + "/Python.h") or sys.argv[1] == "any"
+print(sys.executable) if (3, 11) <= sys.version_info < (3, 14) and headers else sys.exit(1)'
 
 find_python() {
-    local name
-    for name in ${SPA_PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
-        "$name" -c "$serves" 2>/dev/null && return
+    local name headers
+    for headers in present any; do
+        for name in ${SPA_PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+            "$name" -c "$serves" "$headers" 2>/dev/null && return
+        done
     done
     return 1
 }
@@ -30,12 +32,12 @@ make_venv() {
         say "$("$python" --version) ($python)"
         "$python" -m venv .venv
     elif [ -z "${SPA_PYTHON:-}" ] && python3 -c 'import ensurepip, venv' 2>/dev/null; then
-        say "no Python 3.11 to 3.13 with its C headers here; uv fetches one"
+        say "no Python 3.11 to 3.13 with venv here; uv fetches one"
         python3 -m venv .cache/uv
         .cache/uv/bin/pip install --quiet "uv==$UV_VERSION"
         .cache/uv/bin/uv venv --quiet --seed --managed-python --python 3.11 .venv
     else
-        die "needs Python 3.11, 3.12 or 3.13 with venv and C headers (Debian, Ubuntu: apt install python3-venv python3-dev)"
+        die "needs Python 3.11, 3.12 or 3.13 with venv (Debian, Ubuntu: apt install python3-venv python3-dev)"
     fi
 }
 
@@ -87,9 +89,5 @@ export VIRTUAL_ENV=$PWD/.venv
 .venv/bin/pip install --quiet "uv==$UV_VERSION"
 say "$(grep -c == "$lock") packages from $lock (the first time takes some minutes)"
 install_lock "$lock"
-if [ -f spa_ray/training/ops.py ]; then
-    say "DeepSpeed's op"
-    .venv/bin/python -m spa_ray.training.ops
-fi
 touch .venv/.ready
 say "done in ${SECONDS}s"
