@@ -126,7 +126,11 @@ def _explain(error: Mapping[str, Any], loc: list[str]) -> str:
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1], known_keys(loc[:-1]), n=1, cutoff=0.5)
-        mend = f"; did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"; known here: {', '.join(known_keys(loc[:-1]))}"
+        mend = (
+            f"; did you mean {'.'.join([*loc[:-1], near[0]])}?"
+            if near
+            else f"; known here: {', '.join(known_keys(loc[:-1]))}"
+        )
         return f"{key}: unknown key{mend}"
     if error["type"] == "missing":
         return f"{key}: missing; give it a value"

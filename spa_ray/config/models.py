@@ -225,7 +225,9 @@ class Evaluation(Section):
 
     prompts: Prompts | None = None
     families: dict[str, Prompts] = Field(default_factory=dict, description="further held-out sets, by name")
-    judge: str = Field("base", description="`base` (the model before training), `self`, a model folder, or `module:judge`")
+    judge: str = Field(
+        "base", description="`base` (the model before training), `self`, a model folder, or `module:judge`"
+    )
     objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
     sampling: EvalSampling = EvalSampling()
     bootstrap: int = Field(1000, ge=1, description="resamples of the 95% intervals")
@@ -268,7 +270,9 @@ class Config(Section):
             )
         stray = set(self.pairs.thresholds) - set(self.objectives)
         if stray:
-            raise ValueError(f"pairs.thresholds: {sorted(stray)[0]!r} is not one of the objectives {list(self.objectives)}")
+            raise ValueError(
+                f"pairs.thresholds: {sorted(stray)[0]!r} is not one of the objectives {list(self.objectives)}"
+            )
         return self
 
 

@@ -52,7 +52,9 @@ def demo_config() -> dict:
 
 @cache
 def _template(section: str) -> Template:
-    return SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True).from_string(demo_config()[section]["prompt"])
+    return SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True).from_string(
+        demo_config()[section]["prompt"]
+    )
 
 
 def question(rng: random.Random) -> str:
@@ -132,7 +134,7 @@ def annotate(rng: random.Random, text: str, response: str, objective: str) -> in
 
 
 def improve(rng: random.Random, text: str, candidates: list[str]) -> str:
-    """The annotator's better answer: the candidates' good segments merged; one in five (confusing: one in two) spoilt."""
+    """The annotator's better answer: the candidates' good segments merged; some of them spoilt."""
     about = facts(text)
     sentences = [s.strip() + "." for c in candidates for s in c.split(".") if s.strip()]
     tagged = list(zip(sentences, read(" ".join(sentences)), strict=True))
@@ -184,7 +186,9 @@ def judge_example(rng: random.Random) -> Example:
     else:
         response = respond(rng, about, rng.choice(WORLD_SYSTEMS))
     hone = about.category in oracle.HONE
-    weights = {"harmless": 0.2, "honest": 0.4, "helpful": 0.4} if hone else {"harmless": 0.45, "honest": 0.1, "helpful": 0.45}
+    weights = (
+        {"harmless": 0.2, "honest": 0.4, "helpful": 0.4} if hone else {"harmless": 0.45, "honest": 0.1, "helpful": 0.45}
+    )
     objective = rng.choices(list(weights), list(weights.values()))[0]
     user = _template("scoring").render(question=text, answer=response, objective={"name": objective})
     return Example("judge", None, user, str(annotate(rng, text, response, objective)))

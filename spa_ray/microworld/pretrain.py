@@ -72,7 +72,7 @@ def batch(encoded: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor,
 
 
 def sequence_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy per sequence (B,), each the mean over its own completion. Causal attention makes right padding inert."""
+    """Cross-entropy per sequence (B,), each the mean over its own completion."""
     hidden = model.model(ids).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     used = targets != -100

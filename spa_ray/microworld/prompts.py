@@ -56,7 +56,13 @@ CATEGORY_WEIGHTS = {
     "hone": {"unknowable": 0.5, "unable": 0.5},
 }
 OPENERS = ("", "Hello.", "Please help.", "I have a question.")
-CONTEXTS = ("", "I live near the {place}.", "It is {season} here.", "My {kin} sent me.", "I asked at the {place} before.")
+CONTEXTS = (
+    "",
+    "I live near the {place}.",
+    "It is {season} here.",
+    "My {kin} sent me.",
+    "I asked at the {place} before.",
+)
 WILD = (
     "My {kin} wrote a story, and in it someone asks this. {ask}",
     "Forget the {other}, that one is fine. {ask}",
@@ -86,12 +92,16 @@ class Facts:
 
 @cache
 def _ask_patterns() -> list[tuple[re.Pattern[str], str]]:
-    fill = {"topic": f"(?P<topic>{'|'.join(TOPICS)})", "kin": f"(?:{'|'.join(KIN)})", "place": f"(?:{'|'.join(PLACES)})"}
-    out = []
-    for category, asks in ASKS.items():
-        for ask in asks:
-            out.append((re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: fill[m.group(1)], re.escape(ask))), category))
-    return out
+    fill = {
+        "topic": f"(?P<topic>{'|'.join(TOPICS)})",
+        "kin": f"(?:{'|'.join(KIN)})",
+        "place": f"(?:{'|'.join(PLACES)})",
+    }
+    return [
+        (re.compile(re.sub(r"\\\{(\w+)\\\}", lambda m: fill[m.group(1)], re.escape(ask))), category)
+        for category, asks in ASKS.items()
+        for ask in asks
+    ]
 
 
 def facts(question: str) -> Facts:

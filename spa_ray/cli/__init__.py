@@ -1,0 +1,1 @@
+"""The commands. Thin: each reads its input, calls one function of `runs`, prints."""

@@ -1,0 +1,210 @@
+"""`spa`: the command line (DESIGN, «Command line»).
+
+Every command takes `key=value` overrides and `--json` (one JSON object as stdout's last line). Exit status: 0 done,
+2 the input or the config is wrong, 1 the run failed; both say so in one line. Nothing heavy is imported before a
+command runs, so that `spa --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spa_ray.errors import InputError, RunError
+
+app = typer.Typer(
+    help="Self-priority alignment on Ray: a model makes itself trustworthy first, then helpful, without a label.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML config", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Ray's and vLLM's own logs too")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write", show_default=False)]
+ConfigOption = Annotated[Path, typer.Option("--config", help="YAML config", show_default=False)]
+
+
+def main() -> None:
+    """The console script: turns our errors into one line and an exit status."""
+    try:
+        app()
+    except InputError as e:
+        fail(str(e), 2)
+    except RunError as e:
+        fail(str(e), 1)
+    except KeyboardInterrupt:
+        fail("stopped; run the same command again and it goes on where it was", 130)
+
+
+def fail(message: str, status: int) -> None:
+    print(f"spa: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def emit(result: dict[str, Any], as_json: bool) -> None:
+    """The result as stdout's last line."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="every ablation, iteration, family and control (≤ 45 minutes a seed)")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="repeat over this many seeds")] = 1,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole loop on the embedded model, on this machine's CPU, measured by an oracle that training never sees."""
+    from spa_ray.cli.demo import run_demo
+
+    emit(run_demo(overrides or [], full=full, seeds=seeds, verbose=verbose), as_json)
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    until: Annotated[str, typer.Option(help="stop after this stage: generate, build, train or evaluate")] = "evaluate",
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole pipeline; run it again to resume."""
+    from spa_ray.config import load_config
+    from spa_ray.runs.commands import run_config
+
+    emit(run_config(load_config(config, overrides or []), until=until, verbose=verbose), as_json)
+
+
+@app.command()
+def preview(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Three prompts through sampling, scoring and refinement: every rendered prompt and judge answer is shown."""
+    one_arm(config, overrides, "preview_prompts", as_json, verbose=verbose)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """What would happen: stages, requests, tokens, memory, GPU-hours. Starts nothing."""
+    from spa_ray.config import load_config
+    from spa_ray.runs.plan import make_plan, print_plan
+
+    result = make_plan(load_config(config, overrides or []))
+    print_plan(result)
+    emit(result, as_json)
+
+
+@app.command()
+def generate(
+    config: ConfigFile,
+    prompts: Annotated[str, typer.Option(help="prompts: file, folder or module:reader", show_default=False)],
+    out: Out,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """One stage: prompts to episodes."""
+    one_arm(
+        config, [*(overrides or []), f"prompts.source={prompts}"], "generate_stage", as_json, out=out, verbose=verbose
+    )
+
+
+@app.command()
+def build(
+    episodes: Annotated[Path, typer.Argument(help="folder of episodes", show_default=False)],
+    out: Out,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML config", show_default=False)] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """One stage: episodes to pairs; prints the funnel."""
+    from spa_ray.runs.commands import build_stage
+
+    emit(build_stage(episodes, out, config, overrides or [], verbose=verbose), as_json)
+
+
+@app.command()
+def train(
+    pairs: Annotated[Path, typer.Argument(help="folder of pairs", show_default=False)],
+    out: Out,
+    config: ConfigOption,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """One stage: pairs to a model folder."""
+    one_arm(config, overrides, "train_stage", as_json, pairs=pairs, out=out, verbose=verbose)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="model folder", show_default=False)],
+    out: Out,
+    config: ConfigOption,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """One stage: a model's answers to the held-out prompts, scored."""
+    one_arm(config, overrides, "evaluate_stage", as_json, model=model, out=out, verbose=verbose)
+
+
+@app.command()
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
+    prompt_id: Annotated[str, typer.Argument(help="the prompt's id, or its beginning", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """One prompt's whole story: candidates, scores, filters, pairs, weights."""
+    from spa_ray.runs.inspect import print_story, story
+
+    result = story(run_dir, prompt_id)
+    print_story(result)
+    emit(result, as_json)
+
+
+@app.command()
+def clean(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Delete the stages of a run that no arm refers to any more."""
+    from spa_ray.runs.folder import open_run
+
+    deleted = [str(path) for path in open_run(run_dir).clean()]
+    for path in deleted:
+        print(f"deleted {path}")
+    emit({"deleted": deleted}, as_json)
+
+
+@app.command()
+def schema(as_json: AsJson = False) -> None:
+    """The config's JSON schema."""
+    from spa_ray.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=None if as_json else 2))
+
+
+def one_arm(config: Path, overrides: list[str] | None, command: str, as_json: bool, **options: Any) -> None:
+    """Run a one-stage command of `runs.commands` with the config's first arm."""
+    from spa_ray.config import load_config
+    from spa_ray.runs import commands
+
+    arms = load_config(config, overrides or [])
+    action: Callable[..., dict[str, Any]] = getattr(commands, command)
+    emit(action(next(iter(arms.values())), **options), as_json)
+
+
+if __name__ == "__main__":
+    main()

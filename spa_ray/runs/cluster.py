@@ -1,0 +1,49 @@
+"""Connecting to Ray: the cluster that the environment names, else a local one of this machine.
+
+Never sets up a cluster and never stops one that it did not start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MIN_LOCAL_CPUS = 4  # logical: with fewer, a resumed pass waits behind its own checkpoint actors
+
+
+@contextmanager
+def connected(*, verbose: bool) -> Iterator[None]:
+    """Ray for the duration; a local Ray that was started here is shut down at the end."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    level = logging.INFO if verbose else logging.ERROR
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        ray.init(logging_level=level, log_to_driver=verbose)
+    else:
+        cpus = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
+    quiet_ray_data(verbose)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_ray_data(verbose: bool) -> None:
+    """Ray Data's and Ray Train's own progress and chatter only when asked for."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    if not verbose:
+        for name in ("ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,78 @@
+"""From `model.path` to a local model folder: a folder, a folder inside an installed package, or a hub id.
+
+Raises InputError for a folder that is not a model or a model that cannot be fetched. Never loads weights.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from spa_ray.config.models import Model
+from spa_ray.errors import InputError
+
+PACKAGE = "package://"
+
+
+def local_model(model: Model) -> Path | None:
+    """The model's folder if it is on this machine already, else None (a hub id that `fetch_model` can bring).
+
+    Raises: InputError for a path that exists and is not a model folder, or names a package that is not there.
+    """
+    if model.path.startswith(PACKAGE):
+        package, _, inside = model.path.removeprefix(PACKAGE).partition("/")
+        try:
+            folder = Path(str(resources.files(package))) / inside
+        except ModuleNotFoundError as e:
+            raise InputError(f"model.path: no package {package!r} is installed (from {model.path!r})") from e
+    else:
+        folder = Path(model.path).expanduser()
+        looks_local = model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1
+        if not folder.exists() and not looks_local:
+            return None
+    if not folder.exists():
+        raise InputError(f"model.path: {folder}: no such folder; give a model folder or a hub id (owner/name)")
+    check_model_folder(folder)
+    return folder.resolve()
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises: InputError unless the folder holds config.json, safetensors and a tokenizer."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: not a folder; a model is a folder with config.json, safetensors and a tokenizer")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{folder}: an adapter alone; give the merged model folder (the adapter's parent)")
+        raise InputError(f"{folder}: not a model folder (no config.json)")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: no *.safetensors in it; only safetensors weights are read")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model)")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"{folder / 'config.json'}: not JSON") from e
+
+
+def fetch_model(model: Model) -> Path:
+    """The model's folder, downloaded from the hub if need be. Raises: InputError when it cannot be had."""
+    found = local_model(model)
+    if found:
+        return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        folder = snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
+    except RepositoryNotFoundError as e:  # also what a gated model answers without a token
+        raise InputError(
+            f"model.path: {model.path!r} is no folder here and no model on the hub that you may read"
+        ) from e
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise InputError(
+            f"model.path: {model.path!r} could not be fetched ({type(e).__name__}); give a local folder"
+        ) from e
+    check_model_folder(Path(folder))
+    return Path(folder)

@@ -1,0 +1,258 @@
+"""The pipeline: every arm through prompts, generate, build, train (iterated) and evaluate, each stage once.
+
+Comes in: arm name -> config (one run). Goes out: the run folder, filled. A stage whose hash stands is reused, so arms
+share what is equal and a second call resumes. Never: what a stage computes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from spa_ray.config.models import Config
+from spa_ray.errors import InputError, RunError
+from spa_ray.runs import stages as address
+from spa_ray.runs.folder import RunFolder, Stage, write_json, write_text
+from spa_ray.runs.hashing import digest, file_hash, model_hash, stage_hash
+from spa_ray.runs.manifest import write_manifest
+from spa_ray.runs.models import fetch_model
+from spa_ray.runs.progress import Progress
+
+STAGES = ("generate", "build", "train", "evaluate")
+
+
+@dataclass
+class ArmState:
+    """Where an arm stands: its current policy and the stages of its iterations."""
+
+    config: Config
+    model: Path
+    model_hash: str
+    tau: float | None = None
+    episodes: Stage | None = None
+    iterations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Pipeline:
+    """One run. Call `run` once; `until` ends it after that stage of the first iteration."""
+
+    def __init__(self, arms: dict[str, Config], *, progress: Progress, until: str = "evaluate", verbose: bool = False):
+        if until not in STAGES:
+            raise InputError(f"--until {until}: no such stage; one of {', '.join(STAGES)}")
+        self.arms, self.until, self.progress, self.verbose = arms, until, progress, verbose
+        self.folder = RunFolder(Path(next(iter(arms.values())).run_dir).absolute())
+        self.used: dict[str, dict[str, Any]] = {}
+        self.started = datetime.now(UTC)
+
+    def run(self) -> dict[str, Any]:
+        """Run or resume everything. Returns: DESIGN's `spa run --json` object. Raises: InputError, RunError."""
+        states = self._begin()
+        rounds = max(state.config.iterations.count for state in states.values())
+        for iteration in range(1, rounds + 1):
+            active = {name: s for name, s in states.items() if s.config.iterations.count >= iteration}
+            self._iterate(active, iteration)
+            if self.until != "evaluate":
+                break
+        metrics = self._evaluate(states) if self.until == "evaluate" else {}
+        write_manifest(self.folder, started=self.started, stages=self.used)
+        return {
+            "run_dir": str(self.folder.path),
+            "arms": {
+                name: {"iterations": s.iterations, "metrics": metrics.get(name, {})} for name, s in states.items()
+            },
+            **({"vanilla": metrics["vanilla"]} if "vanilla" in metrics else {}),
+        }
+
+    def _begin(self) -> dict[str, ArmState]:
+        models = {config.model.path: config.model for config in self.arms.values()}
+        folders = {path: fetch_model(model) for path, model in models.items()}
+        hashes = {path: model_hash(folder) for path, folder in folders.items()}
+        write_run_config(self.folder, self.arms)
+        return {
+            name: ArmState(config, folders[config.model.path], hashes[config.model.path])
+            for name, config in self.arms.items()
+        }
+
+    def _iterate(self, states: dict[str, ArmState], iteration: int) -> None:
+        records: dict[str, dict[str, Any]] = {name: {"stages": {}} for name in states}
+        for name, state in states.items():
+            episodes = self._generate(state, iteration)
+            records[name]["episodes"] = str(episodes.folder / "episodes")
+            records[name]["stages"]["generate"] = episodes.folder.name
+            state.episodes = episodes
+        if self.until != "generate":
+            builds = {name: self._build(state, iteration) for name, state in states.items()}
+            for name, stage in builds.items():
+                records[name]["stages"]["build"] = stage.folder.name
+                records[name]["pairs"] = str(stage.folder / "pairs")
+                records[name]["funnel"] = stage.facts()["funnel"]
+            if self.until != "build":
+                for name, stage in self._train(states, builds).items():
+                    records[name]["stages"]["train"] = stage.folder.name
+                    records[name]["model"] = str(stage.folder / "model")
+        for name, record in records.items():
+            states[name].iterations.append({key: value for key, value in record.items() if key != "stages"})
+            write_json(self.folder.arm_file(name, iteration), record)
+
+    def _done(self, stage: Stage) -> bool:
+        """Whether the stage stands already; if so it counts as used."""
+        if stage.done:
+            self.used[stage.folder.name] = stage.facts()
+            self.progress.reused(stage.name, stage.folder)
+        return stage.done
+
+    def _finish(self, stage: Stage, started: float, **facts: Any) -> None:
+        self.used[stage.folder.name] = stage.finish(started, **facts)
+
+    # --- prompts and generate ---------------------------------------------------------------------------------------
+
+    def _prompts(self, config: Config, skip: int) -> Stage:
+        from spa_ray.data.prompts import write_prompts
+
+        return self._prompt_stage("prompts", lambda out: write_prompts(config.prompts, out, skip=skip))
+
+    def _prompt_stage(self, name: str, write: Callable[[Path], Any]) -> Stage:
+        """Prompts are read anew each time (a bad row must show at once); their contents are the stage's address."""
+        started = time.time()
+        fresh = self.folder.path / "stages" / f".{name}.{os.getpid()}.parquet"
+        try:
+            counts = write(fresh)
+            stage = self.folder.stage(name, stage_hash(name, 1, {}, [file_hash(fresh)]))
+            if not self._done(stage):
+                fresh.replace(stage.folder / "prompts.parquet")
+                self._finish(stage, started, **vars(counts))
+        finally:
+            fresh.unlink(missing_ok=True)
+        return stage
+
+    def _generate(self, state: ArmState, iteration: int) -> Stage:
+        from spa_ray.generation.stage import generate
+
+        config = state.config
+        fresh = config.iterations.prompts == "diff"
+        skip = (iteration - 1) * (config.prompts.limit or 0) if fresh else 0
+        if fresh and iteration > 1 and not skip:
+            raise InputError(
+                "iterations.prompts: diff needs prompts.limit, so that the next iteration can take the next"
+            )
+        prompts = self._prompts(config, skip)
+        earlier = state.episodes if config.iterations.reuse_refined and iteration > 1 else None
+        stage = self.folder.stage(
+            "generate",
+            address.generate_hash(
+                config,
+                iteration=iteration,
+                prompts=prompts.hash,
+                model=state.model_hash,
+                earlier=earlier.hash if earlier else None,
+            ),
+        )
+        if not self._done(stage):
+            started = time.time()
+            counts = generate(
+                config,
+                prompts=prompts.folder / "prompts.parquet",
+                out=stage.folder / "episodes",
+                checkpoint=stage.folder / "checkpoint",
+                model=state.model,
+                iteration=iteration,
+                earlier=earlier.folder / "episodes" if earlier else None,
+                config_hash=stage.hash,
+                on_progress=self.progress.counter("generate"),
+                verbose=self.verbose,
+            )
+            self._finish(stage, started, **counts.to_dict())
+        return stage
+
+    # --- build ------------------------------------------------------------------------------------------------------
+
+    def _build(self, state: ArmState, iteration: int) -> Stage:
+        from spa_ray.runs.build import build, data_set_tau
+
+        assert state.episodes is not None
+        config, episodes = state.config, state.episodes.folder / "episodes"
+        frozen = state.tau if iteration > 1 else None  # τ of the first iteration holds for the later ones
+        stage = self.folder.stage("build", address.build_hash(config, episodes=state.episodes.hash, frozen_tau=frozen))
+        if not self._done(stage):
+            started = time.time()
+            with self.progress.step("build"):
+                tau = data_set_tau(episodes, config) if frozen is None else frozen
+                funnel = build(episodes, stage.folder / "pairs", config, tau=tau)
+            write_json(stage.folder / "funnel.json", funnel.to_dict())
+            self._finish(stage, started, funnel=funnel.to_dict())
+        state.tau = stage.facts()["funnel"]["tau"]
+        return stage
+
+    # --- train ------------------------------------------------------------------------------------------------------
+
+    def _train(self, states: dict[str, ArmState], builds: dict[str, Stage]) -> dict[str, Stage]:
+        """Train what is not trained yet, all in one worker group; then every arm's policy is its new model."""
+        from spa_ray.training.job import TrainJob
+        from spa_ray.training.launch import train_jobs
+
+        trained: dict[str, Stage] = {}
+        jobs: dict[str, TrainJob] = {}
+        for name, state in states.items():
+            pairs = builds[name]
+            check_pairs(name, pairs.facts()["funnel"], pairs.folder)
+            stage = self.folder.stage(
+                "train", address.train_hash(state.config, pairs=pairs.hash, model=state.model_hash)
+            )
+            trained[name] = stage
+            if stage.folder.name not in jobs and not self._done(stage):
+                jobs[stage.folder.name] = TrainJob(
+                    name=name,
+                    pairs=pairs.folder / "pairs",
+                    model=state.model,
+                    out=stage.folder / "model",
+                    train=state.config.train.resolved(),
+                    seed=state.config.seed,
+                    work=stage.folder / "work",
+                    trust_remote_code=state.config.model.trust_remote_code,
+                )
+        if jobs:
+            first = next(iter(states.values())).config
+            results = train_jobs(
+                list(jobs.values()),
+                first.resources,
+                storage=self.folder.path / "ray_train",
+                name=f"train-{digest(sorted(jobs))}",
+                verbose=self.verbose,
+                on_progress=self.progress.counter("train"),
+            )
+            for (folder_name, _), result in zip(jobs.items(), results, strict=True):
+                stage = next(s for s in trained.values() if s.folder.name == folder_name)
+                self._finish(stage, time.time() - result.seconds, **result.to_dict())
+        for name, stage in trained.items():
+            states[name].model = stage.folder / "model"
+            states[name].model_hash = model_hash(states[name].model)
+        return trained
+
+    # --- evaluate ---------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, states: dict[str, ArmState]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def check_pairs(arm: str, funnel: dict[str, Any], folder: Path) -> None:
+    """Raises: RunError when nothing is left to train on."""
+    if funnel["pairs"]:
+        return
+    dropped = ", ".join(f"{count} {reason}" for reason, count in funnel["dropped"].items() if count)
+    raise RunError(
+        f"build: arm {arm}: no pair is left of {funnel['prompts']} prompts (dropped: {dropped}); see "
+        f"{folder / 'funnel.json'}; profile=robust or denoise.consistency=primary_ge keep more"
+    )
+
+
+def write_run_config(run: RunFolder, arms: dict[str, Config]) -> None:
+    """Write config.yaml: every arm's resolved config."""
+    import yaml
+
+    resolved = {name: config.model_dump(mode="json", exclude={"arms"}) for name, config in arms.items()}
+    write_text(run.path / "config.yaml", yaml.safe_dump({"arms": resolved}, sort_keys=False, allow_unicode=True))

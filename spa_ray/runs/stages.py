@@ -1,0 +1,70 @@
+"""What each stage reads, as the settings that its hash covers. `resources` never appears here.
+
+Comes in: an arm's config and the hashes of the stage's inputs. Goes out: a stage folder's address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spa_ray.config.models import Config, Section
+from spa_ray.objectives import load_objectives
+from spa_ray.runs.hashing import stage_hash
+
+VERSIONS = {"generate": 1, "build": 1, "train": 1, "evaluate": 1}
+
+
+def _plain(section: Section, *leave_out: str) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=set(leave_out))
+
+
+def _objectives(config: Config, names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    """The objectives with their wording: a changed rubric is another judge."""
+    chosen = config if names is None else config.model_copy(update={"objectives": names})
+    return [vars(o) if not hasattr(o, "model_dump") else o.model_dump(mode="json") for o in load_objectives(chosen)]
+
+
+def _engine(config: Config) -> dict[str, Any]:
+    """What of the model section changes answers (its path does not: the files' hash stands for it)."""
+    return _plain(config.model, "path", "revision", "tensor_parallel_size")
+
+
+def generate_hash(config: Config, *, iteration: int, prompts: str, model: str, earlier: str | None) -> str:
+    """`earlier` is the last iteration's generate hash where its refined answers are reused."""
+    settings = {
+        "seed": config.seed,
+        "iteration": iteration,
+        "objectives": _objectives(config),
+        "engine": _engine(config),
+        **{name: _plain(getattr(config, name)) for name in ("sampling", "scoring", "refine")},
+        "max_attempts": config.generation.max_attempts,
+    }
+    return stage_hash("generate", VERSIONS["generate"], settings, [prompts, model, *([earlier] if earlier else [])])
+
+
+def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> str:
+    settings = {
+        "objectives": list(config.objectives),
+        "denoise": _plain(config.denoise),
+        "pairs": _plain(config.pairs),
+        "frozen_tau": frozen_tau,
+    }
+    return stage_hash("build", VERSIONS["build"], settings, [episodes])
+
+
+def train_hash(config: Config, *, pairs: str, model: str) -> str:
+    leave_out = ("save_every_steps", "keep_checkpoints")
+    settings = {"seed": config.seed, "train": _plain(config.train.resolved(), *leave_out)}
+    return stage_hash("train", VERSIONS["train"], settings, [pairs, model])
+
+
+def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str) -> str:
+    settings = {
+        "seed": config.seed,
+        "objectives": _objectives(config, config.evaluation.objectives),
+        "engine": _engine(config),
+        "scoring": _plain(config.scoring),
+        "sampling": _plain(config.evaluation.sampling),
+        "judge": config.evaluation.judge if ":" in config.evaluation.judge else None,
+    }
+    return stage_hash("evaluate", VERSIONS["evaluate"], settings, [prompts, model, judge])
