@@ -46,7 +46,8 @@ def test_a_candidate_that_failed_scoring_is_left_out_of_det_and_of_the_maximum()
     assert det(failed) == det(make_row(SPREAD[:4], BEST))
     assert reason(failed) is None
     assert reason(make_row([*SPREAD[:4], None], BEST)) is None
-    assert reason(make_row([*SPREAD[:4], [float("nan"), 5]], BEST)) is None
+    for no_number in (float("nan"), float("inf")):
+        assert det(make_row([*SPREAD[:4], [no_number, 5]], BEST)) == det(make_row(SPREAD[:4], BEST))
 
 
 def test_too_few_scores_means_fewer_than_objectives_plus_one_or_no_scored_refined_answer() -> None:
@@ -85,12 +86,23 @@ def test_a_constant_axis_and_perfectly_correlated_axes_are_zero_det() -> None:
     assert reason(make_row([[4, s] for s in (1, 5, 7, 8, 2)], BEST), denoise__informativeness=False) is None
 
 
+@pytest.mark.parametrize("constant", [0, 1, 2])
+@pytest.mark.parametrize("step", [1, 0.5])
+def test_any_constant_axis_of_three_is_zero_det(constant: int, step: float) -> None:
+    spread = [[4, 5, 1], [5, 4, 2], [6, 6, 4], [3, 2, 2]]
+    flat = [[3 if o == constant else step * s for o, s in enumerate(scores)] for scores in spread]
+    assert reason(make_row(spread, [9, 9, 9]), k=3) is None
+    assert reason(make_row(flat, [9, 9, 9]), k=3) == "zero_det"
+
+
 def test_real_valued_scores_are_singular_up_to_one_millionth_of_the_variances() -> None:
     thirds = [1 / 3, 2 / 3, 4 / 3, 7 / 3, 10 / 3]
     on_a_line = [[a, 0.1 * a + 0.7] for a in thirds]
     assert det(make_row(on_a_line, BEST)) == 0
     assert reason(make_row(on_a_line, BEST)) == "zero_det"
     assert reason(make_row([[7.1, a] for a in thirds], BEST)) == "zero_det"
+    near_it = [[a, b + (1e-4 if i == 2 else 0)] for i, (a, b) in enumerate(on_a_line)]
+    assert det(make_row(near_it, BEST)) == 0
     off_it = [[a, b + (0.01 if i == 2 else 0)] for i, (a, b) in enumerate(on_a_line)]
     assert det(make_row(off_it, BEST)) > 0
 

@@ -1,0 +1,1 @@
+"""Judges, metrics and tables of held-out answers. Never: training."""
