@@ -239,6 +239,15 @@ def test_null_lists_of_responses_are_prompts_without_answers() -> None:
     assert set(build_pairs(denoised, config)["prompt_id"].to_pylist()) == {"b"}
 
 
+def test_a_block_in_which_every_prompt_failed_gives_an_empty_table_and_a_full_funnel() -> None:
+    config = make_config()
+    rows = [make_row([], prompt_id=str(i), error="engine died") for i in range(3)]
+    denoised = denoise(make_episodes(rows, config), config, tau=None)
+    pairs = build_pairs(denoised, config)
+    assert pairs.num_rows == 0
+    assert Funnel.of(denoised, pairs, config, tau=None).dropped["error"] == 3
+
+
 def test_an_undenoised_table_and_unordered_responses_are_refused() -> None:
     config, row = make_config(), make_row(SPREAD, BEST)
     with pytest.raises(InputError, match="no column 'kept'"):
