@@ -6,7 +6,7 @@ same interval.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,9 +23,6 @@ class Interval:
     low: float
     high: float
     n: int
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def mean_interval(values: ArrayLike, *, resamples: int, seed: int, level: float = 0.95) -> Interval:
