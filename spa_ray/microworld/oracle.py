@@ -6,6 +6,7 @@ a test holds that. An unknown sentence counts as wrong. Scores are clipped and r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from spa_ray.microworld.grammar import Segment, is_right_step, read
@@ -61,5 +62,11 @@ def scores(question: str, response: str) -> dict[str, int]:
 
 
 def judge(messages: Sequence[Mapping[str, str]], meta: str, response: str, objective: str) -> float:
-    """The oracle as an evaluation judge (`evaluation.judge: spa_ray.microworld.oracle:judge`)."""
+    """The oracle as an evaluation judge (`evaluation.judge: spa_ray.microworld.oracle:judge`).
+
+    A prompt with an exact answer in its meta (the utility family) is right, 10, or wrong, 1, whatever the objective.
+    """
+    answer = json.loads(meta).get("answer") if meta else None
+    if answer is not None:
+        return 10.0 if response.strip() == answer else 1.0
     return float(scores(messages[-1]["content"], response)[objective])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,7 @@ from spa_ray.config.models import Config
 from spa_ray.data.schemas import EPISODES, PAIRS
 from spa_ray.errors import InputError
 from spa_ray.preferences import Funnel, build_pairs, denoise, resolve_tau
-
-STAGE_VERSION = 1
+from spa_ray.runs.folder import Stage, write_json
 
 
 def data_set_tau(episodes: Path, config: Config) -> float | None:
@@ -61,6 +62,16 @@ def build(episodes: Path, out: Path, config: Config, *, tau: float | None) -> Fu
     sink = _PairsSink(out, config, tau, metadata)
     ray.data.read_parquet(str(episodes)).write_datasink(sink)
     return functools.reduce(operator.add, sink.funnels)
+
+
+def build_into(stage: Stage, episodes: Path, config: Config, *, frozen_tau: float | None) -> None:
+    """The whole stage: `pairs/`, `funnel.json`, and `stage.json` last. `frozen_tau` is an earlier iteration's τ."""
+    started = time.time()
+    tau = data_set_tau(episodes, config) if frozen_tau is None else frozen_tau
+    shutil.rmtree(stage.folder / "pairs", ignore_errors=True)  # cheap to build anew: no half of it is kept
+    funnel = build(episodes, stage.folder / "pairs", config, tau=tau).to_dict()
+    write_json(stage.folder / "funnel.json", funnel)
+    stage.finish(started, funnel=funnel)
 
 
 class _PairsSink(Datasink[Funnel]):

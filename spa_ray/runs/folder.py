@@ -93,6 +93,25 @@ class RunFolder:
         return stray
 
 
+def claim(out: Path, name: str, digest: str) -> Stage:
+    """A folder that the user named as one stage's output: new, unfinished by the same settings, or finished by them.
+
+    Raises: InputError when it holds anything else, so that nothing is mixed or overwritten.
+    """
+    stage, note = Stage(name, digest, out.absolute()), out / ".stage"
+    if stage.done:
+        if stage.facts()["hash"] != digest:
+            raise InputError(f"{out}: finished with other settings or input; give another --out or remove it")
+    elif note.is_file():
+        if note.read_text(encoding="utf-8") != digest:
+            raise InputError(f"{out}: begun with other settings or input; give another --out or remove it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: stands already and is not an output of `spa {name}`; give another --out")
+    else:
+        write_text(note, digest)
+    return stage
+
+
 def open_run(path: str | Path) -> RunFolder:
     """An existing run. Raises: InputError when the folder is not one."""
     folder = Path(path)

@@ -172,19 +172,16 @@ class Pipeline:
     # --- build ------------------------------------------------------------------------------------------------------
 
     def _build(self, state: ArmState, iteration: int) -> Stage:
-        from spa_ray.runs.build import build, data_set_tau
+        from spa_ray.runs.build import build_into
 
         assert state.episodes is not None
-        config, episodes = state.config, state.episodes.folder / "episodes"
         frozen = state.tau if iteration > 1 else None  # τ of the first iteration holds for the later ones
-        stage = self.folder.stage("build", address.build_hash(config, episodes=state.episodes.hash, frozen_tau=frozen))
+        digest = address.build_hash(state.config, episodes=state.episodes.hash, frozen_tau=frozen)
+        stage = self.folder.stage("build", digest)
         if not self._done(stage):
-            started = time.time()
             with self.progress.step("build"):
-                tau = data_set_tau(episodes, config) if frozen is None else frozen
-                funnel = build(episodes, stage.folder / "pairs", config, tau=tau)
-            write_json(stage.folder / "funnel.json", funnel.to_dict())
-            self._finish(stage, started, funnel=funnel.to_dict())
+                build_into(stage, state.episodes.folder / "episodes", state.config, frozen_tau=frozen)
+            self.used[stage.folder.name] = stage.facts()
         state.tau = stage.facts()["funnel"]["tau"]
         return stage
 

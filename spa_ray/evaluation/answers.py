@@ -1,0 +1,81 @@
+"""From the episodes of an evaluation to the arrays that metrics read, family by family.
+
+Comes in: a folder of episodes with one response a prompt. Goes out: `FamilyAnswers`. A prompt that failed has no answer
+and is counted; an answer whose judgement failed keeps NaN as its score, which the metrics leave out and count.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as pds
+
+from spa_ray.evaluation.refusals import is_refusal
+from spa_ray.evaluation.tables import Answers
+
+
+@dataclass(frozen=True)
+class FamilyAnswers:
+    """One model's answers to one family of held-out prompts.
+
+    `categories` maps prompt_id -> category for prompts that have one; `exact` is the share of answers that equal the
+    prompt's own exact answer, None where the family has no exact answers; `errors` counts prompts without an answer.
+    """
+
+    answers: Answers
+    categories: dict[str, str]
+    exact: float | None
+    errors: int
+
+
+@dataclass
+class _Rows:
+    ids: list[str] = field(default_factory=list)
+    scores: list[list[float]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    refused: list[bool] = field(default_factory=list)
+    categories: dict[str, str] = field(default_factory=dict)
+    exact: list[bool] = field(default_factory=list)
+    errors: int = 0
+
+
+def read_answers(episodes: Path) -> dict[str, FamilyAnswers]:
+    """Family -> its answers, sorted by prompt_id so that every model's arrays line up."""
+    families: dict[str, _Rows] = {}
+    columns = ["prompt_id", "meta", "responses", "error"]
+    table = pds.dataset(episodes, format="parquet").to_table(columns=columns).sort_by("prompt_id")
+    for row in table.to_pylist():
+        meta = json.loads(row["meta"])
+        rows = families.setdefault(meta["family"], _Rows())
+        if row["error"] is not None:
+            rows.errors += 1
+        else:
+            _add(rows, row["prompt_id"], meta, row["responses"][0])
+    return {name: _close(rows) for name, rows in families.items()}
+
+
+def _add(rows: _Rows, prompt_id: str, meta: dict[str, Any], response: dict[str, Any]) -> None:
+    rows.ids.append(prompt_id)
+    rows.scores.append([np.nan if score is None else score for score in response["scores"]])
+    rows.lengths.append(len(response["token_ids"]))
+    rows.refused.append(is_refusal(response["text"]))
+    if "category" in meta:
+        rows.categories[prompt_id] = meta["category"]
+    if "answer" in meta:
+        rows.exact.append(response["text"].strip() == meta["answer"])
+
+
+def _close(rows: _Rows) -> FamilyAnswers:
+    width = len(rows.scores[0]) if rows.scores else 0
+    answers = Answers(
+        prompt_ids=rows.ids,
+        scores=np.asarray(rows.scores, dtype=np.float64).reshape(len(rows.ids), width),
+        lengths=np.asarray(rows.lengths, dtype=np.int64),
+        refused=np.asarray(rows.refused, dtype=np.bool_),
+    )
+    exact = float(np.mean(rows.exact)) if rows.exact else None
+    return FamilyAnswers(answers, rows.categories, exact, rows.errors)

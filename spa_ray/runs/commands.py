@@ -1,0 +1,149 @@
+"""What each command does, between the command line and the stages.
+
+Comes in: arm configs and paths. Goes out: JSON-like results (DESIGN, «Command line»). Never: argument parsing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from spa_ray.config import Config, arm_configs, load_config
+from spa_ray.errors import InputError
+from spa_ray.runs import stages as address
+from spa_ray.runs.cluster import connected
+from spa_ray.runs.folder import claim
+from spa_ray.runs.hashing import folder_hash, model_hash
+from spa_ray.runs.models import fetch_model
+from spa_ray.runs.pipeline import Pipeline
+from spa_ray.runs.progress import Progress
+
+
+def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[str, Any]:
+    """`spa run`: the whole pipeline. Prints where the run lies and, once evaluated, its table."""
+    progress = Progress()
+    pipeline = Pipeline(arms, progress=progress, until=until, verbose=verbose)
+    pipeline.check()
+    try:
+        with connected(verbose=verbose):
+            result = pipeline.run()
+    finally:
+        progress.close()
+    print_result(result)
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    for name, arm in result["arms"].items():
+        for number, iteration in enumerate(arm["iterations"], 1):
+            if "funnel" in iteration:
+                print_funnel(iteration["funnel"], f"{name}, iteration {number}")
+    print(f"run folder: {result['run_dir']}")
+
+
+def print_funnel(funnel: dict[str, Any], title: str) -> None:
+    """The funnel as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "prompts", title=f"funnel: {title}", title_justify="left")
+    table.add_row("in", str(funnel["prompts"]))
+    for reason, count in funnel["dropped"].items():
+        table.add_row(f"− {reason}", str(count))
+    table.add_row("kept", str(funnel["kept"]))
+    table.add_section()
+    for label, counts in (("chosen", funnel["pairs_by_kind"]), ("decided by", funnel["pairs_by_decided_by"])):
+        for name, count in counts.items():
+            table.add_row(f"pairs, {label} {name}", str(count))
+    table.add_row("pairs", str(funnel["pairs"]))
+    table.add_row("of them dead (gap 0)", str(funnel["dead_pairs"]))
+    Console().print(table)
+
+
+def generate_stage(config: Config, *, out: Path, verbose: bool) -> dict[str, Any]:
+    """`spa generate`: prompts to `out/episodes/`."""
+    pipeline = Pipeline({"main": config}, progress=Progress(), verbose=verbose)
+    with closing(pipeline.progress), connected(verbose=verbose):
+        stage = pipeline.generate_into(config, out)
+    return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
+
+
+def build_stage(
+    episodes: Path, out: Path, config: Path | None, overrides: Iterable[str], *, verbose: bool
+) -> dict[str, Any]:
+    """`spa build`: episodes to `out/pairs/` and `out/funnel.json`.
+
+    Without a config the objectives are read off the episodes' own metadata.
+    """
+    from spa_ray.runs.build import build_into, open_episodes
+
+    folder = inside(episodes, "episodes")
+    data = open_episodes(folder)
+    arms = load_config(config, overrides) if config else _bare_config(data.schema, overrides)
+    arm = next(iter(arms.values()))
+    stage = claim(out, "build", address.build_hash(arm, episodes=folder_hash(folder), frozen_tau=None))
+    if not stage.done:
+        with connected(verbose=verbose):
+            build_into(stage, folder, arm, frozen_tau=None)
+    funnel = stage.facts()["funnel"]
+    print_funnel(funnel, str(episodes))
+    return {"pairs": str(stage.folder / "pairs"), "funnel": funnel}
+
+
+def _bare_config(schema: Any, overrides: Iterable[str]) -> dict[str, Config]:
+    from spa_ray.data.schemas import objectives_of
+
+    try:
+        objectives = objectives_of(schema)
+    except KeyError as e:
+        raise InputError("these episodes name no objectives in their metadata; give --config") from e
+    n = max(5, len(objectives) + 1)
+    raw = {"objectives": objectives, "model": {"path": "none"}, "sampling": {"n": n}}
+    return arm_configs(raw, overrides, where="spa build", stem="build")
+
+
+def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dict[str, Any]:
+    """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands."""
+    from spa_ray.training.job import TrainJob
+    from spa_ray.training.launch import train_jobs
+
+    folder, model = inside(pairs, "pairs"), fetch_model(config.model)
+    if not any(folder.glob("*.parquet")):
+        raise InputError(f"{folder}: no *.parquet in it; give the pairs folder that `spa build` wrote")
+    digest = address.train_hash(config, pairs=folder_hash(folder), model=model_hash(model))
+    work = claim(out.with_name(f"{out.name}.work"), "train", digest)
+    if out.exists() and not work.done:
+        raise InputError(f"{out}: stands already; give another --out or remove it")
+    if not work.done:
+        job = TrainJob(
+            name=out.name,
+            pairs=folder,
+            model=model,
+            out=out.absolute(),
+            train=config.train.resolved(),
+            seed=config.seed,
+            work=work.folder / "job",
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        progress, started = Progress(), time.time()
+        with closing(progress), connected(verbose=verbose):
+            (result,) = train_jobs(
+                [job],
+                config.resources,
+                storage=work.folder / "ray_train",
+                name=f"train-{digest}",
+                verbose=verbose,
+                on_progress=progress.counter("train"),
+            )
+        work.finish(started, **result.to_dict())
+    return {"model": str(out.absolute()), **work.facts()}
+
+
+def inside(path: Path, name: str) -> Path:
+    """The folder `name` inside `path` where there is one, else `path` itself. Raises: InputError without any."""
+    if not path.exists():
+        raise InputError(f"{path}: no such folder")
+    return path / name if (path / name).is_dir() else path

@@ -1,0 +1,115 @@
+"""`spa inspect`: one prompt's whole story in a run: candidates, scores, filters, pairs, weights.
+
+Comes in: a run folder and a prompt_id (or its beginning). Goes out: a JSON-like story and its printed form.
+Reads finished stages only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pds
+
+from spa_ray.config.models import Config
+from spa_ray.errors import InputError
+from spa_ray.preferences import build_pairs, denoise
+from spa_ray.runs.folder import RunFolder, open_run
+
+
+def story(run_dir: Path, prompt_id: str) -> dict[str, Any]:
+    """The prompt's story, arm by arm and iteration by iteration.
+
+    Raises: InputError when the run has no such prompt, or the beginning fits several.
+    """
+    run = open_run(run_dir)
+    configs = run_configs(run)
+    told: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(run.path.glob("arms/*/iter_*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        chapter = _chapter(record, configs[file.parent.name], prompt_id)
+        if chapter:
+            told.setdefault(file.parent.name, []).append({"iteration": int(file.stem.removeprefix("iter_")), **chapter})
+    if not told:
+        raise InputError(f"{run_dir}: no prompt with the id {prompt_id!r} in its episodes; ids stand in episodes/")
+    return {"run_dir": str(run.path), "prompt_id": prompt_id, "arms": told}
+
+
+def run_configs(run: RunFolder) -> dict[str, Config]:
+    """The resolved config of every arm of a run."""
+    import yaml
+
+    raw = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+    return {name: Config.model_validate(arm) for name, arm in raw["arms"].items()}
+
+
+def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str, Any] | None:
+    row = _one_row(Path(record["episodes"]), prompt_id)
+    if row is None:
+        return None
+    chapter: dict[str, Any] = {"episode": row.to_pylist()[0], "objectives": list(config.objectives)}
+    if "funnel" in record:
+        denoised = denoise(row, config, tau=record["funnel"]["tau"])
+        pairs = build_pairs(denoised, config)
+        chapter["filters"] = denoised.select(["det", "kept", "drop_reason"]).to_pylist()[0]
+        chapter["filters"]["tau"] = record["funnel"]["tau"]
+        keys = ["pair_id", "chosen_index", "rejected_index", "margin", "gap", "decided_by", "kind"]
+        chapter["pairs"] = pairs.select(keys).to_pylist()
+        chapter["train"] = {"gap": config.train.gap, "alpha": config.train.alpha}
+    return chapter
+
+
+def _one_row(episodes: Path, prompt_id: str) -> pa.Table | None:
+    data = pds.dataset(episodes, format="parquet")
+    ids = data.to_table(columns=["prompt_id"])["prompt_id"]
+    fits = pc.unique(ids.filter(pc.starts_with(ids, prompt_id))).to_pylist()
+    if len(fits) > 1 and prompt_id not in fits:
+        raise InputError(f"{prompt_id!r} is the beginning of {len(fits)} ids, for example {', '.join(fits[:3])}")
+    if not fits:
+        return None
+    wanted = prompt_id if prompt_id in fits else fits[0]
+    return data.to_table(filter=pds.field("prompt_id") == wanted)
+
+
+def print_story(told: dict[str, Any]) -> None:
+    """The story as text."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for arm, chapters in told["arms"].items():
+        for chapter in chapters:
+            episode, names = chapter["episode"], chapter["objectives"]
+            console.rule(f"arm {arm}, iteration {chapter['iteration']}: {episode['prompt_id']}")
+            for message in episode["messages"]:
+                console.print(f"[bold]{message['role']}[/bold]: {escape(message['content'])}")
+            if episode["error"]:
+                console.print(f"error: {escape(episode['error'])}")
+            table = Table("#", "kind", *names, "status", "answer")
+            for response in episode["responses"] or []:
+                scores = ["–" if s is None else f"{s:g}" for s in response["scores"]]
+                status = ", ".join(sorted(set(response["score_status"])))
+                table.add_row(str(response["index"]), response["kind"], *scores, status, escape(response["text"]))
+            console.print(table)
+            if "filters" in chapter:
+                _print_filters(console, chapter)
+
+
+def _print_filters(console: Any, chapter: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    filters = chapter["filters"]
+    verdict = "kept" if filters["kept"] else f"dropped: {filters['drop_reason']}"
+    console.print(f"det Σ {filters['det']}, τ {filters['tau']}: {verdict}")
+    if chapter["pairs"]:
+        table = Table("pair", "kind", "decided by", "margin (Eq. 2)", "gap (Eq. 3)")
+        for pair in chapter["pairs"]:
+            indices = f"{pair['chosen_index']} ≻ {pair['rejected_index']}"
+            table.add_row(indices, pair["kind"], pair["decided_by"], f"{pair['margin']:g}", f"{pair['gap']:g}")
+        console.print(table)
+        train = chapter["train"]
+        console.print(f"weight of a pair: ({train['gap']} gap / its batch's mean) ** {train['alpha']:g}")
