@@ -72,7 +72,7 @@ def table(model: type[BaseModel]) -> str:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, info in model.model_fields.items():
         below = section_of(info.annotation)
-        like = f" (as `{HOMES[below]}`)" if below in HOMES and is_known(below, model) else ""
+        like = f" (as `{HOMES[below]}`)" if below is not None and is_known(below, model) else ""
         kind = type_text(info.annotation) + bounds(info) + like
         cells = [f"`{name}`", kind, default_text(info), cell(info.description or "")]
         rows.append(f"| {' | '.join(cells)} |")

@@ -58,6 +58,18 @@ check_driver() {
         die "this NVIDIA driver serves CUDA $cuda, the GPU lock needs 13: update the driver (580 or newer), or set SPA_DEVICE=cpu"
 }
 
+configure_uv() { # as this host's pip is configured, which uv does not read: a mirror, certificates of its own
+    local settings variable key value
+    settings=$(.venv/bin/pip config list)
+    for variable in UV_DEFAULT_INDEX:index-url SSL_CERT_FILE:cert; do
+        key=${variable#*:} variable=${variable%:*}
+        value=$(sed -n "s/^[^=]*\.$key='\(.*\)'\$/\1/p" <<<"$settings" | head -1)
+        if [ -n "$value" ] && [ -z "${!variable:-}" ]; then
+            export "$variable=$value"
+        fi
+    done
+}
+
 install_cpu_torch() { # VERSION
     # PyTorch's CPU build is in no default index. First as pip is configured on this host (a mirror, a folder of
     # wheels), then from PyTorch's own index, which uv knows by name.
@@ -87,6 +99,7 @@ lock=requirements/$device.lock
 [ -x .venv/bin/python ] || make_venv
 export VIRTUAL_ENV=$PWD/.venv
 .venv/bin/pip install --quiet "uv==$UV_VERSION"
+configure_uv
 say "$(grep -c == "$lock") packages from $lock (the first time takes some minutes)"
 install_lock "$lock"
 touch .venv/.ready
