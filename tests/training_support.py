@@ -54,7 +54,7 @@ def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def make_job(folder: Path, model: Path, pairs: Path, *, name: str = "job", seed: int = 0, **train: Any) -> TrainJob:
     """A job in float32 with a learning rate at which a tiny model moves."""
-    settings = {"lr": 1e-3, "dtype": "float32", "max_length": 128, "batch_size": 8, "zero_stage": 2, **train}
+    settings = {"lr": 2e-4, "dtype": "float32", "max_length": 128, "batch_size": 8, "zero_stage": 2, **train}
     return TrainJob(
         name=name,
         pairs=pairs,

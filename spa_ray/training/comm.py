@@ -59,7 +59,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             answer[0] = (work(), None)
         except (InputError, RunError) as e:
             answer[0] = (None, e)
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001  # raised again below, once the other ranks know
             failure = e
             answer[0] = (None, RunError(f"training failed on rank 0: {type(e).__name__}: {e}"))
     dist.broadcast_object_list(answer, src=0)
@@ -74,12 +74,8 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 @contextmanager
 def process_group() -> Iterator[None]:
     """A process group for runs without Ray: torchrun's where its variables are set, else one of this process alone."""
-    if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-        os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1")
+    alone = {} if "RANK" in os.environ else _variables_of_one()
+    os.environ.update(alone)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -87,6 +83,16 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        for key in alone:
+            del os.environ[key]
+
+
+def _variables_of_one() -> dict[str, str]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def set_threads() -> None:

@@ -35,7 +35,8 @@ def _write(job: TrainJob, model: Any, state: dict[str, Tensor], *, lora: bool) -
     partial.mkdir(parents=True)
     if lora:
         model.save_pretrained(partial / "adapter", state_dict=state)
-        model, state = _merged(job, partial / "adapter"), None
+        model = _merged(job, partial / "adapter")
+        state = model.state_dict()
     model.generation_config = type(
         model.generation_config
     )()  # the source's own file is copied; this one always validates
@@ -54,7 +55,7 @@ def _merged(job: TrainJob, adapter: Path) -> Any:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Everything of a model folder but weights and config, byte for byte: tokenizer, template, generation config, code."""
+    """All of a model folder but weights and config, byte for byte: tokenizer, template, generation config, code."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name not in OURS and not any(file.match(w) for w in WEIGHTS):
             shutil.copyfile(file, target / file.name)

@@ -66,7 +66,7 @@ class ResponseLogps(nn.Module):
     """A causal LM that answers with its responses' log-probs.
 
     The output head is given only the hidden states that predict a response token (a forward pre-hook picks them), so
-    the logits are (tokens, vocab) and whatever the model does to its logits afterwards (scaling, soft caps) still holds.
+    the logits are (tokens, vocab) and what the model does to its logits afterwards (scaling, soft caps) still holds.
     """
 
     def __init__(self, model: Any) -> None:

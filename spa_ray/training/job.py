@@ -22,7 +22,7 @@ class TrainJob:
     """One model to train.
 
     `pairs` is a Parquet file or a folder of them, `model` a local model folder, `out` the model folder to write (it
-    must not stand yet), `work` the job's own folder for tokens, logs and checkpoints. All lie where every rank can read.
+    must not stand yet), `work` the job's own folder for tokens, logs and checkpoints. All lie where every rank reads.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a job did. `metrics` is the last row of its log, `dropped` counts pairs by reason, `pairs` those trained on."""
+    """What a job did. `metrics` is its log's last row, `dropped` counts pairs by reason, `pairs` those trained on."""
 
     name: str
     model: Path

@@ -1,7 +1,7 @@
 """The step loop: a job in, a model folder out. It knows torch and DeepSpeed and nothing of Ray.
 
-All ranks call `run_job` together. By itself: `python -m spa_ray.training.loop --job job.json` (one process), or the same
-under `torchrun`. Writes `train_log.jsonl` and checkpoints into the job's `work` folder.
+All ranks call `run_job` together. By itself: `python -m spa_ray.training.loop --job job.json` (one process), or the
+same under `torchrun`. Writes `train_log.jsonl` and checkpoints into the job's `work` folder.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ _MEND = "lower train.lr, or look at those pairs and at the model's weights"
 def run_job(job: TrainJob, progress: Progress | None = None) -> TrainResult:
     """Train, export, clean up. Collective. A job that is already done is handed back with `skipped`.
 
-    Raises: InputError for bad input, a resume that cannot be honoured, or an `out` that another job wrote; RunError for a
-    non-finite loss or gradient. Both on every rank.
+    Raises: InputError for bad input, a resume that cannot be honoured, or an `out` that another job wrote; RunError for
+    a non-finite loss or gradient. Both on every rank.
     """
     started = time.perf_counter()
     comm.set_threads()

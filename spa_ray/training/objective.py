@@ -42,14 +42,14 @@ class Objective:
 def _simpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
     chosen, rejected = (inputs.summed / inputs.counts).chunk(2)
     losses = simpo_loss(chosen, rejected, beta=train.beta, gamma=train.gamma, weights=inputs.weights)  # type: ignore[arg-type]
-    return losses, _pair_stats(chosen, rejected, train.beta * chosen, train.beta * rejected)  # type: ignore[operator]
+    return losses, _pair_stats(chosen, rejected, train.beta * chosen, train.beta * rejected)
 
 
 def _dpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
     assert inputs.reference is not None
     (chosen, rejected), (ref_chosen, ref_rejected) = inputs.summed.chunk(2), inputs.reference
     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=train.beta, weights=inputs.weights)  # type: ignore[arg-type]
-    rewards = [train.beta * (chosen - ref_chosen), train.beta * (rejected - ref_rejected)]  # type: ignore[operator]
+    rewards = [train.beta * (chosen - ref_chosen), train.beta * (rejected - ref_rejected)]
     return losses, _pair_stats(chosen, rejected, *rewards)
 
 

@@ -140,9 +140,8 @@ def _checked_ids(ids: list[int] | None, vocab_size: int, where: str) -> list[int
     if not ids:
         raise InputError(f"{where} is empty; a response needs one token or more")
     if min(ids) < 0 or max(ids) >= vocab_size:
-        raise InputError(
-            f"{where} holds id {max(ids)}, the model's vocabulary ends at {vocab_size - 1}: another model's"
-        )
+        stray = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InputError(f"{where} holds id {stray}, the model's vocabulary ends at {vocab_size - 1}: another model's?")
     return ids
 
 
