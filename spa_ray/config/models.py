@@ -107,6 +107,11 @@ class Denoise(Section):
     tau_quantile: float | None = Field(0.32, gt=0, le=1, description="null: no upper bound")
     tau_over: Literal["positive", "all"] = "positive"
 
+    @field_validator("consistency", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads a bare `off` as false
+
 
 class Pairs(Section):
     """Preference pairs (SPA, Eq. 2)."""
@@ -240,7 +245,7 @@ class Config(Section):
     run_dir: str
     seed: int = 0
     profile: Literal["paper", "robust"] = "paper"
-    arms: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"main": {}}, min_length=1)
+    arms: dict[str, dict[str, Any]] = Field({"main": {}}, min_length=1)
     objectives: tuple[str, ...] = ("harmless", "helpful")
     constitution: str = Field("hhh", description="built-in name or YAML file")
     model: Model

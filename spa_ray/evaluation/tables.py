@@ -71,6 +71,22 @@ class ArmMetrics:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ArmMetrics:
+        """The metrics that `to_dict` wrote; further keys of the mapping are left aside."""
+
+        def intervals(values: Mapping[str, Any]) -> dict[str, Interval]:
+            return {name: Interval(**value) for name, value in values.items()}
+
+        return cls(
+            n=raw["n"],
+            unscored=raw["unscored"],
+            means=intervals(raw["means"]),
+            by_category={name: intervals(values) for name, values in raw["by_category"].items()},
+            differences=intervals(raw["differences"]),
+            differences_by_category={n: intervals(v) for n, v in raw["differences_by_category"].items()},
+        )
+
 
 def arm_metrics(
     arms: Mapping[str, Answers],

@@ -101,7 +101,8 @@ def pretrain(out: Path, *, steps: int, seed: int, peak: float, log_every: int = 
     )
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "pretrain_log.jsonl").open("w")
-    total, started, running = sum(MIXTURE.values()), time.monotonic(), {}
+    total, started = sum(MIXTURE.values()), time.monotonic()
+    running: dict[str, float] = {}
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)

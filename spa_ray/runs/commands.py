@@ -5,6 +5,9 @@ Comes in: arm configs and paths. Goes out: JSON-like results (DESIGN, «Command 
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import closing
@@ -15,9 +18,9 @@ from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.errors import InputError
 from spa_ray.runs import stages as address
 from spa_ray.runs.cluster import connected
-from spa_ray.runs.folder import claim
-from spa_ray.runs.hashing import folder_hash, model_hash
-from spa_ray.runs.models import fetch_model
+from spa_ray.runs.folder import claim, write_json
+from spa_ray.runs.hashing import file_hash, folder_hash, model_hash
+from spa_ray.runs.models import check_model_folder, fetch_model
 from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.progress import Progress
 
@@ -33,6 +36,8 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
     finally:
         progress.close()
     print_result(result)
+    if (pipeline.folder.path / "metrics.json").is_file() and until == "evaluate":
+        print_metrics(json.loads((pipeline.folder.path / "metrics.json").read_text(encoding="utf-8")))
     return result
 
 
@@ -65,9 +70,36 @@ def print_funnel(funnel: dict[str, Any], title: str) -> None:
 
 def generate_stage(config: Config, *, out: Path, verbose: bool) -> dict[str, Any]:
     """`spa generate`: prompts to `out/episodes/`."""
-    pipeline = Pipeline({"main": config}, progress=Progress(), verbose=verbose)
-    with closing(pipeline.progress), connected(verbose=verbose):
-        stage = pipeline.generate_into(config, out)
+    from spa_ray.data.prompts import write_prompts
+    from spa_ray.generation.setup import Task, check_generation
+    from spa_ray.generation.stage import generate
+
+    model = fetch_model(config.model)
+    check_generation(config, model)
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "prompts.parquet"
+        write_prompts(config.prompts, fresh)
+        digest = address.generate_hash(
+            config, iteration=1, prompts=file_hash(fresh), model=model_hash(model), earlier=None
+        )
+        stage = claim(out, "generate", digest)
+        if not stage.done:
+            shutil.copyfile(fresh, stage.folder / "prompts.parquet")
+    if not stage.done:
+        progress, started = Progress(), time.time()
+        with closing(progress), connected(verbose=verbose):
+            counts = generate(
+                config,
+                Task(),
+                prompts=stage.folder / "prompts.parquet",
+                out=stage.folder / "episodes",
+                checkpoint=stage.folder / "checkpoint",
+                model=model,
+                config_hash=digest,
+                on_progress=progress.counter("generate"),
+                verbose=verbose,
+            )
+        stage.finish(started, **counts.to_dict())
     return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
 
 
@@ -140,6 +172,52 @@ def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dic
             )
         work.finish(started, **result.to_dict())
     return {"model": str(out.absolute()), **work.facts()}
+
+
+def evaluate_stage(config: Config, *, model: Path, out: Path, verbose: bool) -> dict[str, Any]:
+    """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
+    from spa_ray.evaluation.prompts import write_eval_prompts
+    from spa_ray.generation.setup import check_generation
+    from spa_ray.runs.evaluate import Subject, evaluate, judge_folder, run_metrics
+
+    check_model_folder(model)
+    check_generation(config, model)
+    judge = judge_folder(config, fetch_model(config.model) if config.evaluation.judge == "base" else model)
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "prompts.parquet"
+        write_eval_prompts(config.evaluation, fresh)
+        hashes = {"model": model_hash(model), "judge": model_hash(judge) if judge else ""}
+        stage = claim(out, "eval", address.evaluate_hash(config, prompts=file_hash(fresh), **hashes))
+        progress = Progress()
+        if not stage.done:
+            with closing(progress), connected(verbose=verbose):
+                evaluate(
+                    config,
+                    [Subject(model.absolute(), stage)],
+                    base=model.absolute(),
+                    judge=judge,
+                    prompts=fresh,
+                    work=stage.folder,
+                    on_progress=progress.counter("evaluate"),
+                    verbose=verbose,
+                )
+    metrics = run_metrics(config, {"model": stage}, baseline=None)
+    write_json(stage.folder / "metrics.json", metrics)
+    print_metrics(metrics)
+    return {"episodes": str(stage.folder / "episodes"), "metrics": {f: arms["model"] for f, arms in metrics.items()}}
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """One table a family."""
+    from rich.console import Console
+
+    from spa_ray.evaluation.tables import ArmMetrics, rich_table
+
+    console = Console()
+    for family, arms in metrics.items():
+        table = rich_table({name: ArmMetrics.from_dict(arm) for name, arm in arms.items()})
+        table.title = f"held-out prompts: {family}"
+        console.print(table)
 
 
 def inside(path: Path, name: str) -> Path:

@@ -46,6 +46,8 @@ class Pipeline:
             raise InputError(f"--until {until}: no such stage; one of {', '.join(STAGES)}")
         self.arms, self.until, self.progress, self.verbose = arms, until, progress, verbose
         self.folder = RunFolder(Path(next(iter(arms.values())).run_dir).absolute())
+        self.base = fetch_model(next(iter(arms.values())).model)
+        self.base_hash = model_hash(self.base)
         self.used: dict[str, dict[str, Any]] = {}
         self.started = datetime.now(UTC)
 
@@ -60,23 +62,32 @@ class Pipeline:
                 break
         metrics = self._evaluate(states) if self.until == "evaluate" else {}
         write_manifest(self.folder, started=self.started, stages=self.used)
-        return {
-            "run_dir": str(self.folder.path),
-            "arms": {
-                name: {"iterations": s.iterations, "metrics": metrics.get(name, {})} for name, s in states.items()
-            },
-            **({"vanilla": metrics["vanilla"]} if "vanilla" in metrics else {}),
-        }
+        arms = {name: {"iterations": s.iterations, "metrics": metrics.get(name, {})} for name, s in states.items()}
+        vanilla = {"vanilla": {"metrics": metrics["vanilla"]}} if metrics else {}
+        return {"run_dir": str(self.folder.path), "arms": arms, **vanilla}
 
     def _begin(self) -> dict[str, ArmState]:
-        models = {config.model.path: config.model for config in self.arms.values()}
-        folders = {path: fetch_model(model) for path, model in models.items()}
-        hashes = {path: model_hash(folder) for path, folder in folders.items()}
         write_run_config(self.folder, self.arms)
-        return {
-            name: ArmState(config, folders[config.model.path], hashes[config.model.path])
-            for name, config in self.arms.items()
-        }
+        return {name: ArmState(config, self.base, self.base_hash) for name, config in self.arms.items()}
+
+    def check(self) -> None:
+        """What can be known before Ray starts: the model, the prompts, templates and judge. Raises: InputError."""
+        from spa_ray.generation.setup import check_generation
+
+        configs = list(self.arms.values())
+        for arm, config in self.arms.items():
+            for section in ("model", "evaluation"):
+                if getattr(config, section) != getattr(configs[0], section):
+                    raise InputError(f"arms: {arm}: {section} cannot differ between the arms of a run")
+            check_generation(config, self.base)
+            self._prompts(config, 0)
+        if configs[0].evaluation.prompts or configs[0].evaluation.families:
+            self._eval_prompts(configs[0])
+
+    def _eval_prompts(self, config: Config) -> Stage:
+        from spa_ray.evaluation.prompts import write_eval_prompts
+
+        return self._prompt_stage("evalprompts", lambda out: write_eval_prompts(config.evaluation, out))
 
     def _iterate(self, states: dict[str, ArmState], iteration: int) -> None:
         records: dict[str, dict[str, Any]] = {name: {"stages": {}} for name in states}
@@ -131,6 +142,7 @@ class Pipeline:
         return stage
 
     def _generate(self, state: ArmState, iteration: int) -> Stage:
+        from spa_ray.generation.setup import Task
         from spa_ray.generation.stage import generate
 
         config = state.config
@@ -156,11 +168,11 @@ class Pipeline:
             started = time.time()
             counts = generate(
                 config,
+                Task(iteration=iteration),
                 prompts=prompts.folder / "prompts.parquet",
                 out=stage.folder / "episodes",
                 checkpoint=stage.folder / "checkpoint",
                 model=state.model,
-                iteration=iteration,
                 earlier=earlier.folder / "episodes" if earlier else None,
                 config_hash=stage.hash,
                 on_progress=self.progress.counter("generate"),
@@ -233,7 +245,42 @@ class Pipeline:
     # --- evaluate ---------------------------------------------------------------------------------------------------
 
     def _evaluate(self, states: dict[str, ArmState]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Metrics of the base model, `vanilla`, and of every arm's last model: arm -> family -> metrics."""
+        from spa_ray.runs.evaluate import Subject, evaluate, judge_folder, run_metrics
+
+        first = next(iter(states.values()))
+        config = first.config
+        if config.evaluation.prompts is None and not config.evaluation.families:
+            return {}
+        prompts = self._eval_prompts(config)
+        judge = judge_folder(config, self.base)
+        models = {"vanilla": (self.base, self.base_hash)} | {n: (s.model, s.model_hash) for n, s in states.items()}
+        stages: dict[str, Stage] = {}
+        pending: dict[str, Subject] = {}
+        for name, (model, hashed) in models.items():
+            address_of = address.evaluate_hash(
+                config, prompts=prompts.hash, model=hashed, judge=model_hash(judge) if judge else ""
+            )
+            stages[name] = stage = self.folder.stage("evaluate", address_of)
+            if stage.folder.name not in pending and not self._done(stage):
+                pending[stage.folder.name] = Subject(model, stage)
+        if pending:
+            evaluate(
+                config,
+                list(pending.values()),
+                base=self.base,
+                judge=judge,
+                prompts=prompts.folder / "prompts.parquet",
+                work=self.folder.path / "stages",
+                on_progress=self.progress.counter("evaluate"),
+                verbose=self.verbose,
+            )
+            self.used |= {name: subject.stage.facts() for name, subject in pending.items()}
+        metrics = run_metrics(config, stages)
+        write_json(self.folder.path / "metrics.json", metrics)
+        answers = {name: str(stage.folder / "episodes") for name, stage in stages.items()}
+        write_json(self.folder.path / "evaluation.json", answers)
+        return {name: {family: arms[name] for family, arms in metrics.items()} for name in models}
 
 
 def check_pairs(arm: str, funnel: dict[str, Any], folder: Path) -> None:

@@ -1,0 +1,92 @@
+"""`spa demo`: the embedded world's config through the ordinary pipeline, and the tables that a newcomer sees.
+
+Comes in: overrides, seeds. Goes out: the printed tables and the `--json` object. The only module that names the
+microworld, as data in the package.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spa_ray.config import arm_configs
+from spa_ray.errors import InputError
+from spa_ray.runs.commands import print_funnel, print_metrics
+from spa_ray.runs.examples import before_after, print_examples
+
+WORLD = "spa_ray.microworld"
+
+
+def run_demo(overrides: list[str], *, full: bool, seeds: int, verbose: bool) -> dict[str, Any]:
+    """Run the demo, once a seed. Returns: the object that `spa demo --json` ends with."""
+    from spa_ray.runs.cluster import connected
+    from spa_ray.runs.pipeline import Pipeline
+    from spa_ray.runs.progress import Progress
+
+    started = time.time()
+    raw = demo_config(full=full)
+    name = f"{raw['name']}-full" if full else raw["name"]
+    results: dict[int, dict[str, Any]] = {}
+    progress = Progress()
+    try:
+        with connected(verbose=verbose):
+            for seed in range(seeds):
+                given = [f"name={name}-seed{seed}", f"seed={seed}", *overrides] if seeds > 1 else overrides
+                arms = arm_configs({**raw, "name": name}, given, where="spa demo", stem=name)
+                pipeline = Pipeline(arms, progress=progress, verbose=verbose)
+                pipeline.check()
+                results[seed] = pipeline.run()
+    finally:
+        progress.close()
+    for result in results.values():
+        show(result)
+    return summary(results, seconds=time.time() - started)
+
+
+def demo_config(*, full: bool) -> dict[str, Any]:
+    """The embedded demo config, with the full study's arms and families where asked."""
+    config = _read("demo.yaml")
+    if full:
+        more = _read("full.yaml")
+        config["arms"] = more["arms"]
+        config["evaluation"] = {**config["evaluation"], **more["evaluation"]}
+    return config
+
+
+def _read(name: str) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(resources.files(WORLD).joinpath(name).read_text(encoding="utf-8"))
+    except (ModuleNotFoundError, OSError) as e:
+        raise InputError(f"{WORLD}/{name}: not in this installation; install spa_ray with its package data") from e
+
+
+def show(result: dict[str, Any]) -> None:
+    """Funnels, metric tables, three examples, the path."""
+    run_dir = Path(result["run_dir"])
+    funnels = {json.dumps(arm["iterations"][0]["funnel"]): name for name, arm in reversed(result["arms"].items())}
+    for text, name in reversed(funnels.items()):
+        print_funnel(json.loads(text), name)
+    print_metrics(json.loads((run_dir / "metrics.json").read_text(encoding="utf-8")))
+    print_examples(before_after(run_dir, arm="spa"))
+    print(f"run folder: {run_dir}")
+
+
+def summary(results: dict[int, dict[str, Any]], *, seconds: float) -> dict[str, Any]:
+    """Means over seeds by arm: every measure of the main family, as plain numbers."""
+    first = next(iter(results.values()))
+    names = ["vanilla", *first["arms"]]
+    out: dict[str, Any] = {}
+    for name in names:
+        runs = [r["vanilla"] if name == "vanilla" else r["arms"][name] for r in results.values()]
+        means = [run["metrics"]["test"]["means"] for run in runs]
+        out[name] = {key: sum(m[key]["mean"] for m in means) / len(means) for key in means[0]}
+    funnel_arm = "spa" if "spa" in first["arms"] else next(iter(first["arms"]))
+    out["funnel"] = first["arms"][funnel_arm]["iterations"][0]["funnel"]
+    out["run_dirs"] = [r["run_dir"] for r in results.values()]
+    out["seconds"] = round(seconds, 1)
+    return out

@@ -1,0 +1,24 @@
+"""Engines: a small async protocol, vLLM behind it, and a scripted engine for tests. The only importer of vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spa_ray.config.models import Model
+from spa_ray.data.dotted import load_dotted
+from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
+
+__all__ = ["Completion", "Engine", "EngineDeadError", "Request", "create_engine"]
+
+
+def create_engine(model: Model, folder: Path, *, verbose: bool = False) -> Engine:
+    """The engine that `model.engine` names, with the weights in `folder`.
+
+    Raises: InputError for a dotted path that leads nowhere or a model that the engine refuses.
+    """
+    if model.engine == "vllm":
+        from spa_ray.engine.vllm_engine import VLLMEngine
+
+        return VLLMEngine(model, folder, verbose=verbose)
+    factory = load_dotted(model.engine, where="model.engine")
+    return factory(model, folder, **model.engine_kwargs)

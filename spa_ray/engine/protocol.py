@@ -1,0 +1,63 @@
+"""What the rest of the system knows of an engine: requests in, completions out, asynchronously.
+
+Never: objectives, pairs, which library answers. Token ids go in and come out; no text is templated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from spa_ray.errors import RunError
+
+
+class EngineDeadError(RunError):
+    """The engine cannot answer any more: it died, stalled, or was shut down."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to be sampled.
+
+    `choices` constrains the text to one of these strings. `label_ids` asks for the log-probabilities of these tokens
+    at the first generated position, over the whole vocabulary (no constraint is applied to them).
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int
+    temperature: float
+    seed: int
+    top_p: float = 1.0
+    choices: tuple[str, ...] | None = None
+    label_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`token_ids` are as generated, the end token included when it was generated; `text` is without it.
+
+    `label_logprobs` are in the order of the request's `label_ids`.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    label_logprobs: tuple[float, ...] | None = None
+
+
+class Engine(Protocol):
+    """One model, loaded once."""
+
+    tokenizer: Any
+    max_model_len: int
+
+    async def generate(self, request: Request) -> Completion:
+        """Answer a request. Raises: EngineDeadError; ValueError when prompt and max_tokens exceed `max_model_len`."""
+        ...
+
+    async def load_weights(self, model: Path) -> None:
+        """Exchange the weights for another model folder's of the same architecture, once nothing is in flight."""
+        ...
+
+    def shutdown(self) -> None: ...

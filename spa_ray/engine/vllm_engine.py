@@ -1,0 +1,245 @@
+"""vLLM in this process, stepped by a thread of its own.
+
+Comes in: `Request`s from any event loop. Goes out: `Completion`s; one wake-up of the loop for all that a step finished.
+The engine thread alone touches vLLM. If it dies, every pending and later request gets `EngineDeadError`: nobody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from spa_ray.config.models import Model
+from spa_ray.engine.protocol import Completion, EngineDeadError, Request
+from spa_ray.errors import InputError
+
+STALL_SECONDS = 300.0  # without one finished step: the engine counts as dead
+IDLE_SECONDS = 0.5
+CPU_KV_GIB = "2"
+
+
+class VLLMEngine:
+    """One vLLM engine. Construct it where its model shall live; `shutdown` ends it."""
+
+    def __init__(self, model: Model, folder: Path, *, verbose: bool = False) -> None:
+        """Load the model. Raises: InputError when vLLM refuses it, naming vLLM's reason."""
+        self._engine = _start_vllm(model, folder, verbose=verbose)
+        self.tokenizer: Any = self._engine.get_tokenizer()
+        self.max_model_len: int = self._engine.model_config.max_model_len
+        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pending: dict[str, _Job] = {}
+        self._numbers = itertools.count()
+        self._dead: str | None = None
+        self._last_step = time.monotonic()
+        self._thread = threading.Thread(target=self._serve, name="vllm-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> Completion:
+        if len(request.prompt_ids) + request.max_tokens > self.max_model_len:
+            raise ValueError(
+                f"{len(request.prompt_ids)} prompt tokens and {request.max_tokens} more exceed the context of "
+                f"{self.max_model_len}"
+            )
+        output = await self._answer(_Job(asyncio.get_running_loop(), request=request))
+        return self._completion(request, output)
+
+    async def load_weights(self, model: Path) -> None:
+        await self._answer(_Job(asyncio.get_running_loop(), weights=model))
+
+    def shutdown(self) -> None:
+        self._inbox.put(None)
+        self._thread.join(timeout=30)
+        self._engine.engine_core.shutdown()
+
+    async def _answer(self, job: _Job) -> Any:
+        if self._dead:
+            raise EngineDeadError(self._dead)
+        self._inbox.put(job)
+        while True:
+            done, _ = await asyncio.wait({job.future}, timeout=STALL_SECONDS)
+            if done:
+                return job.future.result()
+            idle = time.monotonic() - self._last_step
+            if self._dead or idle > STALL_SECONDS or not self._thread.is_alive():
+                raise EngineDeadError(self._dead or f"vLLM: no step finished for {idle:.0f} s")
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        ids = list(output.token_ids)
+        labels = None
+        if request.label_ids is not None:
+            first = output.logprobs[0]
+            labels = tuple(first[token].logprob for token in request.label_ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        reason: Literal["stop", "length"] = "length" if output.finish_reason == "length" else "stop"
+        return Completion(text=text, token_ids=ids, finish_reason=reason, label_logprobs=labels)
+
+    # --- the engine thread ------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while self._take_in():
+                if self._engine.has_unfinished_requests():
+                    outputs = self._engine.step()
+                    self._last_step = time.monotonic()
+                    self._hand_out(outputs)
+            self._die("vLLM: the engine was shut down")
+        except Exception as e:  # whatever killed it, the waiting requests must hear of it
+            self._die(f"vLLM: the engine died ({type(e).__name__}: {e})")
+            raise
+
+    def _take_in(self) -> bool:
+        """Move all waiting jobs into vLLM; waits for one when there is nothing to do. False: shut down."""
+        busy = self._engine.has_unfinished_requests()
+        while True:
+            try:
+                job = self._inbox.get_nowait() if busy else self._inbox.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                self._last_step = self._last_step if busy else time.monotonic()
+                return True
+            if job is None:
+                return False
+            if job.weights is not None:
+                self._swap(job)
+            else:
+                self._add(job)
+                busy = True
+
+    def _add(self, job: _Job) -> None:
+        assert job.request is not None
+        number = str(next(self._numbers))
+        try:
+            self._engine.add_request(number, {"prompt_token_ids": job.request.prompt_ids}, _params(job.request))
+        except ValueError as e:  # this request is at fault, not the engine
+            job.fail(e)
+            return
+        self._pending[number] = job
+
+    def _swap(self, job: _Job) -> None:
+        while self._engine.has_unfinished_requests():
+            self._hand_out(self._engine.step())
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(job.weights)})
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache of the old weights could not be emptied")
+        self._last_step = time.monotonic()
+        job.finish(None)
+
+    def _hand_out(self, outputs: list[Any]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Any]]] = defaultdict(list)
+        for output in outputs:
+            if output.finished:
+                job = self._pending.pop(output.request_id)
+                by_loop[job.loop].append((job, output.outputs[0]))
+        for loop, finished in by_loop.items():
+            _call_in(loop, partial(_resolve_all, finished))
+
+    def _die(self, why: str) -> None:
+        self._dead = why
+        waiting = list(self._pending.values())
+        self._pending.clear()
+        while not self._inbox.empty():
+            job = self._inbox.get()
+            waiting += [job] if job else []
+        for job in waiting:
+            job.fail(EngineDeadError(why))
+
+
+class _Job:
+    """A request, or an exchange of weights, and the future of the loop that waits for it."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, request: Request | None = None, weights: Path | None = None
+    ) -> None:
+        self.loop, self.request, self.weights = loop, request, weights
+        self.future: asyncio.Future[Any] = loop.create_future()
+
+    def resolve(self, value: Any) -> None:
+        """On the loop's own thread."""
+        if not self.future.done():
+            self.future.set_result(value)
+
+    def finish(self, value: Any) -> None:
+        _call_in(self.loop, lambda: self.resolve(value))
+
+    def fail(self, error: Exception) -> None:
+        _call_in(self.loop, lambda: None if self.future.done() else self.future.set_exception(error))
+
+
+def _resolve_all(finished: list[tuple[_Job, Any]]) -> None:
+    for job, value in finished:
+        job.resolve(value)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], Any]) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(action)
+
+
+def _params(request: Request) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    return SamplingParams(
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        structured_outputs=StructuredOutputsParams(choice=list(request.choices)) if request.choices else None,
+        logprob_token_ids=list(request.label_ids) if request.label_ids else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _start_vllm(model: Model, folder: Path, *, verbose: bool) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_GIB)
+    if not verbose:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": model.dtype,
+        "tensor_parallel_size": model.tensor_parallel_size,
+        "max_model_len": model.max_model_len,
+        "trust_remote_code": model.trust_remote_code,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "load_format": "safetensors",
+        "generation_config": "vllm",  # the model's own sampling defaults must not override the config's
+        **_platform_arguments(model),
+        **model.engine_kwargs,
+    }
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    except (ValueError, TypeError) as e:  # vLLM's own checks of model and arguments
+        raise InputError(f"model {folder}: vLLM refuses it: {_first_line(e)}") from e
+
+
+def _platform_arguments(model: Model) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    # A seeded request whose prefill is chunked kills the CPU engine: prompts must be prefilled whole.
+    budget = max(16384, model.max_model_len or 0)
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": budget, "enforce_eager": True}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,67 @@
+"""From messages to prompt token ids, by the model's own chat template, once: nothing adds special tokens again.
+
+A template that refuses a system role gets the system text in front of the first user turn (Mistral's, Gemma's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from spa_ray.errors import InputError
+
+Message = Mapping[str, str]
+
+
+class Chat:
+    """A tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any, *, model: str) -> None:
+        """Raises: InputError for a tokenizer without a chat template, or with one that refuses a plain question."""
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"model {model}: its tokenizer has no chat template; add chat_template.jinja to its folder"
+            )
+        self._tokenizer = tokenizer
+        try:
+            self._encode([{"role": "user", "content": "?"}])
+        except TemplateError as e:
+            raise InputError(f"model {model}: its chat template refuses a user message ({e})") from e
+        self.knows_system = self._try_system()
+
+    def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
+        """Ids of the conversation up to where the assistant's answer begins.
+
+        `system` stands in for the conversation's own system message where it has one. Raises: ValueError when the
+        template refuses the roles.
+        """
+        turns = [dict(m) for m in messages]
+        if system is not None:
+            turns = [{"role": "system", "content": system}, *(m for m in turns if m["role"] != "system")]
+        if turns[0]["role"] == "system" and not self.knows_system:
+            head, first, *rest = turns
+            turns = [{**first, "content": f"{head['content']}\n\n{first['content']}"}, *rest]
+        try:
+            return self._encode(turns)
+        except TemplateError as e:
+            raise ValueError(f"the chat template refuses this conversation: {e}") from e
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        ids = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return [int(i) for i in ids]
+
+    def _try_system(self) -> bool:
+        marker = "spa system probe"
+        try:
+            with_system = self._tokenizer.apply_chat_template(
+                [{"role": "system", "content": marker}, {"role": "user", "content": "?"}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except TemplateError:
+            return False
+        return marker in with_system

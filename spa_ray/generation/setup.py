@@ -1,0 +1,107 @@
+"""From a config to what one engine's episodes need: chat, templates, judge, recipe. Also what is checked up front.
+
+Comes in: a config and a model folder. Goes out: `Episodes`. Never: Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spa_ray.config.models import Config
+from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.engine.protocol import Engine
+from spa_ray.errors import InputError
+from spa_ray.generation.chat import Chat
+from spa_ray.generation.episode import Draw, Episodes, Recipe
+from spa_ray.generation.judging import FunctionJudge, Judge, ModelJudge, label_ids
+from spa_ray.generation.templates import Templates
+from spa_ray.objectives import load_objectives
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a pass does with a row: a whole SPA episode; one answer to a held-out prompt; or scores for given answers.
+
+    `judge`: `self` for the engine's own model, the dotted path of a function, or `none` (answers without scores).
+    """
+
+    kind: Literal["episode", "answer", "score"] = "episode"
+    iteration: int = 1
+    judge: str = "self"
+
+
+def make_episodes(config: Config, task: Task, engine: Engine, model: Path) -> Episodes:
+    """Everything that runs on one engine. Raises: InputError for templates, scales and judges that do not fit."""
+    objectives = load_objectives(config)
+    chat = Chat(engine.tokenizer, model=str(model))
+    templates = Templates(config, objectives)
+    return Episodes(engine, chat, templates, make_judge(config, task, engine, chat, templates), recipe(config, task))
+
+
+def make_judge(config: Config, task: Task, engine: Engine, chat: Chat, templates: Templates) -> Judge | None:
+    if task.judge == "none":
+        return None
+    if task.judge == "self":
+        return ModelJudge(engine, chat, templates, config.scoring)
+    if not is_dotted(task.judge):
+        raise InputError(f"evaluation.judge: {task.judge!r} is neither `self` nor a dotted path module:function")
+    return FunctionJudge(load_dotted(task.judge, where="evaluation.judge"), task.judge)
+
+
+def recipe(config: Config, task: Task) -> Recipe:
+    objectives = load_objectives(config)
+    if task.kind != "episode":
+        how = config.evaluation.sampling
+        return Recipe(
+            objectives=objectives,
+            n=1,
+            sample=Draw(how.temperature, how.top_p, how.max_tokens, "answer"),
+            systems=(None,),
+            refine=None,
+            refine_system=None,
+            resample_duplicates=False,
+            seed=config.seed,
+            iteration=0,
+        )
+    sampling, refine = config.sampling, config.refine
+    return Recipe(
+        objectives=objectives,
+        n=sampling.n,
+        sample=Draw(sampling.temperature, sampling.top_p, sampling.max_tokens, "sample"),
+        systems=sampling.system_prompts,
+        refine=Draw(refine.temperature, refine.top_p, refine.max_tokens, "refine"),
+        refine_system=refine.system,
+        resample_duplicates=sampling.resample_duplicates,
+        seed=config.seed,
+        iteration=task.iteration,
+    )
+
+
+def check_generation(config: Config, model: Path) -> None:
+    """What can be known before an engine starts: chat template, judge and refinement templates, labels, the judge.
+
+    Raises: InputError.
+    """
+    Templates(config, load_objectives(config))
+    judge = config.evaluation.judge
+    if is_dotted(judge):
+        load_dotted(judge, where="evaluation.judge")
+    if config.model.engine != "vllm":
+        return
+    tokenizer = load_tokenizer(config, model)
+    Chat(tokenizer, model=str(model))
+    if config.scoring.mode == "expected":
+        low, high = config.scoring.scale
+        label_ids(tokenizer, [str(k) for k in range(low, high + 1)])
+
+
+def load_tokenizer(config: Config, model: Path) -> Any:
+    """The model folder's tokenizer. Raises: InputError when it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model {model}: its tokenizer cannot be read ({str(e).splitlines()[0]})") from e

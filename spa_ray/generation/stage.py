@@ -1,0 +1,256 @@
+"""The generation stage: one Ray Data pass, prompts in, episodes out, in a pool of actors with one engine each.
+
+Comes in: a Parquet file of PROMPTS (or, for several models at once, rows that name their model). Goes out: Parquet part
+files of EPISODES, committed block by block; rows that a former, killed pass committed are not asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pds
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig
+
+from spa_ray.config.models import Config, Resources
+from spa_ray.data.schemas import EPISODES, with_metadata
+from spa_ray.engine import Completion, EngineDeadError, create_engine
+from spa_ray.errors import InputError, RunError
+from spa_ray.generation.gate import ModelGate
+from spa_ray.generation.setup import Task, make_episodes
+from spa_ray.objectives import load_objectives
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class PassCounts:
+    """What a finished pass holds, over all attempts. Seconds are of this call."""
+
+    rows: int
+    errors: int
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+    first_error: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def generate(
+    config: Config,
+    task: Task,
+    *,
+    prompts: Path,
+    out: Path,
+    checkpoint: Path,
+    model: Path,
+    config_hash: str,
+    earlier: Path | None = None,
+    on_progress: OnProgress | None = None,
+    verbose: bool = False,
+) -> PassCounts:
+    """Run the pass to its end. Rows that fail are written with their error.
+
+    `model` is loaded first; a row's optional column `model` names another folder of the same architecture, to which the
+    engine then changes. `earlier` holds the last iteration's episodes whose refined answers join the candidates.
+    Raises: InputError as the engine does; RunError when the pass dies or too many rows failed.
+    """
+    started = time.monotonic()
+    total = pds.dataset(prompts, format="parquet").count_rows()
+    out.mkdir(parents=True, exist_ok=True)
+    names = [o.name for o in load_objectives(config)]
+    schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
+    with _row_checkpoint(checkpoint), _tally(total, on_progress) as tally:
+        arguments = (config, task, model, earlier, tally, verbose)
+        data = ray.data.read_parquet(str(prompts))
+        data = data.repartition(target_num_rows_per_block=config.generation.rows_per_block)
+        data = data.map_batches(
+            EpisodeActor,
+            fn_constructor_args=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=_pool(config),
+            **_engine_resources(config),
+        )
+        try:
+            data.write_parquet(str(out), schema=schema)
+        except (InputError, RunError):
+            raise
+        except Exception as e:
+            raise _explained(e) from e
+    counts = count_rows(out, seconds=time.monotonic() - started)
+    _check_counts(counts, total, config)
+    return counts
+
+
+class EpisodeActor:
+    """One engine and the episodes in flight on it."""
+
+    def __init__(
+        self, config: Config, task: Task, model: Path, earlier: Path | None, tally: Any, verbose: bool
+    ) -> None:
+        self._engine = create_engine(config.model, model, verbose=verbose)
+        self._episodes = make_episodes(config, task, self._engine, model)
+        self._gate = ModelGate(self._engine, model)
+        self._task, self._earlier, self._tally = task, earlier, tally
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        earlier = refined_answers(self._earlier, batch["prompt_id"]) if self._earlier else {}
+        try:
+            rows = await asyncio.gather(*(self._run(row, earlier) for row in batch.to_pylist()))
+        except EngineDeadError as e:
+            print(f"spa_ray: engine actor {ray.get_runtime_context().get_actor_id()}: {e}", flush=True)
+            os._exit(1)  # so that Ray replaces this actor and its engine and runs the block again
+        return pa.Table.from_pylist(rows, schema=EPISODES)
+
+    async def _run(self, row: dict[str, Any], earlier: Mapping[str, Completion]) -> dict[str, Any]:
+        async with self._gate.using(Path(row["model"]) if row.get("model") else None):
+            if self._task.kind == "score":
+                episode = await self._episodes.score(row)
+            else:
+                episode = await self._episodes.run(row, earlier=earlier.get(row["prompt_id"]))
+        if self._tally is not None:
+            self._tally.add.remote(episode["error"] is not None, episode["generated_tokens"])
+        return episode
+
+
+def refined_answers(episodes: Path, prompt_ids: pa.ChunkedArray) -> dict[str, Completion]:
+    """The refined answers that an earlier iteration gave to these prompts."""
+    wanted = pc.field("prompt_id").isin(prompt_ids.combine_chunks())
+    table = pds.dataset(episodes, format="parquet").to_table(columns=["prompt_id", "responses"], filter=wanted)
+    found = {}
+    for row in table.to_pylist():
+        for response in row["responses"] or []:
+            if response["kind"] == "refined":
+                kept = {key: response[key] for key in ("text", "token_ids", "finish_reason")}
+                found[row["prompt_id"]] = Completion(**kept)
+    return found
+
+
+def count_rows(out: Path, *, seconds: float) -> PassCounts:
+    """What the written episodes say of themselves."""
+    columns = ["error", "prompt_tokens", "generated_tokens"]
+    table = pds.dataset(out, format="parquet", schema=EPISODES).to_table(columns=columns)
+    errors = table["error"].drop_null()
+    return PassCounts(
+        rows=table.num_rows,
+        errors=len(errors),
+        prompt_tokens=pc.sum(table["prompt_tokens"]).as_py() or 0,
+        generated_tokens=pc.sum(table["generated_tokens"]).as_py() or 0,
+        seconds=round(seconds, 2),
+        first_error=errors[0].as_py() if len(errors) else None,
+    )
+
+
+def _check_counts(counts: PassCounts, total: int, config: Config) -> None:
+    if counts.rows != total:
+        raise RunError(f"generate: {counts.rows} episodes were written for {total} prompts; run the command again")
+    if counts.errors > config.generation.max_error_fraction * total:
+        raise RunError(
+            f"generate: {counts.errors} of {total} prompts failed, more than generation.max_error_fraction "
+            f"{config.generation.max_error_fraction:g} allows; the first: {counts.first_error}"
+        )
+
+
+def _pool(config: Config) -> ActorPoolStrategy:
+    engines = config.resources.engines
+    calls = max(1, math.ceil(config.resources.concurrency / config.generation.rows_per_block))
+    return ActorPoolStrategy(
+        min_size=engines.min,
+        max_size=engines.max,
+        max_concurrent_calls_per_actor=calls,
+        max_tasks_in_flight_per_actor=calls + 1,  # one more waits at the actor, so that the engine never does
+    )
+
+
+def _engine_resources(config: Config) -> dict[str, Any]:
+    resources: Resources = config.resources
+    gpus = resources.gpus_per_engine
+    if gpus is None:
+        on_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        gpus = float(config.model.tensor_parallel_size) if on_gpus else 0.0
+    return {"num_cpus": resources.cpus_per_engine, **({"num_gpus": gpus} if gpus else {})}
+
+
+@contextmanager
+def _row_checkpoint(folder: Path) -> Iterator[None]:
+    """Ray Data's row-level checkpoint for the pass; the context is the driver's, so it is put back afterwards."""
+    context = DataContext.get_current()
+    before = context.checkpoint_config
+    context.checkpoint_config = CheckpointConfig(
+        id_column="prompt_id", checkpoint_path=str(folder), delete_checkpoint_on_success=False
+    )
+    try:
+        yield
+    finally:
+        context.checkpoint_config = before
+
+
+class Tally:
+    """Counts finished episodes as they come, for the progress display only."""
+
+    def __init__(self) -> None:
+        self.rows = self.errors = self.tokens = 0
+
+    def add(self, failed: bool, tokens: int) -> None:
+        self.rows += 1
+        self.errors += failed
+        self.tokens += tokens
+
+    def read(self) -> tuple[int, int, int]:
+        return self.rows, self.errors, self.tokens
+
+
+@contextmanager
+def _tally(total: int, on_progress: OnProgress | None) -> Iterator[Any]:
+    """A counting actor that is read once a second while the pass runs."""
+    if on_progress is None:
+        yield None
+        return
+    tally = ray.remote(Tally).options(num_cpus=0).remote()
+    done = threading.Event()
+
+    def follow() -> None:
+        started = time.monotonic()
+        while not done.wait(1.0):
+            rows, errors, tokens = ray.get(tally.read.remote(), timeout=60)
+            rate = tokens / (time.monotonic() - started)
+            on_progress({"done": rows, "total": total, "tokens/s": rate, **({"errors": errors} if errors else {})})
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield tally
+    finally:
+        done.set()
+        thread.join()
+        ray.kill(tally)
+
+
+def _explained(error: BaseException) -> Exception:
+    """Our own error out of Ray's wrapping, else one line that says where to look."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for candidate in (seen, getattr(seen, "cause", None)):
+            if isinstance(candidate, InputError):
+                return InputError(str(candidate))
+            if isinstance(candidate, RunError):
+                return RunError(f"generate: {candidate}")
+        seen = seen.__cause__ or seen.__context__
+    last = [line for line in str(error).splitlines() if line.strip()]
+    what = last[-1] if last else ""
+    return RunError(f"generate: {type(error).__name__}: {what}; --verbose shows the engine's log")
