@@ -1,0 +1,128 @@
+"""Ray Train with two workers: the same weights as one process, one worker group for many jobs, errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spa_ray.config.models import Resources
+from spa_ray.errors import InputError
+from spa_ray.training.job import TrainJob, TrainResult
+from spa_ray.training.launch import train_jobs
+from tests.training_support import make_job, pair_rows, write_pairs
+
+pytestmark = pytest.mark.engine
+
+# 13 pairs in steps of 6, 6 and 1: the last step leaves one of two ranks without a pair.
+JOBS: dict[str, dict[str, Any]] = {
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3, "micro_batch_tokens": 150},
+    "zero0": {"zero_stage": 0},
+    "dpo": {"method": "spa_dpo", "zero_stage": 1, "micro_batch_tokens": 150},
+    "sft": {"method": "sft"},
+    "lora": {"lora": {"r": 4, "alpha": 8.0}, "zero_stage": 3},
+}
+TWO = Resources(train_workers=2)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The same jobs on two Ray Train workers and in one process without Ray."""
+
+    two: dict[str, TrainJob]
+    one: dict[str, TrainJob]
+    results: list[TrainResult]
+    progress: list[dict[str, Any]]
+    storage: Path
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=4, include_dashboard=False, address="local")
+    yield
+    if started:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ray_here: None) -> Runs:
+    folder = tmp_path_factory.mktemp("launch")
+    pairs = write_pairs(folder / "pairs.parquet", pair_rows(13))
+    two, one = (
+        {
+            name: make_job(folder / workers, tiny_model, pairs, name=name, batch_size=6, **settings)
+            for name, settings in JOBS.items()
+        }
+        for workers in ("two", "one")
+    )
+    run_without_ray(list(one.values()), folder)
+    progress: list[dict[str, Any]] = []
+    results = train_jobs(list(two.values()), TWO, storage=folder / "ray", name="arms", on_progress=progress.append)
+    return Runs(two, one, results, progress, folder / "ray")
+
+
+def run_without_ray(jobs: list[TrainJob], folder: Path) -> None:
+    files = [folder / f"{job.name}.json" for job in jobs]
+    for file, job in zip(files, jobs, strict=True):
+        file.write_text(json.dumps(job.to_dict()))
+    command = [sys.executable, "-m", "spa_ray.training.loop", "--job", *map(str, files)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def weights_of(job: TrainJob) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(job.out / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_workers_reach_the_weights_of_one_process(runs: Runs, name: str) -> None:
+    two, one = weights_of(runs.two[name]), weights_of(runs.one[name])
+    assert two.keys() == one.keys()
+    for key, value in two.items():
+        torch.testing.assert_close(value, one[key], rtol=0, atol=1e-5)
+
+
+def test_every_job_reports_its_result_in_order(runs: Runs) -> None:
+    assert [r.name for r in runs.results] == list(JOBS)
+    assert {r.steps for r in runs.results} == {3}
+    assert all(r.model == runs.two[r.name].out and r.metrics["step"] == 3 for r in runs.results)
+    assert runs.results[0].dropped == {"too_long": 0, "identical": 0}
+
+
+def test_progress_names_every_step_of_every_job_once(runs: Runs) -> None:
+    steps = Counter((row["job"], row["step"]) for row in runs.progress)
+    assert steps == Counter((name, step) for name in JOBS for step in (1, 2, 3))
+
+
+def test_a_bad_job_fails_in_one_line_after_the_good_ones_are_skipped(runs: Runs, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.parquet", [{**pair_rows(1)[0], "chosen_ids": [9999]}])
+    bad = replace(runs.two["zero2"], name="bad", pairs=pairs, out=tmp_path / "out", work=tmp_path / "work")
+    with pytest.raises(InputError, match="holds id 9999") as e:
+        train_jobs([runs.two["zero2"], bad], TWO, storage=runs.storage, name="bad")
+    assert "\n" not in str(e.value)
+    assert not bad.out.exists()
+
+
+def test_without_ray_a_bad_job_ends_with_exit_status_2_and_one_line(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("{}")
+    command = [sys.executable, "-m", "spa_ray.training.loop", "--job", str(tmp_path / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "not a training job" in done.stderr.splitlines()[-1]
