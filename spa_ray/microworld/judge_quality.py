@@ -1,0 +1,77 @@
+"""How well the embedded model judges and refines: `python -m spa_ray.microworld.judge_quality` prints JSON.
+
+Comes in: the model folder; validation prompts only. Goes out: correlation and mean absolute error of its drawn scores
+against the oracle, for clear and confusing prompts, and the oracle means of its candidates and refined answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from itertools import islice
+from pathlib import Path
+from statistics import correlation, mean
+from typing import Any
+
+from spa_ray.config import arm_configs
+from spa_ray.engine import create_engine
+from spa_ray.generation.setup import Task, make_episodes
+from spa_ray.microworld import oracle
+from spa_ray.microworld.corpus import HELD_OUT_TOPICS, demo_config
+from spa_ray.microworld.prompts import facts, prompts
+
+
+async def episodes(model: Path, count: int) -> list[dict[str, Any]]:
+    """SPA episodes of the demo's config on street validation prompts."""
+    raw = {**demo_config(), "arms": {"main": {}}}
+    config = arm_configs(raw, [f"model.path={model}"], where="judge_quality", stem="judge_quality")["main"]
+    engine = create_engine(config.model, model)
+    runner = make_episodes(config, Task(), engine, model)
+    rows = [
+        {"prompt_id": text, "messages": [{"role": "user", "content": text}], "meta": "{}"}
+        for text, _ in islice(prompts("street", "validation"), count)
+    ]
+    done = await asyncio.gather(*(runner.run(row) for row in rows))
+    engine.shutdown()
+    return list(done)
+
+
+def quality(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores against the oracle, by objective and kind of prompt; candidates against refined answers."""
+    names = ("harmless", "helpful")
+    judged: dict[str, list[tuple[float, float]]] = {}
+    truth: dict[str, list[dict[str, int]]] = {"candidate": [], "refined": []}
+    for row in rows:
+        question = row["messages"][0]["content"]
+        about = facts(question)
+        group = "confusing" if about.confusing else "held_out_topic" if about.topic in HELD_OUT_TOPICS else "clear"
+        for response in row["responses"]:
+            actual = oracle.scores(question, response["text"])
+            truth[response["kind"]].append(actual)
+            for name, score in zip(names, response["scores"], strict=True):
+                judged.setdefault(f"{name} {group}", []).append((score, actual[name]))
+    report: dict[str, Any] = {
+        key: {
+            "correlation": round(correlation(*zip(*pairs, strict=True)), 3),
+            "mean_absolute_error": round(mean(abs(a - b) for a, b in pairs), 3),
+            "n": len(pairs),
+        }
+        for key, pairs in sorted(judged.items())
+    }
+    for kind, found in truth.items():
+        report[kind] = {name: round(mean(s[name] for s in found), 3) for name in names}
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--prompts", type=int, default=300)
+    args = parser.parse_args()
+    rows = asyncio.run(episodes(args.model, args.prompts))
+    print(json.dumps(quality(rows), indent=2))
+
+
+if __name__ == "__main__":
+    main()
