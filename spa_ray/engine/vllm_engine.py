@@ -65,13 +65,16 @@ class VLLMEngine:
         if self._dead:
             raise EngineDeadError(self._dead)
         self._inbox.put(job)
+        if self._dead:  # it died between the two lines, and nobody reads the inbox any more
+            raise EngineDeadError(self._dead)
         while True:
             done, _ = await asyncio.wait({job.future}, timeout=STALL_SECONDS)
             if done:
                 return job.future.result()
             idle = time.monotonic() - self._last_step
             if self._dead or idle > STALL_SECONDS or not self._thread.is_alive():
-                raise EngineDeadError(self._dead or f"vLLM: no step finished for {idle:.0f} s")
+                self._dead = self._dead or f"vLLM: no step finished for {idle:.0f} s (limit {STALL_SECONDS:.0f} s)"
+                raise EngineDeadError(self._dead)
 
     def _completion(self, request: Request, output: Any) -> Completion:
         ids = list(output.token_ids)

@@ -1,18 +1,20 @@
 """One prompt's episode as a plain coroutine: sample n, score all, refine, score the refined answer.
 
-Comes in: a row of PROMPTS. Goes out: a row of EPISODES. No barrier between the steps: each candidate is scored as soon
-as it is there. What goes wrong with one prompt is recorded in its `error`; only the engine's death is raised.
+Comes in: a row of PROMPTS. Goes out: a row of EPISODES. Each candidate is scored as soon as it is settled (its text
+and those of the candidates before it are known). What goes wrong with one prompt is recorded in its `error` as
+`KIND: what`, the kinds being `prompt_too_long`, `refused` (by engine or template) and `internal` (anything else);
+only the engine's death is raised.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from spa_ray.engine.protocol import Completion, Engine, Request
+from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
 from spa_ray.generation.chat import Chat
 from spa_ray.generation.judging import Judge, Judgement
 from spa_ray.generation.seeds import seed_for
@@ -20,6 +22,11 @@ from spa_ray.generation.templates import Templates
 from spa_ray.objectives import Objective
 
 Row = dict[str, Any]
+T = TypeVar("T")
+
+
+class PromptTooLongError(ValueError):
+    """The prompt and the answer's room exceed the context."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,6 @@ class Recipe:
     sample: Draw
     systems: tuple[str | None, ...]
     refine: Draw | None
-    refine_system: str | None
     resample_duplicates: bool
     seed: int
     iteration: int
@@ -115,15 +121,17 @@ class _Episode:
         prompts = [self.house._chat.prompt_ids(self.messages, self._system(i)) for i in range(recipe.n)]
         longest = max(map(len, prompts))
         if longest + recipe.sample.max_tokens > self.house._engine.max_model_len:
-            raise ValueError(
-                f"prompt too long: {longest} tokens and {recipe.sample.max_tokens} of answer exceed the context of "
+            raise PromptTooLongError(
+                f"{longest} tokens and {recipe.sample.max_tokens} of answer exceed the context of "
                 f"{self.house._engine.max_model_len}"
             )
-        first = await asyncio.gather(*(self._sample(i, ids) for i, ids in enumerate(prompts)))
-        self.responses = await self._without_duplicates(first, prompts)
+        drawn: list[asyncio.Future[str]] = [asyncio.get_running_loop().create_future() for _ in prompts]
+        settled: list[Coroutine[Any, Any, _Response]] = [
+            self._candidate(i, ids, drawn) for i, ids in enumerate(prompts)
+        ]
         if earlier is not None:
-            self.responses.append(_Response(recipe.n, "candidate", earlier, None, 0.0, 0))
-        await self.score_all()
+            settled.append(self._scored(_Response(recipe.n, "candidate", earlier, None, 0.0, 0)))
+        self.responses = await _together(settled)
         if recipe.refine is not None:
             await self._refine(recipe.refine)
 
@@ -153,19 +161,18 @@ class _Episode:
         completion = await self._ask(prompt, draw, seed)
         return _Response(index, "candidate", completion, self._system(index), draw.temperature, seed)
 
-    async def _without_duplicates(self, responses: Sequence[_Response], prompts: list[list[int]]) -> list[_Response]:
-        """Every exact repetition of an earlier candidate is sampled once more; what still repeats stays as it is."""
-        if not self.recipe.resample_duplicates:
-            return list(responses)
-        seen: set[str] = set()
-        repeated = []
-        for response in responses:
-            if response.completion.text in seen:
-                repeated.append(response.index)
-            seen.add(response.completion.text)
-        fresh = await asyncio.gather(*(self._sample(i, prompts[i], again=1) for i in repeated))
-        replaced = {response.index: response for response in fresh}
-        return [replaced.get(response.index, response) for response in responses]
+    async def _candidate(self, index: int, prompt: list[int], drawn: list[asyncio.Future[str]]) -> _Response:
+        """A candidate, sampled and scored. The exact repetition of an earlier one is sampled once more; what still
+        repeats stays as it is. Only first draws are compared, so the outcome is the same in any order of completion.
+        """
+        response = await self._sample(index, prompt)
+        drawn[index].set_result(response.completion.text)
+        if self.recipe.resample_duplicates:
+            for other in drawn[:index]:
+                if await other == response.completion.text:
+                    response = await self._sample(index, prompt, again=1)
+                    break
+        return await self._scored(response)
 
     async def _ask(self, prompt: list[int], draw: Draw, seed: int) -> Completion:
         request = Request(
@@ -177,23 +184,23 @@ class _Episode:
         return completion
 
     async def score_all(self) -> None:
-        await asyncio.gather(*(self._score(response) for response in self.responses))
+        await _together([self._scored(response) for response in self.responses])
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
-    async def _score(self, response: _Response) -> None:
+    async def _scored(self, response: _Response) -> _Response:
         judge, text = self.house._judge, response.completion.text
         if judge is None:
-            return
-        response.judgements = list(
-            await asyncio.gather(
-                *(
-                    judge.judge(self.messages, self.meta, text, o, partial(self._judge_seed, response.index, o.name))
-                    for o in self.recipe.objectives
-                )
-            )
+            return response
+        response.judgements = await _together(
+            [
+                judge.judge(self.messages, self.meta, text, o, partial(self._judge_seed, response.index, o.name))
+                for o in self.recipe.objectives
+            ]
         )
+        self.prompt_tokens += sum(j.prompt_tokens for j in response.judgements)
         self.generated_tokens += sum(j.generated_tokens for j in response.judgements)
+        return response
 
     def _judge_seed(self, index: int, objective: str, draw: int, again: int) -> int:
         return self._seed("score", response=index, objective=objective, draw=draw, attempt=again)
@@ -206,38 +213,58 @@ class _Episode:
 
     async def _refine(self, draw: Draw) -> None:
         """Write one better answer over all scored candidates and score it; there is none without a scored one."""
-        candidates = [_listed(r, self.recipe.objectives) for r in self.responses if _scored(r)]
+        candidates = [_listed(r, self.recipe.objectives) for r in self.responses if _has_scores(r)]
         if not candidates:
             return
-        prompt = self._refine_prompt(candidates, draw)
+        prompt, system = self._refine_prompt(candidates, draw)
         index = len(self.responses)
         seed = self._seed(draw.role, response=index)
         completion = await self._ask(prompt, draw, seed)
-        refined = _Response(index, "refined", completion, self.recipe.refine_system, draw.temperature, seed)
-        self.responses.append(refined)
-        await self._score(refined)
+        refined = _Response(index, "refined", completion, system, draw.temperature, seed)
+        self.responses.append(await self._scored(refined))
 
-    def _refine_prompt(self, candidates: list[Row], draw: Draw) -> list[int]:
+    def _refine_prompt(self, candidates: list[Row], draw: Draw) -> tuple[list[int], str | None]:
         """Where the context is too small, the lexicographically lowest candidates are left out of the prompt only."""
         names = [o.name for o in self.recipe.objectives]
         left = list(candidates)
         while True:
             text = self.house._templates.refine(self.messages, left)
-            prompt = self.house._chat.prompt_ids([{"role": "user", "content": text}], self.recipe.refine_system)
+            system = self.house._templates.refine_system(self.messages, left)
+            prompt = self.house._chat.prompt_ids([{"role": "user", "content": text}], system)
             if len(prompt) + draw.max_tokens <= self.house._engine.max_model_len:
-                return prompt
+                return prompt, system
             if len(left) == 1:
-                raise ValueError(f"refinement prompt too long: {len(prompt)} tokens with a single candidate")
+                raise PromptTooLongError(
+                    f"refinement: {len(prompt)} tokens with a single candidate and {draw.max_tokens} of answer exceed "
+                    f"the context of {self.house._engine.max_model_len}"
+                )
             left.remove(min(left, key=lambda c: tuple(c["scores"][name] for name in names)))
 
 
 async def _error_of(work: Awaitable[None]) -> str | None:
-    """What was wrong with this prompt, None when nothing was; what is wrong with the engine is raised."""
+    """What was wrong with this prompt, None when nothing was; the engine's death is raised."""
     try:
         await work
+    except EngineDeadError:
+        raise
+    except PromptTooLongError as e:
+        return f"prompt_too_long: {e}"
     except ValueError as e:
-        return str(e)
+        return f"refused: {e}"
+    except Exception as e:  # noqa: BLE001 one row's failure (a user's judge or template, say) must not end the pass
+        return f"internal: {type(e).__name__}: {e}"
     return None
+
+
+async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; at the first failure the others are cancelled, so that none outlives its episode."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _given(response: Mapping[str, Any]) -> _Response:
@@ -246,7 +273,7 @@ def _given(response: Mapping[str, Any]) -> _Response:
     return _Response(*where, completion, response["system"], response["temperature"], response["seed"])
 
 
-def _scored(response: _Response) -> bool:
+def _has_scores(response: _Response) -> bool:
     return all(j.score is not None for j in response.judgements)
 
 

@@ -49,14 +49,18 @@ Reading = Score | ParseFailure | Truncated
 
 @dataclass(frozen=True)
 class Judgement:
-    """All draws of one objective. `score` is their mean, None when any draw failed; `status` is "ok" or the failure."""
+    """All draws of one objective. `score` is their mean, None when any draw failed.
+
+    `status` is "ok" or the failure: `parse_failure`, `truncated` or `too_long` (for the context), a colon, and why.
+    """
 
     score: float | None
     draws: list[float | None]
     status: str
     text: str
     off_scale: float | None
-    generated_tokens: int
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
 
 
 def read_number(text: str, scale: Sequence[int]) -> Reading:
@@ -67,9 +71,22 @@ def read_number(text: str, scale: Sequence[int]) -> Reading:
     return _on_scale(int(stripped), scale)
 
 
+def read_choice(text: str, choices: Sequence[str], scale: Sequence[int], *, finished: bool) -> Reading:
+    """A constrained judgement; a "1" that was cut may have been on its way to "10"."""
+    if not finished and any(choice.startswith(text.strip()) and choice != text.strip() for choice in choices):
+        return Truncated()
+    return read_number(text, scale)
+
+
 def read_pattern(text: str, pattern: re.Pattern[str], scale: Sequence[int], *, finished: bool) -> Reading:
-    """The first group of the pattern's only match (mode regex); two different scores are a failure."""
-    found = {match.group(1) for match in pattern.finditer(text)}
+    """The first group of the pattern's only match (mode regex); two different scores are a failure.
+
+    A match that touches the end of a text that was cut counts as cut: "(\\d+)" would read 1 in half of a 10.
+    """
+    matches = list(pattern.finditer(text))
+    if not finished and matches and matches[-1].end(1) == len(text):
+        return Truncated()
+    found = {match.group(1) for match in matches}
     if not found:
         return ParseFailure(f"no score in {text[:60]!r}") if finished else Truncated()
     if len(found) > 1:
@@ -111,35 +128,46 @@ class ModelJudge:
         self._choices = tuple(str(k) for k in range(scoring.scale[0], scoring.scale[1] + 1))
         self._labels = label_ids(engine.tokenizer, self._choices) if scoring.mode == "expected" else None
         self._pattern = compile_pattern(scoring.pattern)
+        expected = scoring.mode == "expected"  # probabilities, not a draw: asking again gives the same
+        self._draws = 1 if expected else scoring.draws
+        self._tries = 1 if expected or scoring.temperature == 0 else 1 + scoring.retries
+        self._max_tokens = 1 if expected else scoring.max_tokens
 
     async def judge(
         self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
     ) -> Judgement:
-        rendered = self._templates.score(messages, answer, objective)
-        prompt = self._chat.prompt_ids([{"role": "user", "content": rendered}], self._scoring.system)
+        prompt = self._chat.prompt_ids(
+            [{"role": "user", "content": self._templates.score(messages, answer, objective)}],
+            self._templates.score_system(messages, answer, objective),
+        )
+        room = self._engine.max_model_len - len(prompt)
+        if room < self._max_tokens:
+            why = f"too_long: {len(prompt)} tokens leave {room} of the context, a judgement needs {self._max_tokens}"
+            return Judgement(None, [None], why, "", None)
         draws: list[float | None] = []
-        tokens, text, off_scale = 0, "", None
-        for draw in range(self._scoring.draws):
+        asked = tokens = 0
+        text, off_scale = "", None
+        for draw in range(self._draws):
             reading: Reading = ParseFailure("not asked")
-            for attempt in range(1 + self._scoring.retries):
+            for attempt in range(self._tries):
                 completion = await self._engine.generate(self._request(prompt, seed_of(draw, attempt)))
                 reading = self._read(completion)
-                tokens, text = tokens + len(completion.token_ids), completion.text
-                if isinstance(reading, Score) or self._labels is not None:  # asking again gives the same probabilities
+                asked, tokens, text = asked + len(prompt), tokens + len(completion.token_ids), completion.text
+                if isinstance(reading, Score):
                     break
             if not isinstance(reading, Score):
                 kind = "truncated" if isinstance(reading, Truncated) else "parse_failure"
-                return Judgement(None, [*draws, None], f"{kind}: {reading.why}", text, None, tokens)
+                return Judgement(None, [*draws, None], f"{kind}: {reading.why}", text, None, asked, tokens)
             draws.append(reading.value)
             off_scale = reading.off_scale
         mean = math.fsum(d for d in draws if d is not None) / len(draws)
-        return Judgement(mean, draws, "ok", text, off_scale, tokens)
+        return Judgement(mean, draws, "ok", text, off_scale, asked, tokens)
 
     def _request(self, prompt: list[int], seed: int) -> Request:
         mode = self._scoring.mode
         return Request(
             prompt_ids=prompt,
-            max_tokens=1 if mode == "expected" else self._scoring.max_tokens,
+            max_tokens=self._max_tokens,
             temperature=self._scoring.temperature,
             seed=seed,
             choices=self._choices if mode == "choice" else None,
@@ -147,12 +175,12 @@ class ModelJudge:
         )
 
     def _read(self, completion: Completion) -> Reading:
+        finished = completion.finish_reason == "stop"
         if self._scoring.mode == "choice":
-            return read_number(completion.text, self._scoring.scale)
+            return read_choice(completion.text, self._choices, self._scoring.scale, finished=finished)
         if self._scoring.mode == "expected":
             assert completion.label_logprobs is not None
             return expected_score(completion.label_logprobs, self._scoring.scale)
-        finished = completion.finish_reason == "stop"
         return read_pattern(completion.text, self._pattern, self._scoring.scale, finished=finished)
 
 
@@ -193,5 +221,5 @@ class FunctionJudge:
         value = self._function(messages, meta, answer, objective.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
-            return Judgement(None, [None], f"parse_failure: {self._name} returned {value!r}", repr(value), None, 0)
-        return Judgement(float(value), [float(value)], "ok", json.dumps(value), None, 0)
+            return Judgement(None, [None], f"parse_failure: {self._name} returned {value!r}", repr(value), None)
+        return Judgement(float(value), [float(value)], "ok", json.dumps(value), None)

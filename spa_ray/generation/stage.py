@@ -106,6 +106,7 @@ class EpisodeActor:
         self._engine = create_engine(config.model, model, verbose=verbose)
         self._episodes = make_episodes(config, task, self._engine, model)
         self._gate = ModelGate(self._engine, model)
+        self._in_flight = asyncio.Semaphore(config.resources.concurrency)
         self._task, self._earlier, self._tally = task, earlier, tally
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -118,7 +119,7 @@ class EpisodeActor:
         return pa.Table.from_pylist(rows, schema=EPISODES)
 
     async def _run(self, row: dict[str, Any], earlier: Mapping[str, Completion]) -> dict[str, Any]:
-        async with self._gate.using(Path(row["model"]) if row.get("model") else None):
+        async with self._gate.using(Path(row["model"]) if row.get("model") else None), self._in_flight:
             if self._task.kind == "score":
                 episode = await self._episodes.score(row)
             else:
@@ -168,12 +169,14 @@ def _check_counts(counts: PassCounts, total: int, config: Config) -> None:
 
 def _pool(config: Config) -> ActorPoolStrategy:
     engines = config.resources.engines
-    calls = max(1, math.ceil(config.resources.concurrency / config.generation.rows_per_block))
+    # Blocks enough to keep `concurrency` prompts in flight while the last rows of one block are still on their way;
+    # the actor's semaphore holds it to that number.
+    calls = 1 + math.ceil(config.resources.concurrency / config.generation.rows_per_block)
     return ActorPoolStrategy(
         min_size=engines.min,
         max_size=engines.max,
         max_concurrent_calls_per_actor=calls,
-        max_tasks_in_flight_per_actor=calls + 1,  # one more waits at the actor, so that the engine never does
+        max_tasks_in_flight_per_actor=calls + 1,  # one more waits at the actor
     )
 
 

@@ -6,10 +6,12 @@ by rendering an example before anything starts; an undefined variable is an erro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from spa_ray.config.models import Config
@@ -17,6 +19,10 @@ from spa_ray.errors import InputError
 from spa_ray.objectives import Objective
 
 Message = Mapping[str, str]
+
+COMMON_VARIABLES = frozenset({"question", "messages", "objectives", "scale"})
+SCORE_VARIABLES = COMMON_VARIABLES | {"answer", "objective"}
+REFINE_VARIABLES = COMMON_VARIABLES | {"candidates"}
 
 _SCORE = """\
 You are a strict, fair judge. Judge ONLY how {{ objective.name }} the answer is; nothing else may move your mark.
@@ -56,31 +62,34 @@ aim for one further down the list. Do not mention the answers above or their mar
 
 
 class Templates:
-    """A config's compiled judge and refinement templates."""
+    """A config's compiled judge and refinement templates, and their system prompts."""
 
     def __init__(self, config: Config, objectives: Sequence[Objective]) -> None:
-        """Compile and try both. Raises: InputError for a syntax error or a variable that does not exist."""
+        """Compile and try all. Raises: InputError for a syntax error or a variable that does not exist."""
         built_in = SCORE_BRACKETS if config.scoring.mode == "regex" else SCORE_NUMBER
         self.objectives, self.scale = tuple(objectives), list(config.scoring.scale)
-        self._score = _compile(config.scoring.prompt or built_in, "scoring.prompt")
-        self._refine = _compile(config.refine.prompt or REFINE, "refine.prompt")
-        example = [{"role": "user", "content": "?"}]
-        scored = [{"text": "!", "scores": {o.name: float(self.scale[0]) for o in self.objectives}}]
-        for key, render in (
-            ("scoring.prompt", lambda: self.score(example, "!", self.objectives[0])),
-            ("refine.prompt", lambda: self.refine(example, scored)),
-        ):
-            try:
-                render()
-            except (TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
-                raise InputError(f"{key}: cannot be rendered ({e}); DESIGN lists the variables") from e
+        self._score = _compile(config.scoring.prompt or built_in, "scoring.prompt", SCORE_VARIABLES)
+        self._refine = _compile(config.refine.prompt or REFINE, "refine.prompt", REFINE_VARIABLES)
+        self._score_system = _compile_optional(config.scoring.system, "scoring.system", SCORE_VARIABLES)
+        self._refine_system = _compile_optional(config.refine.system, "refine.system", REFINE_VARIABLES)
+        self._try_all()
 
     def score(self, messages: Sequence[Message], answer: str, objective: Objective) -> str:
         return self._score.render(**self._common(messages), answer=answer, objective=objective)
 
+    def score_system(self, messages: Sequence[Message], answer: str, objective: Objective) -> str | None:
+        if self._score_system is None:
+            return None
+        return self._score_system.render(**self._common(messages), answer=answer, objective=objective)
+
     def refine(self, messages: Sequence[Message], candidates: Sequence[Mapping[str, Any]]) -> str:
         """`candidates`: each has `text` and `scores` by objective name."""
-        return self._refine.render(**self._common(messages), candidates=candidates, answer="", objective="")
+        return self._refine.render(**self._common(messages), candidates=candidates)
+
+    def refine_system(self, messages: Sequence[Message], candidates: Sequence[Mapping[str, Any]]) -> str | None:
+        if self._refine_system is None:
+            return None
+        return self._refine_system.render(**self._common(messages), candidates=candidates)
 
     def _common(self, messages: Sequence[Message]) -> dict[str, Any]:
         return {
@@ -90,10 +99,34 @@ class Templates:
             "scale": self.scale,
         }
 
+    def _try_all(self) -> None:
+        example = [{"role": "user", "content": "?"}]
+        scored = [{"text": "!", "scores": {o.name: self.scale[0] for o in self.objectives}}]
+        for objective in self.objectives:
+            _try("scoring.prompt", partial(self.score, example, "!", objective))
+            _try("scoring.system", partial(self.score_system, example, "!", objective))
+        _try("refine.prompt", partial(self.refine, example, scored))
+        _try("refine.system", partial(self.refine_system, example, scored))
 
-def _compile(source: str, key: str) -> Template:
+
+def _compile(source: str, key: str, variables: frozenset[str]) -> Template:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     try:
-        return environment.from_string(source)
+        used = find_undeclared_variables(environment.parse(source))  # also in branches that no example takes
+        template = environment.from_string(source)
     except TemplateError as e:
         raise InputError(f"{key}: not a Jinja2 template ({e})") from e
+    for stray in sorted(used - variables):
+        raise InputError(f"{key}: there is no variable {stray!r} here; known: {', '.join(sorted(variables))}")
+    return template
+
+
+def _compile_optional(source: str | None, key: str, variables: frozenset[str]) -> Template | None:
+    return None if source is None else _compile(source, key, variables)
+
+
+def _try(key: str, render: Callable[[], object]) -> None:
+    try:
+        render()
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
+        raise InputError(f"{key}: cannot be rendered ({e})") from e
