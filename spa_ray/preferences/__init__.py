@@ -8,3 +8,6 @@ from spa_ray.preferences.funnel import ALL_REASONS, Funnel
 from spa_ray.preferences.pairing import build_pairs
 
 __all__ = ["ALL_REASONS", "DROP_REASONS", "Funnel", "build_pairs", "denoise", "resolve_tau"]
+
+# Raise it when the same config and inputs would give another output than before.
+STAGE_VERSION = 1

@@ -49,6 +49,8 @@ def open_episodes(folder: Path) -> pds.Dataset:
     missing = set(EPISODES.names) - set(data.schema.names)
     if missing:
         raise InputError(f"{folder}: no column {sorted(missing)[0]!r}; these are not episodes")
+    if not data.count_rows():
+        raise InputError(f"{folder}: no row in it; generate episodes first")
     return data
 
 

@@ -21,7 +21,7 @@ from spa_ray.runs.cluster import connected
 from spa_ray.runs.folder import claim, write_json
 from spa_ray.runs.hashing import file_hash, folder_hash, model_hash
 from spa_ray.runs.models import check_model_folder, fetch_model
-from spa_ray.runs.pipeline import Pipeline
+from spa_ray.runs.pipeline import Pipeline, train_counter
 from spa_ray.runs.progress import Progress
 
 
@@ -168,7 +168,7 @@ def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dic
                 storage=work.folder / "ray_train",
                 name=f"train-{digest}",
                 verbose=verbose,
-                on_progress=progress.counter("train"),
+                on_progress=train_counter(progress),
             )
         work.finish(started, **result.to_dict())
     return {"model": str(out.absolute()), **work.facts()}
@@ -214,6 +214,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     from spa_ray.evaluation.tables import ArmMetrics, rich_table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = 200
     for family, arms in metrics.items():
         table = rich_table({name: ArmMetrics.from_dict(arm) for name, arm in arms.items()})
         table.title = f"held-out prompts: {family}"

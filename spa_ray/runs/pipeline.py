@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,6 +118,7 @@ class Pipeline:
         return stage.done
 
     def _finish(self, stage: Stage, started: float, **facts: Any) -> None:
+        self.progress.finished(stage.folder)
         self.used[stage.folder.name] = stage.finish(started, **facts)
 
     # --- prompts and generate ---------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class Pipeline:
                 storage=self.folder.path / "ray_train",
                 name=f"train-{digest(sorted(jobs))}",
                 verbose=self.verbose,
-                on_progress=self.progress.counter("train"),
+                on_progress=train_counter(self.progress),
             )
             for (folder_name, _), result in zip(jobs.items(), results, strict=True):
                 stage = next(s for s in trained.values() if s.folder.name == folder_name)
@@ -292,6 +293,17 @@ def check_pairs(arm: str, funnel: dict[str, Any], folder: Path) -> None:
         f"build: arm {arm}: no pair is left of {funnel['prompts']} prompts (dropped: {dropped}); see "
         f"{folder / 'funnel.json'}; profile=robust or denoise.consistency=primary_ge keep more"
     )
+
+
+def train_counter(progress: Progress) -> Callable[[Mapping[str, Any]], None]:
+    """A callback for rows of train logs: steps done, the loss and the pace."""
+    count = progress.counter("train")
+
+    def row(logged: Mapping[str, Any]) -> None:
+        shown = {key: logged[key] for key in ("loss", "rewards/accuracies", "pairs/s") if key in logged}
+        count({"name": logged["job"], "done": logged["step"], "total": logged["steps"], **shown})
+
+    return row
 
 
 def write_run_config(run: RunFolder, arms: dict[str, Config]) -> None:

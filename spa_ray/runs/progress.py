@@ -21,6 +21,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._told: set[Path] = set()
         self._live: Any = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
@@ -53,7 +54,15 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def reused(self, stage: str, folder: Path) -> None:
+        """Say, once, that a stage stood already."""
+        if folder in self._told:
+            return
+        self._told.add(folder)
         self.say(f"{stage:<10} done before: {folder.name}")
+
+    def finished(self, folder: Path) -> None:
+        """The stage was made just now: meeting it again is no news."""
+        self._told.add(folder)
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:

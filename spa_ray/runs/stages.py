@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from spa_ray import evaluation, generation, preferences, training
 from spa_ray.config.models import Config, Section
 from spa_ray.objectives import load_objectives
 from spa_ray.runs.hashing import stage_hash
-
-VERSIONS = {"generate": 1, "build": 1, "train": 1, "evaluate": 1}
 
 
 def _plain(section: Section, *leave_out: str) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def generate_hash(config: Config, *, iteration: int, prompts: str, model: str, e
         **{name: _plain(getattr(config, name)) for name in ("sampling", "scoring", "refine")},
         "max_attempts": config.generation.max_attempts,
     }
-    return stage_hash("generate", VERSIONS["generate"], settings, [prompts, model, *([earlier] if earlier else [])])
+    return stage_hash("generate", generation.STAGE_VERSION, settings, [prompts, model, *([earlier] if earlier else [])])
 
 
 def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> str:
@@ -49,13 +48,13 @@ def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> st
         "pairs": _plain(config.pairs),
         "frozen_tau": frozen_tau,
     }
-    return stage_hash("build", VERSIONS["build"], settings, [episodes])
+    return stage_hash("build", preferences.STAGE_VERSION, settings, [episodes])
 
 
 def train_hash(config: Config, *, pairs: str, model: str) -> str:
     leave_out = ("save_every_steps", "keep_checkpoints")
     settings = {"seed": config.seed, "train": _plain(config.train.resolved(), *leave_out)}
-    return stage_hash("train", VERSIONS["train"], settings, [pairs, model])
+    return stage_hash("train", training.STAGE_VERSION, settings, [pairs, model])
 
 
 def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str) -> str:
@@ -67,4 +66,4 @@ def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str) -> st
         "sampling": _plain(config.evaluation.sampling),
         "judge": config.evaluation.judge if ":" in config.evaluation.judge else None,
     }
-    return stage_hash("evaluate", VERSIONS["evaluate"], settings, [prompts, model, judge])
+    return stage_hash("evaluate", evaluation.STAGE_VERSION, settings, [prompts, model, judge])

@@ -3,3 +3,6 @@
 Inside: losses, log-probs, batch planning, the DeepSpeed step loop, the Ray Train launch, export. Never: vLLM.
 Importing this package imports nothing heavy; `losses`, `forward` and `loop` import torch.
 """
+
+# Raise it when the same config and inputs would give another output than before.
+STAGE_VERSION = 1
