@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same architecture as `tiny_model` with other weights."""
     return build_tiny_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for every test that needs one."""
+    from spa_ray.runs.cluster import connected
+
+    with connected(verbose=False):
+        yield

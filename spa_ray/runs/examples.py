@@ -28,7 +28,7 @@ class Example:
 
 def before_after(run_dir: Path, *, arm: str, count: int = 3) -> list[Example]:
     """At most `count` examples, one a category first. Raises: InputError for a folder that is no run."""
-    record = json.loads((open_run(run_dir).path / "evaluation.json").read_text(encoding="utf-8"))
+    record = json.loads((open_run(run_dir).path / "evaluation.json").read_text(encoding="utf-8"))["answers"]
     if arm not in record:
         return []
     before, after = (_rows(Path(record[name])) for name in ("vanilla", arm))

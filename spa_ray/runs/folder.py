@@ -78,9 +78,9 @@ class RunFolder:
         yield from sorted(p for p in (self.path / "stages").glob("*-*") if p.is_dir())
 
     def used(self) -> set[str]:
-        """Names of the stage folders that some arm's iteration refers to."""
+        """Names of the stage folders that an arm's iteration or the evaluation refers to."""
         names: set[str] = set()
-        for file in self.path.glob("arms/*/iter_*.json"):
+        for file in (*self.path.glob("arms/*/iter_*.json"), *self.path.glob("evaluation.json")):
             names.update(json.loads(file.read_text(encoding="utf-8"))["stages"].values())
         return names
 

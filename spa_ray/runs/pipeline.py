@@ -92,7 +92,8 @@ class Pipeline:
     def _iterate(self, states: dict[str, ArmState], iteration: int) -> None:
         records: dict[str, dict[str, Any]] = {name: {"stages": {}} for name in states}
         for name, state in states.items():
-            episodes = self._generate(state, iteration)
+            prompts, episodes = self._generate(state, iteration)
+            records[name]["stages"]["prompts"] = prompts.folder.name
             records[name]["episodes"] = str(episodes.folder / "episodes")
             records[name]["stages"]["generate"] = episodes.folder.name
             state.episodes = episodes
@@ -142,7 +143,7 @@ class Pipeline:
             fresh.unlink(missing_ok=True)
         return stage
 
-    def _generate(self, state: ArmState, iteration: int) -> Stage:
+    def _generate(self, state: ArmState, iteration: int) -> tuple[Stage, Stage]:
         from spa_ray.generation.setup import Task
         from spa_ray.generation.stage import generate
 
@@ -180,7 +181,7 @@ class Pipeline:
                 verbose=self.verbose,
             )
             self._finish(stage, started, **counts.to_dict())
-        return stage
+        return prompts, stage
 
     # --- build ------------------------------------------------------------------------------------------------------
 
@@ -280,7 +281,8 @@ class Pipeline:
         metrics = run_metrics(config, stages)
         write_json(self.folder.path / "metrics.json", metrics)
         answers = {name: str(stage.folder / "episodes") for name, stage in stages.items()}
-        write_json(self.folder.path / "evaluation.json", answers)
+        names = {"evalprompts": prompts.folder.name} | {name: stage.folder.name for name, stage in stages.items()}
+        write_json(self.folder.path / "evaluation.json", {"answers": answers, "stages": names})
         return {name: {family: arms[name] for family, arms in metrics.items()} for name in models}
 
 
