@@ -22,11 +22,11 @@ class Model(Section):
     """The policy that samples, judges, refines and is trained."""
 
     path: str = Field(description="local folder or hub id of a Hugging Face causal LM")
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    tensor_parallel_size: int = Field(1, ge=1)
+    revision: str | None = Field(None, description="of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the engine's weights")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine's weights")
     max_model_len: int | None = Field(None, ge=8, description="context in tokens; null reads the model's own")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run Python code that lies in the model folder")
     engine: str = Field("vllm", description="`vllm`, or the dotted path `module:factory` of another engine")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's EngineArgs as they are")
 
@@ -35,12 +35,12 @@ class Prompts(Section):
     """Where prompts come from."""
 
     source: str | None = Field(None, description="file, folder, dotted path `module:reader`, or a named data set")
-    split: str | None = None
+    split: str | None = Field(None, description="handed to a reader or a named data set")
     limit: int | None = Field(None, ge=1, description="take the first N prompts")
     columns: dict[Literal["prompt", "messages", "prompt_id"], str] = Field(
         default_factory=dict, description="names of the user's columns, by ours"
     )
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip leaves such rows out and counts them")
 
 
 DEFAULT_SYSTEM_PROMPTS: tuple[str | None, ...] = (
@@ -55,25 +55,28 @@ DEFAULT_SYSTEM_PROMPTS: tuple[str | None, ...] = (
 class Sampling(Section):
     """Diverse sampling of n candidates a prompt (SPA, step 1)."""
 
-    n: int = Field(5, ge=1)
+    n: int = Field(5, ge=1, description="candidates a prompt; at least objectives + 1")
     temperature: float = Field(1.2, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: int = Field(1024, ge=1, description="of one answer")
     system_prompts: tuple[str | None, ...] = Field(
         DEFAULT_SYSTEM_PROMPTS, min_length=1, description="candidate i is sampled under entry i modulo the length"
     )
-    resample_duplicates: bool = True
+    resample_duplicates: bool = Field(True, description="sample an exact repetition of a candidate once more")
 
 
 class Scoring(Section):
     """Self-scoring: one call a response and objective (SPA, step 2)."""
 
-    scale: tuple[int, int] = (1, 10)
-    mode: Literal["choice", "regex", "expected"] = "choice"
+    scale: tuple[int, int] = Field((1, 10), description="worst and best whole number")
+    mode: Literal["choice", "regex", "expected"] = Field(
+        "choice",
+        description="constrained to the scale; free text read by `pattern`; mean over the labels' probabilities",
+    )
     draws: int = Field(1, ge=1, description="scores drawn per response and objective; the score is their mean")
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, description="scores are drawn, not read at the mode")
     retries: int = Field(2, ge=0, description="further tries after a judgement that cannot be read")
-    max_tokens: int = Field(8, ge=1)
+    max_tokens: int = Field(8, ge=1, description="of one judgement")
     prompt: str | None = Field(None, description="Jinja2; null takes the built-in one of the mode")
     system: str | None = None
     pattern: str = Field(r"\[\[(\d+)\]\]", description="mode regex: its first group is the score")
@@ -99,13 +102,18 @@ class Refine(Section):
 class Denoise(Section):
     """The two denoising criteria (SPA, Eq. 1 and the consistency rule)."""
 
-    consistency: Literal["strict", "primary_ge", "off"] = "strict"
-    on_inconsistent: Literal["drop_prompt", "drop_refined"] = "drop_prompt"
-    informativeness: bool = True
-    ddof: Literal[0, 1] = 1
+    consistency: Literal["strict", "primary_ge", "off"] = Field(
+        "strict",
+        description="the refined answer must beat every candidate on every objective (>= on the first; not at all)",
+    )
+    on_inconsistent: Literal["drop_prompt", "drop_refined"] = Field(
+        "drop_prompt", description="drop_refined keeps the candidates of such a prompt"
+    )
+    informativeness: bool = Field(True, description="keep prompts with 0 < det Σ <= τ only")
+    ddof: Literal[0, 1] = Field(1, description="of the covariance Σ over the candidates' scores")
     tau: float | None = Field(None, gt=0, description="upper bound of det; null reads tau_quantile off the data")
     tau_quantile: float | None = Field(0.32, gt=0, le=1, description="null: no upper bound")
-    tau_over: Literal["positive", "all"] = "positive"
+    tau_over: Literal["positive", "all"] = Field("positive", description="which det Σ the quantile is taken of")
 
     @field_validator("consistency", mode="before")
     @classmethod
@@ -116,9 +124,11 @@ class Denoise(Section):
 class Pairs(Section):
     """Preference pairs (SPA, Eq. 2)."""
 
-    delta: float = Field(2.0, gt=0)
-    order: Literal["lex", "pareto"] = "lex"
-    include: Literal["all", "refined_only", "candidates_only"] = "all"
+    delta: float = Field(2.0, gt=0, description="least sum of absolute score differences (Eq. 2)")
+    order: Literal["lex", "pareto"] = Field("lex", description="strict priority, or dominance on every objective")
+    include: Literal["all", "refined_only", "candidates_only"] = Field(
+        "all", description="what the chosen answer may be"
+    )
     thresholds: dict[str, float] = Field(
         default_factory=dict, description="objective -> a*: compare min(score, a*) instead of the score"
     )
@@ -149,18 +159,20 @@ METHOD_DEFAULTS: dict[str, dict[str, float]] = {
 class Train(Section):
     """Preference training. `beta`, `gamma` and `lr` are null until `resolved()` fills them in by method."""
 
-    method: TrainMethod = "spa"
-    beta: float | None = Field(None, ge=0)
+    method: TrainMethod = Field("spa", description="weighted SimPO, SimPO, DPO, or cross-entropy on the chosen answers")
+    beta: float | None = Field(None, ge=0, description="null: by method")
     gamma: float | None = Field(None, description="Eq. 3's γ itself, not γ/β")
     alpha: float = Field(1.0, ge=0, description="exponent of the pair weight; 0 is plain SimPO")
-    gap: Literal["abs_sum", "l1", "primary"] = "abs_sum"
-    w_max: float | None = Field(None, gt=0)
+    gap: Literal["abs_sum", "l1", "primary"] = Field(
+        "abs_sum", description="what a pair is weighted by: Eq. 3's Δ, Eq. 2's margin, the first objective alone"
+    )
+    w_max: float | None = Field(None, gt=0, description="upper bound of a weight; null: none")
     drop_dead: bool = Field(False, description="leave out pairs whose gap is 0")
-    lr: float | None = Field(None, gt=0)
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null: by method")
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warmup")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float | None = Field(1.0, gt=0)
+    grad_clip: float | None = Field(1.0, gt=0, description="global norm; null: none")
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="stop after N optimizer steps whatever `epochs` says")
     max_pairs: int | None = Field(None, ge=1, description="a seeded subset of N pairs, for size-matched comparisons")
@@ -168,13 +180,15 @@ class Train(Section):
     batch_size: int = Field(32, ge=1, description="pairs in an optimizer step, over all ranks")
     micro_batch_tokens: int | None = Field(None, ge=1, description="tokens in a micro-batch; null: 8 × max_length")
     max_length: int = Field(2048, ge=2, description="prompt + response; longer pairs are dropped and counted")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    lora: Lora | None = None
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    offload: bool = False
-    gradient_checkpointing: bool = False
-    save_every_steps: int | None = Field(None, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="of the forward; losses are float32 or better"
+    )
+    lora: Lora | None = Field(None, description="null trains every weight")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO")
+    offload: bool = Field(False, description="optimizer state in CPU memory")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    save_every_steps: int | None = Field(None, ge=1, description="checkpoint; null: none in the middle")
+    keep_checkpoints: int = Field(2, ge=1, description="the newest ones")
 
     def resolved(self) -> Train:
         """This section with β, γ and lr filled in by method."""
@@ -185,20 +199,20 @@ class Train(Section):
 class Generation(Section):
     """How the generation stage treats rows."""
 
-    max_attempts: int = Field(3, ge=1)
-    max_error_fraction: float = Field(0.1, ge=0, le=1)
-    rows_per_block: int = Field(64, ge=1, description="rows committed together; also the grain of a resume")
+    max_attempts: int = Field(3, ge=1, description="passes over prompts whose error another try may mend")
+    max_error_fraction: float = Field(0.1, ge=0, le=1, description="more failed prompts than this fail the stage")
+    rows_per_block: int = Field(32, ge=1, description="rows committed together; also the grain of a resume")
 
 
 class Iterations(Section):
-    count: int = Field(1, ge=1)
-    prompts: Literal["same", "diff"] = "same"
+    count: int = Field(1, ge=1, description="rounds, each from the model that the last one trained")
+    prompts: Literal["same", "diff"] = Field("same", description="the same prompts again, or the next `prompts.limit`")
     reuse_refined: bool = Field(False, description="add the last iteration's refined answer as a candidate")
 
 
 class Engines(Section):
-    min: int = Field(1, ge=1)
-    max: int = Field(1, ge=1)
+    min: int = Field(1, ge=1, description="engines that are always there")
+    max: int = Field(1, ge=1, description="engines the pool may grow to")
 
     @model_validator(mode="after")
     def _ordered(self) -> Engines:
@@ -212,11 +226,11 @@ class Resources(Section):
 
     engines: Engines = Engines()
     gpus_per_engine: float | None = Field(None, ge=0, description="null: tensor_parallel_size on a GPU cluster, else 0")
-    cpus_per_engine: float = Field(1, ge=0)
+    cpus_per_engine: float = Field(1, ge=0, description="logical CPUs")
     concurrency: int = Field(128, ge=1, description="prompts in flight in one engine")
-    train_workers: int = Field(1, ge=1)
+    train_workers: int = Field(1, ge=1, description="ranks")
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 on a GPU cluster, else 0")
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0, description="logical CPUs")
 
 
 class EvalSampling(Section):
@@ -228,7 +242,7 @@ class EvalSampling(Section):
 class Evaluation(Section):
     """Held-out prompts, answered once and scored by a judge that training never saw."""
 
-    prompts: Prompts | None = None
+    prompts: Prompts | None = Field(None, description="the main held-out set; null: no evaluation")
     families: dict[str, Prompts] = Field(default_factory=dict, description="further held-out sets, by name")
     judge: str = Field(
         "base", description="`base` (the model before training), `self`, a model folder, or `module:judge`"
@@ -241,12 +255,16 @@ class Evaluation(Section):
 class Config(Section):
     """One arm's whole config. `name`, `seed` and `run_dir` belong to the run."""
 
-    name: str
-    run_dir: str
+    name: str = Field(description="the run's name; the file's stem unless given")
+    run_dir: str = Field(description="runs/NAME unless given")
     seed: int = 0
-    profile: Literal["paper", "robust"] = "paper"
-    arms: dict[str, dict[str, Any]] = Field({"main": {}}, min_length=1)
-    objectives: tuple[str, ...] = ("harmless", "helpful")
+    profile: Literal["paper", "robust"] = Field(
+        "paper", description="named defaults, see below; single keys override it"
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        {"main": {}}, min_length=1, description="name -> {dotted key: value}; equal stages are shared"
+    )
+    objectives: tuple[str, ...] = Field(("harmless", "helpful"), description="highest priority first, two or more")
     constitution: str = Field("hhh", description="built-in name or YAML file")
     model: Model
     prompts: Prompts = Prompts()
