@@ -199,7 +199,7 @@ class Train(Section):
 class Generation(Section):
     """How the generation stage treats rows."""
 
-    max_attempts: int = Field(3, ge=1, description="passes over prompts whose error another try may mend")
+    max_attempts: int = Field(3, ge=1, description="tries of a block of prompts when engines die under it")
     max_error_fraction: float = Field(0.1, ge=0, le=1, description="more failed prompts than this fail the stage")
     rows_per_block: int = Field(32, ge=1, description="rows committed together; also the grain of a resume")
 

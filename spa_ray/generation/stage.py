@@ -74,8 +74,10 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     names = [o.name for o in load_objectives(config)]
     schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
+    deaths = out.with_name("engine_deaths.log")
+    deaths.unlink(missing_ok=True)
     with _row_checkpoint(checkpoint), _tally(total, on_progress) as tally:
-        arguments = (config, task, model, earlier, tally, verbose)
+        arguments = (config, task, model, earlier, deaths, tally, verbose)
         data = ray.data.read_parquet(str(prompts))
         data = data.repartition(target_num_rows_per_block=config.generation.rows_per_block)
         data = data.map_batches(
@@ -84,6 +86,7 @@ def generate(
             batch_size=None,
             batch_format="pyarrow",
             compute=_pool(config),
+            max_task_retries=config.generation.max_attempts - 1,  # else a prompt that kills engines kills them for ever
             **_engine_resources(config),
         )
         try:
@@ -91,7 +94,7 @@ def generate(
         except (InputError, RunError):
             raise
         except Exception as e:
-            raise _explained(e) from e
+            raise _explained(e, deaths) from e
     counts = count_rows(out, seconds=time.monotonic() - started)
     _check_counts(counts, total, config)
     return counts
@@ -101,20 +104,22 @@ class EpisodeActor:
     """One engine and the episodes in flight on it."""
 
     def __init__(
-        self, config: Config, task: Task, model: Path, earlier: Path | None, tally: Any, verbose: bool
+        self, config: Config, task: Task, model: Path, earlier: Path | None, deaths: Path, tally: Any, verbose: bool
     ) -> None:
         self._engine = create_engine(config.model, model, verbose=verbose)
         self._episodes = make_episodes(config, task, self._engine, model)
         self._gate = ModelGate(self._engine, model)
         self._in_flight = asyncio.Semaphore(config.resources.concurrency)
-        self._task, self._earlier, self._tally = task, earlier, tally
+        self._task, self._earlier, self._deaths, self._tally = task, earlier, deaths, tally
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         earlier = refined_answers(self._earlier, batch["prompt_id"]) if self._earlier else {}
         try:
             rows = await asyncio.gather(*(self._run(row, earlier) for row in batch.to_pylist()))
         except EngineDeadError as e:
-            print(f"spa_ray: engine actor {ray.get_runtime_context().get_actor_id()}: {e}", flush=True)
+            actor = ray.get_runtime_context().get_actor_id()
+            with self._deaths.open("a", encoding="utf-8") as file:
+                file.write(f"{e} (engine actor {actor}, its log: {_own_log()})\n")
             os._exit(1)  # so that Ray replaces this actor and its engine and runs the block again
         return pa.Table.from_pylist(rows, schema=EPISODES)
 
@@ -127,6 +132,12 @@ class EpisodeActor:
         if self._tally is not None:
             self._tally.add.remote(episode["error"] is not None, episode["generated_tokens"])
         return episode
+
+
+def _own_log() -> str:
+    """Where Ray sends this process's output."""
+    output = Path("/proc/self/fd/1")
+    return str(output.resolve()) if output.exists() else "in Ray's log folder"
 
 
 def refined_answers(episodes: Path, prompt_ids: pa.ChunkedArray) -> dict[str, Completion]:
@@ -244,7 +255,7 @@ def _tally(total: int, on_progress: OnProgress | None) -> Iterator[Any]:
         ray.kill(tally)
 
 
-def _explained(error: BaseException) -> Exception:
+def _explained(error: BaseException, deaths: Path) -> Exception:
     """Our own error out of Ray's wrapping, else one line that says where to look."""
     seen: BaseException | None = error
     while seen is not None:
@@ -254,6 +265,8 @@ def _explained(error: BaseException) -> Exception:
             if isinstance(candidate, RunError):
                 return RunError(f"generate: {candidate}")
         seen = seen.__cause__ or seen.__context__
+    if deaths.exists():
+        return RunError(f"generate: {deaths.read_text(encoding='utf-8').splitlines()[-1]}")
     last = [line for line in str(error).splitlines() if line.strip()]
     what = last[-1] if last else ""
     return RunError(f"generate: {type(error).__name__}: {what}; --verbose shows the engine's log")
