@@ -110,12 +110,12 @@ class EpisodeActor:
         self._episodes = make_episodes(config, task, self._engine, model)
         self._gate = ModelGate(self._engine, model)
         self._in_flight = asyncio.Semaphore(config.resources.concurrency)
-        self._task, self._earlier, self._deaths, self._tally = task, earlier, deaths, tally
+        self._earlier = RefinedAnswers(earlier) if earlier else None
+        self._task, self._deaths, self._tally = task, deaths, tally
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        earlier = refined_answers(self._earlier, batch["prompt_id"]) if self._earlier else {}
         try:
-            rows = await asyncio.gather(*(self._run(row, earlier) for row in batch.to_pylist()))
+            rows = await asyncio.gather(*(self._run(row) for row in batch.to_pylist()))
         except EngineDeadError as e:
             actor = ray.get_runtime_context().get_actor_id()
             with self._deaths.open("a", encoding="utf-8") as file:
@@ -123,12 +123,13 @@ class EpisodeActor:
             os._exit(1)  # so that Ray replaces this actor and its engine and runs the block again
         return pa.Table.from_pylist(rows, schema=EPISODES)
 
-    async def _run(self, row: dict[str, Any], earlier: Mapping[str, Completion]) -> dict[str, Any]:
+    async def _run(self, row: dict[str, Any]) -> dict[str, Any]:
         async with self._gate.using(Path(row["model"]) if row.get("model") else None), self._in_flight:
             if self._task.kind == "score":
                 episode = await self._episodes.score(row)
             else:
-                episode = await self._episodes.run(row, earlier=earlier.get(row["prompt_id"]))
+                earlier = self._earlier.get(row["prompt_id"]) if self._earlier else None
+                episode = await self._episodes.run(row, earlier=earlier)
         if self._tally is not None:
             self._tally.add.remote(episode["error"] is not None, episode["generated_tokens"])
         return episode
@@ -140,17 +141,24 @@ def _own_log() -> str:
     return str(output.resolve()) if output.exists() else "in Ray's log folder"
 
 
-def refined_answers(episodes: Path, prompt_ids: pa.ChunkedArray) -> dict[str, Completion]:
-    """The refined answers that an earlier iteration gave to these prompts."""
-    wanted = pc.field("prompt_id").isin(prompt_ids.combine_chunks())
-    table = pds.dataset(episodes, format="parquet").to_table(columns=["prompt_id", "responses"], filter=wanted)
-    found = {}
-    for row in table.to_pylist():
-        for response in row["responses"] or []:
-            if response["kind"] == "refined":
-                kept = {key: response[key] for key in ("text", "token_ids", "finish_reason")}
-                found[row["prompt_id"]] = Completion(**kept)
-    return found
+class RefinedAnswers:
+    """The refined answers of an earlier iteration by prompt_id, read once, held as Arrow columns (a few KB each)."""
+
+    def __init__(self, episodes: Path) -> None:
+        kept = []
+        for batch in pds.dataset(episodes, format="parquet").to_batches(columns=["prompt_id", "responses"]):
+            responses = pc.list_flatten(batch["responses"])
+            owners = batch["prompt_id"].take(pc.list_parent_indices(batch["responses"]))
+            fields = [pc.struct_field(responses, name) for name in ("text", "token_ids", "finish_reason")]
+            columns = pa.table([owners, *fields], names=["prompt_id", "text", "token_ids", "finish_reason"])
+            kept.append(columns.filter(pc.equal(pc.struct_field(responses, "kind"), "refined")))
+        table = pa.concat_tables(kept)
+        self._rows = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
+        self._answers = table.drop_columns(["prompt_id"]).combine_chunks()
+
+    def get(self, prompt_id: str) -> Completion | None:
+        row = self._rows.get(prompt_id)
+        return None if row is None else Completion(**self._answers.slice(row, 1).to_pylist()[0])
 
 
 def count_rows(out: Path, *, seconds: float) -> PassCounts:
