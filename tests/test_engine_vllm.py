@@ -1,0 +1,229 @@
+"""The vLLM engine against transformers, on a tiny model: legal choices, true probabilities, swapped weights, its death.
+
+One engine serves the module; the tests that kill it stand last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spa_ray.config.models import Model
+from spa_ray.engine import Completion, EngineDeadError, Request, create_engine
+from spa_ray.engine import vllm_engine as module
+from spa_ray.errors import InputError
+from spa_ray.generation.chat import Chat
+from spa_ray.generation.judging import Score, expected_score, label_ids
+
+pytestmark = pytest.mark.engine
+
+LABELS = tuple(str(k) for k in range(1, 11))
+ENDS = ("<|end|>", "<|unused|>", "<|unused2|>", "<|pad|>")  # several ends, as Llama 3 has
+QUESTIONS = [f"What is {k} and {k * 7}?" for k in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` with several end tokens in its generation config."""
+    folder = tmp_path_factory.mktemp("engine") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    config["eos_token_id"] = sorted(end_ids(tokenizer_of(folder)))
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Any]:
+    engine = create_engine(Model(path=str(model), dtype="float32", max_model_len=512), model)
+    yield engine
+    engine.shutdown()
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def end_ids(tokenizer: Any) -> set[int]:
+    return set(tokenizer.convert_tokens_to_ids(list(ENDS)))
+
+
+def prompt(engine: Any, text: str) -> list[int]:
+    return Chat(engine.tokenizer, model="tiny").prompt_ids([{"role": "user", "content": text}])
+
+
+def request(engine: Any, text: str = "?", **changes: Any) -> Request:
+    settings = {"max_tokens": 24, "temperature": 1.0, "seed": 0, **changes}
+    return Request(prompt(engine, text), **settings)
+
+
+def answers(engine: Any, requests: list[Request]) -> list[Completion]:
+    async def all_of_them() -> list[Completion]:
+        return await asyncio.gather(*(engine.generate(r) for r in requests))
+
+    return asyncio.run(all_of_them())
+
+
+def greedy_by_transformers(folder: Path, prompts: list[list[int]], ends: set[int], count: int) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    with torch.no_grad():
+        for ids in prompts:
+            out = list(ids)
+            while len(out) < len(ids) + count and (len(out) == len(ids) or out[-1] not in ends):
+                out.append(int(model(torch.tensor([out])).logits[0, -1].argmax()))
+            found.append(out[len(ids) :])
+    return found
+
+
+def test_greedy_tokens_are_those_of_transformers(engine: Any, model: Path) -> None:
+    got = answers(engine, [request(engine, q, temperature=0.0) for q in QUESTIONS])
+    prompts = [prompt(engine, q) for q in QUESTIONS]
+    assert [c.token_ids for c in got] == greedy_by_transformers(model, prompts, end_ids(engine.tokenizer), 24)
+
+
+def test_a_constrained_answer_is_always_a_legal_label(engine: Any) -> None:
+    got = answers(engine, [request(engine, q, seed=s, choices=LABELS) for q in QUESTIONS for s in range(8)])
+    assert {c.text for c in got} <= set(LABELS)
+    assert len({c.text for c in got}) > 3  # drawn, not fixed
+    assert {c.finish_reason for c in got} == {"stop"}
+
+
+def test_the_text_is_the_decoded_ids_and_one_end_token_stands_last_unless_the_answer_was_cut(engine: Any) -> None:
+    got = answers(engine, [request(engine, q, seed=s, max_tokens=96) for q in QUESTIONS for s in range(6)])
+    ends = end_ids(engine.tokenizer)
+    assert {c.finish_reason for c in got} == {"stop", "length"}
+    for completion in got:
+        assert completion.text == engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        finished = completion.finish_reason == "stop"
+        assert sum(token in ends for token in completion.token_ids) == finished
+        assert (completion.token_ids[-1] in ends) == finished
+        assert len(completion.token_ids) == 96 or finished
+
+
+def test_a_seed_fixes_the_answer_whatever_else_is_in_flight(engine: Any) -> None:
+    alone = answers(engine, [request(engine, "alone", seed=7)])[0]
+    crowd = answers(engine, [request(engine, q, seed=s) for q in [*QUESTIONS, "alone"] for s in (6, 7)])
+    assert crowd[-1] == alone
+    assert crowd[-2] != alone
+
+
+def test_label_probabilities_are_the_models_own_with_the_mass_off_the_scale(engine: Any, model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    labels = label_ids(engine.tokenizer, LABELS)
+    got = answers(engine, [request(engine, q, max_tokens=1, label_ids=labels) for q in QUESTIONS])
+    truth = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for question, completion in zip(QUESTIONS, got, strict=True):
+        with torch.no_grad():
+            logits = truth(torch.tensor([prompt(engine, question)])).logits[0, -1]
+        expected = torch.log_softmax(logits.float(), -1)[list(labels)].tolist()
+        assert completion.label_logprobs == pytest.approx(expected, abs=1e-3)
+        reading = expected_score(completion.label_logprobs, (1, 10))
+        on_scale = math.fsum(map(math.exp, expected))
+        assert isinstance(reading, Score)
+        assert reading.off_scale == pytest.approx(1 - on_scale, abs=1e-4)
+        mean = math.fsum(k * math.exp(p) for k, p in enumerate(expected, 1)) / on_scale
+        assert reading.value == pytest.approx(mean, abs=1e-3)
+
+
+def test_swapped_weights_answer_as_the_other_model_and_back(engine: Any, model: Path, other_tiny_model: Path) -> None:
+    prompts = [prompt(engine, q) for q in QUESTIONS]
+    ends = end_ids(engine.tokenizer)
+    ours = greedy_by_transformers(model, prompts, ends, 24)
+    others = greedy_by_transformers(other_tiny_model, prompts, ends, 24)
+    assert ours != others
+    for folder, expected in ((other_tiny_model, others), (model, ours)):
+        asyncio.run(engine.load_weights(folder))
+        got = answers(engine, [request(engine, q, temperature=0.0) for q in QUESTIONS])
+        assert [c.token_ids for c in got] == expected
+
+
+def test_event_loops_of_several_threads_are_served_at_once(engine: Any) -> None:
+    found: dict[int, list[Completion]] = {}
+
+    def ask(number: int) -> None:
+        found[number] = answers(engine, [request(engine, q, seed=number) for q in QUESTIONS])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(found) == [0, 1, 2]
+    assert all(len(got) == len(QUESTIONS) for got in found.values())
+
+
+def test_a_request_beyond_the_context_is_refused_and_the_next_one_answered(engine: Any) -> None:
+    too_long = Request([5] * 500, max_tokens=20, temperature=1.0, seed=0)
+    with pytest.raises(ValueError, match="exceed the context of 512"):
+        answers(engine, [too_long])
+    assert answers(engine, [request(engine)])
+
+
+def test_a_request_that_vllm_refuses_fails_alone(engine: Any) -> None:
+    async def both() -> list[Any]:
+        bad = Request([10**6], max_tokens=4, temperature=1.0, seed=0)
+        return await asyncio.gather(engine.generate(bad), engine.generate(request(engine)), return_exceptions=True)
+
+    refused, answered = asyncio.run(both())
+    assert isinstance(refused, ValueError)
+    assert isinstance(answered, Completion)
+
+
+def test_a_folder_that_vllm_refuses_is_a_mistake_of_the_user(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "config.json").write_text('{"model_type": "no such architecture"}')
+    with pytest.raises(InputError, match="vLLM refuses it") as caught:
+        create_engine(Model(path=str(folder)), folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_engine_that_stalls_counts_as_dead(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_step, stalled = engine._engine.step, threading.Event()
+    monkeypatch.setattr(engine, "_dead", None)  # restored afterwards, so that the engine serves the next test
+    monkeypatch.setattr(module, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(engine._engine, "step", lambda: (stalled.wait(20), real_step())[1])
+    started = time.monotonic()
+    try:
+        with pytest.raises(EngineDeadError, match="no step finished"):
+            answers(engine, [request(engine)])
+        assert time.monotonic() - started < 5
+        with pytest.raises(EngineDeadError):
+            answers(engine, [request(engine)])
+    finally:
+        stalled.set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_fails_every_waiting_and_every_later_request_at_once(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("boom")
+
+    async def ask(count: int) -> list[Any]:
+        return await asyncio.gather(*(engine.generate(request(engine)) for _ in range(count)), return_exceptions=True)
+
+    monkeypatch.setattr(engine._engine, "step", broken)
+    started = time.monotonic()
+    waiting, later = asyncio.run(ask(40)), asyncio.run(ask(3))
+    assert time.monotonic() - started < 5
+    assert {type(outcome) for outcome in [*waiting, *later]} == {EngineDeadError}
+    assert "boom" in str(waiting[0])
