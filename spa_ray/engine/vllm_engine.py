@@ -77,6 +77,8 @@ class VLLMEngine:
                 raise EngineDeadError(self._dead)
 
     def _completion(self, request: Request, output: Any) -> Completion:
+        if output.finish_reason not in ("stop", "length"):  # aborted, or an error inside vLLM: no answer of the model
+            raise RuntimeError(f"vLLM ended the request with {output.finish_reason!r}")
         ids = list(output.token_ids)
         labels = None
         if request.label_ids is not None:
@@ -118,12 +120,14 @@ class VLLMEngine:
                 busy = True
 
     def _add(self, job: _Job) -> None:
+        from vllm.exceptions import VLLMClientError
+
         assert job.request is not None
         number = str(next(self._numbers))
         try:
             self._engine.add_request(number, {"prompt_token_ids": job.request.prompt_ids}, _params(job.request))
-        except ValueError as e:  # this request is at fault, not the engine
-            job.fail(e)
+        except (ValueError, VLLMClientError) as e:  # this request is at fault, not the engine
+            job.fail(ValueError(f"vLLM: {_first_line(e)}"))
             return
         self._pending[number] = job
 
