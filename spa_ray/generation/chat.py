@@ -41,8 +41,9 @@ class Chat:
         if system is not None:
             turns = [{"role": "system", "content": system}, *(m for m in turns if m["role"] != "system")]
         if turns[0]["role"] == "system" and not self.knows_system:
-            head, first, *rest = turns
-            turns = [{**first, "content": f"{head['content']}\n\n{first['content']}"}, *rest]
+            head, *turns = turns
+            first = next(turn for turn in turns if turn["role"] == "user")
+            first["content"] = f"{head['content']}\n\n{first['content']}"
         try:
             return self._encode(turns)
         except TemplateError as e:

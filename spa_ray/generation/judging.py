@@ -110,7 +110,8 @@ def expected_score(logprobs: Sequence[float], scale: Sequence[int]) -> Reading:
         return ParseFailure(f"label probabilities sum to {total:g}")
     labels = range(scale[0], scale[1] + 1)
     mean = math.fsum(m * k for m, k in zip(masses, labels, strict=True)) / total
-    return Score(mean, off_scale=max(0.0, 1 - total))
+    # Rounding alone can leave the mean a last digit outside.
+    return Score(min(max(mean, float(scale[0])), float(scale[1])), off_scale=max(0.0, 1 - total))
 
 
 class Judge(Protocol):

@@ -5,6 +5,7 @@ Comes in: a config and a model folder. Goes out: `Episodes`. Never: Ray.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
 from spa_ray.generation.chat import Chat
 from spa_ray.generation.episode import Draw, Episodes, Recipe
-from spa_ray.generation.judging import FunctionJudge, Judge, ModelJudge, label_ids
+from spa_ray.generation.judging import FunctionJudge, Judge, ModelJudge, compile_pattern, label_ids
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
 
@@ -47,7 +48,15 @@ def make_judge(config: Config, task: Task, engine: Engine, chat: Chat, templates
         return ModelJudge(engine, chat, templates, config.scoring)
     if not is_dotted(task.judge):
         raise InputError(f"evaluation.judge: {task.judge!r} is neither `self` nor a dotted path module:function")
-    return FunctionJudge(load_dotted(task.judge, where="evaluation.judge"), task.judge)
+    return FunctionJudge(load_judge(task.judge), task.judge)
+
+
+def load_judge(dotted: str) -> Callable[..., float]:
+    """The judge function that `evaluation.judge` names. Raises: InputError when there is none or it is no function."""
+    function = load_dotted(dotted, where="evaluation.judge")
+    if not callable(function):
+        raise InputError(f"evaluation.judge: {dotted!r} is a {type(function).__name__}; a judge is a function")
+    return function
 
 
 def recipe(config: Config, task: Task) -> Recipe:
@@ -83,9 +92,10 @@ def check_generation(config: Config, model: Path) -> None:
     Raises: InputError.
     """
     Templates(config, load_objectives(config))
+    compile_pattern(config.scoring.pattern)
     judge = config.evaluation.judge
     if is_dotted(judge):
-        load_dotted(judge, where="evaluation.judge")
+        load_judge(judge)
     if config.model.engine != "vllm":
         return
     tokenizer = load_tokenizer(config, model)
