@@ -14,10 +14,12 @@ from typing import Any
 
 import yaml
 
-from spa_ray.config import arm_configs
+from spa_ray.config import Config, arm_configs
 from spa_ray.errors import InputError
+from spa_ray.evaluation.prompts import MAIN_FAMILY
 from spa_ray.runs.commands import print_funnel, print_metrics
 from spa_ray.runs.examples import before_after, print_examples
+from spa_ray.runs.study import write_study
 
 WORLD = "spa_ray.microworld"
 
@@ -31,21 +33,41 @@ def run_demo(overrides: list[str], *, full: bool, seeds: int, verbose: bool) -> 
     started = time.time()
     raw = demo_config(full=full)
     name = f"{raw['name']}-full" if full else raw["name"]
-    results: dict[int, dict[str, Any]] = {}
+    arms = arm_configs({**raw, "name": name}, overrides, where="spa demo", stem=name)
     progress = Progress()
+    results = []
     try:
         with connected(verbose=verbose):
             for seed in range(seeds):
-                given = [f"name={name}-seed{seed}", f"seed={seed}", *overrides] if seeds > 1 else overrides
-                arms = arm_configs({**raw, "name": name}, given, where="spa demo", stem=name)
-                pipeline = Pipeline(arms, progress=progress, verbose=verbose)
+                given = of_seed(arms, seed) if seeds > 1 else arms
+                pipeline = Pipeline(given, progress=progress, verbose=verbose)
                 pipeline.check()
-                results[seed] = pipeline.run()
+                results.append(pipeline.run())
     finally:
         progress.close()
-    for result in results.values():
+    for result in results:
         show(result)
-    return summary(results, seconds=time.time() - started)
+    study = {}
+    if full or seeds > 1:
+        base = Path(next(iter(arms.values())).run_dir).absolute()
+        path = write_study([Path(r["run_dir"]) for r in results], base.with_name(f"{base.name}-study.md"))
+        print(f"study: {path}")
+        study = {"study": str(path)}
+    return {**summary(results), **study, "seconds": round(time.time() - started, 1)}
+
+
+def of_seed(arms: dict[str, Config], number: int) -> dict[str, Config]:
+    """The configs of the study's seed `number`: counted from the config's own seed, in a run folder of their own."""
+    return {
+        arm: config.model_copy(
+            update={
+                "name": f"{config.name}-seed{config.seed + number}",
+                "run_dir": f"{config.run_dir}-seed{config.seed + number}",
+                "seed": config.seed + number,
+            }
+        )
+        for arm, config in arms.items()
+    }
 
 
 def demo_config(*, full: bool) -> dict[str, Any]:
@@ -76,17 +98,16 @@ def show(result: dict[str, Any]) -> None:
     print(f"run folder: {run_dir}")
 
 
-def summary(results: dict[int, dict[str, Any]], *, seconds: float) -> dict[str, Any]:
-    """Means over seeds by arm: every measure of the main family, as plain numbers."""
-    first = next(iter(results.values()))
-    names = ["vanilla", *first["arms"]]
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds by arm: every measure of the main family, as plain numbers. Further: the funnel of `spa` (of
+    the first arm where there is none) at the first seed, and the run folders."""
+    first = results[0]
     out: dict[str, Any] = {}
-    for name in names:
-        runs = [r["vanilla"] if name == "vanilla" else r["arms"][name] for r in results.values()]
-        means = [run["metrics"]["test"]["means"] for run in runs]
+    for name in ["vanilla", *first["arms"]]:
+        runs = [r["vanilla"] if name == "vanilla" else r["arms"][name] for r in results]
+        means = [run["metrics"][MAIN_FAMILY]["means"] for run in runs]
         out[name] = {key: sum(m[key]["mean"] for m in means) / len(means) for key in means[0]}
     funnel_arm = "spa" if "spa" in first["arms"] else next(iter(first["arms"]))
     out["funnel"] = first["arms"][funnel_arm]["iterations"][0]["funnel"]
-    out["run_dirs"] = [r["run_dir"] for r in results.values()]
-    out["seconds"] = round(seconds, 1)
+    out["run_dirs"] = [r["run_dir"] for r in results]
     return out

@@ -22,14 +22,18 @@ from spa_ray.evaluation.tables import Answers
 class FamilyAnswers:
     """One model's answers to one family of held-out prompts.
 
-    `categories` maps prompt_id -> category for prompts that have one; `exact` is the share of answers that equal the
-    prompt's own exact answer, None where the family has no exact answers; `errors` counts prompts without an answer.
+    `categories` maps prompt_id -> category for prompts that have one; `errors` counts prompts without an answer.
     """
 
     answers: Answers
     categories: dict[str, str]
-    exact: float | None
     errors: int
+
+    @property
+    def exact(self) -> float | None:
+        """Share of answers that equal the prompt's own exact answer; None where no prompt has one."""
+        exact = self.answers.exact
+        return None if exact is None else float(np.nanmean(exact))
 
 
 @dataclass
@@ -39,7 +43,7 @@ class _Rows:
     lengths: list[int] = field(default_factory=list)
     refused: list[bool] = field(default_factory=list)
     categories: dict[str, str] = field(default_factory=dict)
-    exact: list[bool] = field(default_factory=list)
+    exact: list[float] = field(default_factory=list)
     errors: int = 0
 
 
@@ -65,17 +69,17 @@ def _add(rows: _Rows, prompt_id: str, meta: dict[str, Any], response: dict[str, 
     rows.refused.append(is_refusal(response["text"]))
     if "category" in meta:
         rows.categories[prompt_id] = meta["category"]
-    if "answer" in meta:
-        rows.exact.append(response["text"].strip() == meta["answer"])
+    rows.exact.append(float(response["text"].strip() == meta["answer"]) if "answer" in meta else np.nan)
 
 
 def _close(rows: _Rows) -> FamilyAnswers:
     width = len(rows.scores[0]) if rows.scores else 0
+    exact = np.asarray(rows.exact, dtype=np.float64)
     answers = Answers(
         prompt_ids=rows.ids,
         scores=np.asarray(rows.scores, dtype=np.float64).reshape(len(rows.ids), width),
         lengths=np.asarray(rows.lengths, dtype=np.int64),
         refused=np.asarray(rows.refused, dtype=np.bool_),
+        exact=exact if np.isfinite(exact).any() else None,
     )
-    exact = float(np.mean(rows.exact)) if rows.exact else None
-    return FamilyAnswers(answers, rows.categories, exact, rows.errors)
+    return FamilyAnswers(answers, rows.categories, rows.errors)

@@ -1,11 +1,12 @@
-"""Percentile bootstrap over prompts: the interval of a mean, and of a paired difference of two means.
+"""Percentile bootstrap over prompts: the interval of a mean, of a paired difference of two means, and of a ratio.
 
-Comes in: one number a prompt. Goes out: an `Interval`. Never: unseeded randomness: the same seed gives the
-same interval.
+Comes in: one number a prompt, two for a ratio. Goes out: an `Interval`. Never: unseeded randomness: the same seed
+gives the same interval.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,15 +33,8 @@ def mean_interval(values: ArrayLike, *, resamples: int, seed: int, level: float 
     another shape.
     """
     x = _column(values, "mean_interval")
-    rng = np.random.default_rng(seed)
-    step = max(1, BUDGET // len(x))
-    means = [
-        x[rng.integers(0, len(x), size=(min(step, resamples - start), len(x)))].mean(axis=1)
-        for start in range(0, resamples, step)
-    ]
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(x.mean()), float(low), float(high), len(x))
+    means = [x[drawn].mean(axis=1) for drawn in _draws(len(x), resamples, seed)]
+    return _interval(float(x.mean()), means, level, len(x))
 
 
 def paired_difference(
@@ -54,6 +48,32 @@ def paired_difference(
     if a.shape != b.shape:
         raise ValueError(f"paired_difference: {len(a)} and {len(b)} values; one of each for every prompt is needed")
     return mean_interval(a - b, resamples=resamples, seed=seed, level=level)
+
+
+def ratio_interval(parts: ArrayLike, wholes: ArrayLike, *, resamples: int, seed: int, level: float = 0.95) -> Interval:
+    """sum(parts) / sum(wholes), one of each for n prompts: the prompts are drawn, what belongs to one stays together.
+
+    Raises: ValueError as `mean_interval`, when the shapes differ, or a whole is not above 0.
+    """
+    a, b = _column(parts, "ratio_interval"), _column(wholes, "ratio_interval")
+    if a.shape != b.shape or (b <= 0).any():
+        raise ValueError(f"ratio_interval: {len(a)} parts and {len(b)} wholes; one of each, wholes above 0, are needed")
+    ratios = [a[drawn].sum(axis=1) / b[drawn].sum(axis=1) for drawn in _draws(len(a), resamples, seed)]
+    return _interval(float(a.sum() / b.sum()), ratios, level, len(a))
+
+
+def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Places of n prompts drawn with replacement, (some resamples, n) at a time."""
+    rng = np.random.default_rng(seed)
+    step = max(1, BUDGET // n)
+    for start in range(0, resamples, step):
+        yield rng.integers(0, n, size=(min(step, resamples - start), n))
+
+
+def _interval(mean: float, resampled: list[NDArray[np.float64]], level: float, n: int) -> Interval:
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(resampled), [tail, 1 - tail])
+    return Interval(mean, float(low), float(high), n)
 
 
 def _column(values: ArrayLike, where: str) -> NDArray[np.float64]:

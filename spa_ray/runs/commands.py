@@ -210,15 +210,16 @@ def evaluate_stage(config: Config, *, model: Path, out: Path, verbose: bool) -> 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """One table a family."""
     from rich.console import Console
+    from rich.measure import Measurement
 
     from spa_ray.evaluation.tables import ArmMetrics, rich_table
 
     console = Console()
-    if not console.is_terminal:
-        console.width = 200
     for family, arms in metrics.items():
         table = rich_table({name: ArmMetrics.from_dict(arm) for name, arm in arms.items()})
         table.title = f"held-out prompts: {family}"
+        if not console.is_terminal:  # a file or a pipe has no width: nothing is cut to fit
+            console.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
         console.print(table)
 
 
