@@ -36,7 +36,6 @@ def generate_hash(config: Config, *, iteration: int, prompts: str, model: str, e
         "objectives": _objectives(config),
         "engine": _engine(config),
         **{name: _plain(getattr(config, name)) for name in ("sampling", "scoring", "refine")},
-        "max_attempts": config.generation.max_attempts,
     }
     return stage_hash("generate", generation.STAGE_VERSION, settings, [prompts, model, *([earlier] if earlier else [])])
 
