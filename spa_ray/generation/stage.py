@@ -76,7 +76,7 @@ def generate(
     schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
     deaths = out.with_name("engine_deaths.log")
     deaths.unlink(missing_ok=True)
-    with _row_checkpoint(checkpoint), _tally(total, on_progress) as tally:
+    with _row_checkpoint(checkpoint), _tally(out, total, on_progress) as tally:
         arguments = (config, task, model, earlier, deaths, tally, verbose)
         data = ray.data.read_parquet(str(prompts))
         data = data.repartition(target_num_rows_per_block=config.generation.rows_per_block)
@@ -96,6 +96,8 @@ def generate(
         except Exception as e:
             raise _explained(e, deaths) from e
     counts = count_rows(out, seconds=time.monotonic() - started)
+    if on_progress is not None:
+        on_progress({"done": counts.rows, "total": total, **({"errors": counts.errors} if counts.errors else {})})
     _check_counts(counts, total, config)
     return counts
 
@@ -106,14 +108,21 @@ class EpisodeActor:
     def __init__(
         self, config: Config, task: Task, model: Path, earlier: Path | None, deaths: Path, tally: Any, verbose: bool
     ) -> None:
-        self._engine = create_engine(config.model, model, verbose=verbose)
-        self._episodes = make_episodes(config, task, self._engine, model)
+        self._task, self._deaths, self._tally = task, deaths, tally
+        self._refused: InputError | None = None
+        try:
+            self._engine = create_engine(config.model, model, verbose=verbose)
+            self._episodes = make_episodes(config, task, self._engine, model)
+        except InputError as e:  # raised here it would reach the driver as an actor's death, as text without a type
+            self._refused = e
+            return
         self._gate = ModelGate(self._engine, model)
         self._in_flight = asyncio.Semaphore(config.resources.concurrency)
         self._earlier = RefinedAnswers(earlier) if earlier else None
-        self._task, self._deaths, self._tally = task, deaths, tally
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._refused:
+            raise self._refused
         try:
             rows = await asyncio.gather(*(self._run(row) for row in batch.to_pylist()))
         except EngineDeadError as e:
@@ -225,8 +234,8 @@ def _row_checkpoint(folder: Path) -> Iterator[None]:
 class Tally:
     """Counts finished episodes as they come, for the progress display only."""
 
-    def __init__(self) -> None:
-        self.rows = self.errors = self.tokens = 0
+    def __init__(self, rows: int) -> None:
+        self.rows, self.errors, self.tokens = rows, 0, 0
 
     def add(self, failed: bool, tokens: int) -> None:
         self.rows += 1
@@ -238,12 +247,13 @@ class Tally:
 
 
 @contextmanager
-def _tally(total: int, on_progress: OnProgress | None) -> Iterator[Any]:
-    """A counting actor that is read once a second while the pass runs."""
+def _tally(out: Path, total: int, on_progress: OnProgress | None) -> Iterator[Any]:
+    """A counting actor that is read once a second while the pass runs; it starts from the rows that are there."""
     if on_progress is None:
         yield None
         return
-    tally = ray.remote(Tally).options(num_cpus=0).remote()
+    before = pds.dataset(out, format="parquet").count_rows()
+    tally = ray.remote(Tally).options(num_cpus=0).remote(before)
     done = threading.Event()
 
     def follow() -> None:
@@ -251,7 +261,8 @@ def _tally(total: int, on_progress: OnProgress | None) -> Iterator[Any]:
         while not done.wait(1.0):
             rows, errors, tokens = ray.get(tally.read.remote(), timeout=60)
             rate = tokens / (time.monotonic() - started)
-            on_progress({"done": rows, "total": total, "tokens/s": rate, **({"errors": errors} if errors else {})})
+            done_rows = min(rows, total)  # an engine's death repeats rows
+            on_progress({"done": done_rows, "total": total, "tokens/s": rate, **({"errors": errors} if errors else {})})
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
