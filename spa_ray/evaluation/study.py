@@ -187,7 +187,7 @@ class _Tables:
 
     def filters(self) -> StudyTable:
         note = (
-            "Each arm trains on equally many pairs for equally many steps (paper: Figure 4). pairs: built, mean over "
+            "Size-matched: every arm trains on train.max_pairs of its pairs (paper: Figure 4). pairs: built, mean over "
             "seeds. right, tied: share of them that the evaluation's judge puts in the same lexicographic order, or "
             "finds equal; intervals over training prompts."
         )
