@@ -210,15 +210,17 @@ def markdown(metrics: Mapping[str, ArmMetrics], *, differences: bool = False) ->
 
 
 def rich_table(metrics: Mapping[str, ArmMetrics], *, differences: bool = False) -> Table:
-    """The same cells for a terminal."""
+    """The same cells for a terminal, turned round: one column an arm, so that a few arms fit any width."""
     from rich.table import Table
 
     head, rows = _cells(metrics, differences=differences)
     table = Table()
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    for i, line in enumerate(zip(head, *rows, strict=True)):
+        if i:
+            table.add_row(*line)
+            continue
+        for column, name in enumerate(line):
+            table.add_column(name if column else "", justify="right" if column else "left", no_wrap=True)
     return table
 
 
