@@ -9,7 +9,7 @@ from typing import Any
 
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Config
-from spa_ray.engine.scripted import Script, ScriptedEngine
+from spa_ray.engine.scripted import ScriptedEngine
 from spa_ray.generation.episode import Episodes
 from spa_ray.generation.setup import Task, make_episodes
 
@@ -19,7 +19,7 @@ WEIGHTS = Path("weights")
 def scripted_config(script: Mapping[str, Any] | None = None, **sections: Any) -> Config:
     """A config on the scripted engine; `sections` are merged over small defaults."""
     raw: dict[str, Any] = {
-        "model": {"path": "m", "engine": "spa_ray.engine.scripted:create", "engine_kwargs": dict(script or {})},
+        "model": {"path": "m", "engine": "spa_ray.engine.scripted:ScriptedEngine", "engine_kwargs": dict(script or {})},
         "sampling": {"max_tokens": 60},
         "refine": {"max_tokens": 100},
     }
@@ -29,7 +29,7 @@ def scripted_config(script: Mapping[str, Any] | None = None, **sections: Any) ->
 
 
 def scripted_episodes(config: Config, task: Task | None = None) -> tuple[Episodes, ScriptedEngine]:
-    engine = ScriptedEngine(WEIGHTS, Script(**config.model.engine_kwargs))
+    engine = ScriptedEngine(config.model, WEIGHTS, **config.model.engine_kwargs)
     return make_episodes(config, task or Task(), engine, WEIGHTS), engine
 
 

@@ -114,7 +114,7 @@ REFINE = (
 
 def test_where_the_context_is_too_small_the_lowest_candidates_leave_the_refinement_prompt_only():
     def shown(room: int) -> list[tuple[int, ...]]:
-        text = refine_prompt(scripted_config({"max_model_len": room}, refine={"prompt": REFINE}))
+        text = refine_prompt(scripted_config(model={"max_model_len": room}, refine={"prompt": REFINE}))
         return [tuple(map(int, line.split(":")[0].split(","))) for line in text.splitlines()[1:]]
 
     all_five = shown(8000)
@@ -122,7 +122,7 @@ def test_where_the_context_is_too_small_the_lowest_candidates_leave_the_refineme
     fewer = shown(1060)
     assert 1 <= len(fewer) < 5
     assert sorted(fewer) == sorted(all_five)[-len(fewer) :]  # the best stay
-    row = play(scripted_config({"max_model_len": 1060}, refine={"prompt": REFINE}))
+    row = play(scripted_config(model={"max_model_len": 1060}, refine={"prompt": REFINE}))
     assert len(row["responses"]) == 6  # all five candidates are still in the row
 
 
@@ -132,7 +132,7 @@ def test_a_refinement_that_does_not_fit_with_one_candidate_is_this_rows_error():
 
 
 def test_a_prompt_too_long_for_the_context_is_recorded_and_nothing_is_asked():
-    config = scripted_config({"max_model_len": 2000})
+    config = scripted_config(model={"max_model_len": 2000})
     episodes, engine = scripted_episodes(config)
     row = asyncio.run(episodes.run(prompt("x" * 2000, "long")))
     assert row["error"].startswith("prompt_too_long: 2")

@@ -154,7 +154,7 @@ def test_a_score_is_the_mean_of_its_draws():
 
 
 def test_an_answer_too_long_for_the_judge_costs_that_answer_its_score_and_nothing_else():
-    config = scripted_config({"max_model_len": 1000}, scoring={"prompt": "{{ answer * 45 }}"})
+    config = scripted_config(model={"max_model_len": 1000}, scoring={"prompt": "{{ answer * 45 }}"})
     row = play(config)
     statuses = [s for r in row["responses"] for s in r["score_status"]]
     scores = [s for r in row["responses"] for s in r["scores"]]

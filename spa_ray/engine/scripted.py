@@ -1,6 +1,6 @@
 """A scripted engine for tests: answers, scores and failures are pure functions of (weights' name, prompt ids, seed).
 
-Named in a config as `model.engine: spa_ray.engine.scripted:create`; `model.engine_kwargs` are the fields of `Script`.
+Named in a config as `model.engine: spa_ray.engine.scripted:ScriptedEngine`; `model.engine_kwargs` are `Script`'s.
 Its tokenizer is the UTF-8 bytes plus role marks. Never: a clock or a random state in what is answered.
 """
 
@@ -20,6 +20,7 @@ from spa_ray.engine.protocol import Completion, EngineDeadError, Request
 
 ROLES = ("system", "user", "assistant")
 END = 256 + len(ROLES)  # the end-of-turn token, after the bytes and one mark a role
+MAX_MODEL_LEN = 8192
 WORDS = ("salt", "river", "lamp", "stone", "bread", "cloud", "rope", "seed", "glass", "moss")
 IMPROVED = "improved"  # opens every refined answer; the scripted judge puts such answers into its top quarter
 
@@ -30,7 +31,6 @@ class Script:
 
     answers: int = 1000  # distinct answers a prompt can get; few make duplicates
     answer_words: int = 4
-    max_model_len: int = 8192
     unreadable: float = 0.0  # share of judgements that hold no score
     refuse: str | None = None  # requests whose prompt holds this text raise ValueError
     die: str | None = None  # the engine dies at the first prompt that holds this text
@@ -73,11 +73,11 @@ class ScriptedTokenizer:
 class ScriptedEngine:
     """See the module. `served` counts the requests that were answered."""
 
-    def __init__(self, folder: Path, script: Script) -> None:
+    def __init__(self, model: Model, folder: Path, **script: Any) -> None:
         self.tokenizer = ScriptedTokenizer()
-        self.max_model_len = script.max_model_len
+        self.max_model_len = model.max_model_len or MAX_MODEL_LEN
         self.served = 0
-        self._script, self._weights = script, folder.name
+        self._script, self._weights = Script(**script), folder.name
         self._dead = False
 
     async def generate(self, request: Request) -> Completion:
@@ -157,11 +157,6 @@ class ScriptedEngine:
 
     def _share(self, what: str, request: Request) -> float:
         return _hash([what, self._weights, request.prompt_ids, request.seed]) / 2**64
-
-
-def create(model: Model, folder: Path, **script: Any) -> ScriptedEngine:
-    """The factory that `model.engine` names."""
-    return ScriptedEngine(folder, Script(**script))
 
 
 def _hash(what: Any) -> int:
