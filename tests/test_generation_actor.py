@@ -25,7 +25,7 @@ from tests.tiny_model import build_tiny_tokenizer
 def actor(config: Config, folder: Path, task: Task | None = None, **changes: Any) -> EpisodeActor:
     options = {"earlier": None, "tally": None, **changes}
     return EpisodeActor(
-        config, task or Task(), WEIGHTS, options["earlier"], folder / "deaths", options["tally"], verbose=False
+        config, task or Task(), WEIGHTS, options["earlier"], folder / "words", options["tally"], verbose=False
     )
 
 
@@ -78,14 +78,18 @@ def test_an_engines_death_is_written_down_and_ends_the_process(tmp_path: Path, m
     monkeypatch.setattr(stage.ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: "A7"))
     with pytest.raises(Exited):
         asyncio.run(actor(scripted_config({"die": "two"}), tmp_path)(block("one?", "two?")))
-    line = (tmp_path / "deaths").read_text()
-    assert line.startswith("scripted: the engine is dead (engine actor A7, its log")
+    explained = stage._explained(RuntimeError("Ray's own text"), tmp_path / "words")
+    assert isinstance(explained, RunError)
+    assert str(explained).startswith("generate: scripted: the engine is dead (engine actor A7, its log")
 
 
-def test_a_users_mistake_is_raised_with_the_first_block(tmp_path: Path) -> None:
+def test_a_users_mistake_is_raised_with_the_first_block_and_stays_one(tmp_path: Path) -> None:
     here = actor(scripted_config(scoring={"mode": "expected"}), tmp_path)
-    with pytest.raises(InputError, match="one-token labels"):
+    with pytest.raises(InputError, match="one-token labels") as raised:
         asyncio.run(here(block("one?")))
+    explained = stage._explained(RuntimeError("Ray's own text"), tmp_path / "words")
+    assert isinstance(explained, InputError)
+    assert str(explained) == str(raised.value)
 
 
 def test_every_finished_episode_is_tallied(tmp_path: Path) -> None:
@@ -148,17 +152,12 @@ def test_missing_rows_and_too_many_failed_ones_end_the_run(
             stage._check_counts(counts, total, config)
 
 
-def test_an_error_inside_rays_wrapping_is_found_and_anything_else_becomes_one_line(tmp_path: Path) -> None:
-    nowhere, deaths = tmp_path / "none", tmp_path / "deaths"
-    wrapped = RuntimeError("outer\nlines")
-    wrapped.__cause__ = InputError("mend this")
-    assert str(stage._explained(wrapped, nowhere)) == "mend this"
-    carried = RuntimeError("outer")
-    carried.cause = RunError("the middle")  # type: ignore[attr-defined]
-    assert str(stage._explained(carried, nowhere)) == "generate: the middle"
-    assert "RuntimeError: last line" in str(stage._explained(RuntimeError("first\nlast line\n"), nowhere))
-    deaths.write_text("first death\nsecond death\n")
-    assert str(stage._explained(RuntimeError("actor died"), deaths)) == "generate: second death"
+def test_an_error_without_an_actors_last_word_becomes_one_line(tmp_path: Path) -> None:
+    for error in (RuntimeError("first\nlast line\n"), RuntimeError("")):
+        explained = stage._explained(error, tmp_path / "none")
+        assert isinstance(explained, RunError)
+        assert "\n" not in str(explained)
+    assert "RuntimeError: last line;" in str(stage._explained(RuntimeError("first\nlast line\n"), tmp_path / "none"))
 
 
 @pytest.mark.parametrize(("scale", "refused"), [([1, 10], False), ([1, 100], True)])

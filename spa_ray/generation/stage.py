@@ -7,6 +7,7 @@ files of EPISODES, committed block by block; rows that a former, killed pass com
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import threading
@@ -74,10 +75,10 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     names = [o.name for o in load_objectives(config)]
     schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
-    deaths = out.with_name("engine_deaths.log")
-    deaths.unlink(missing_ok=True)
+    last_words = out.with_name("last_words.log")
+    last_words.unlink(missing_ok=True)
     with _row_checkpoint(checkpoint), _tally(out, total, on_progress) as tally:
-        arguments = (config, task, model, earlier, deaths, tally, verbose)
+        arguments = (config, task, model, earlier, last_words, tally, verbose)
         data = ray.data.read_parquet(str(prompts))
         data = data.repartition(target_num_rows_per_block=config.generation.rows_per_block)
         data = data.map_batches(
@@ -91,10 +92,8 @@ def generate(
         )
         try:
             data.write_parquet(str(out), schema=schema)
-        except (InputError, RunError):
-            raise
         except Exception as e:
-            raise _explained(e, deaths) from e
+            raise _explained(e, last_words) from e
     counts = count_rows(out, seconds=time.monotonic() - started)
     if on_progress is not None:
         on_progress({"done": counts.rows, "total": total, **({"errors": counts.errors} if counts.errors else {})})
@@ -103,17 +102,20 @@ def generate(
 
 
 class EpisodeActor:
-    """One engine and the episodes in flight on it."""
+    """One engine and the episodes in flight on it.
+
+    What ends it is written to the file `last_words`: Ray carries errors to the driver as text, without their type.
+    """
 
     def __init__(
-        self, config: Config, task: Task, model: Path, earlier: Path | None, deaths: Path, tally: Any, verbose: bool
+        self, config: Config, task: Task, model: Path, earlier: Path | None, last_words: Path, tally: Any, verbose: bool
     ) -> None:
-        self._task, self._deaths, self._tally = task, deaths, tally
+        self._task, self._last_words, self._tally = task, last_words, tally
         self._refused: InputError | None = None
         try:
             self._engine = create_engine(config.model, model, verbose=verbose)
             self._episodes = make_episodes(config, task, self._engine, model)
-        except InputError as e:  # raised here it would reach the driver as an actor's death, as text without a type
+        except InputError as e:  # raised by the first block: here Ray would try and report it several times over
             self._refused = e
             return
         self._gate = ModelGate(self._engine, model)
@@ -122,15 +124,19 @@ class EpisodeActor:
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         if self._refused:
+            self._leave_word("input", str(self._refused))
             raise self._refused
         try:
             rows = await asyncio.gather(*(self._run(row) for row in batch.to_pylist()))
         except EngineDeadError as e:
             actor = ray.get_runtime_context().get_actor_id()
-            with self._deaths.open("a", encoding="utf-8") as file:
-                file.write(f"{e} (engine actor {actor}, its log: {_own_log()})\n")
+            self._leave_word("death", f"{e} (engine actor {actor}, its log {_own_log()})")
             os._exit(1)  # so that Ray replaces this actor and its engine and runs the block again
         return pa.Table.from_pylist(rows, schema=EPISODES)
+
+    def _leave_word(self, kind: str, why: str) -> None:
+        with self._last_words.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "why": why}) + "\n")
 
     async def _run(self, row: dict[str, Any]) -> dict[str, Any]:
         async with self._gate.using(Path(row["model"]) if row.get("model") else None), self._in_flight:
@@ -274,18 +280,11 @@ def _tally(out: Path, total: int, on_progress: OnProgress | None) -> Iterator[An
         ray.kill(tally)
 
 
-def _explained(error: BaseException, deaths: Path) -> Exception:
-    """Our own error out of Ray's wrapping, else one line that says where to look."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for candidate in (seen, getattr(seen, "cause", None)):
-            if isinstance(candidate, InputError):
-                return InputError(str(candidate))
-            if isinstance(candidate, RunError):
-                return RunError(f"generate: {candidate}")
-        seen = seen.__cause__ or seen.__context__
-    if deaths.exists():
-        return RunError(f"generate: {deaths.read_text(encoding='utf-8').splitlines()[-1]}")
+def _explained(error: BaseException, last_words: Path) -> Exception:
+    """An actor's own last word where there is one, else one line that says where to look."""
+    if last_words.exists():
+        word = json.loads(last_words.read_text(encoding="utf-8").splitlines()[-1])
+        return InputError(word["why"]) if word["kind"] == "input" else RunError(f"generate: {word['why']}")
     last = [line for line in str(error).splitlines() if line.strip()]
     what = last[-1] if last else ""
     return RunError(f"generate: {type(error).__name__}: {what}; --verbose shows the engine's log")
