@@ -80,7 +80,8 @@ class Progress:
 class _Counter:
     def __init__(self, owner: Progress, what: str) -> None:
         self.owner, self.what = owner, what
-        self.started = self.last = time.monotonic()
+        self.last = time.monotonic()
+        self.first: dict[str, tuple[float, int]] = {}  # when each began to move, and where: start-up is no pace
         self.tasks: dict[str, Any] = {}
 
     def __call__(self, update: Mapping[str, Any]) -> None:
@@ -98,9 +99,9 @@ class _Counter:
             bars.update(self.tasks[name], completed=done, total=total, rates=rates)
             return
         now = time.monotonic()
+        began, at = self.first.setdefault(name, (now, done)) if done else (now, done)
         if done < total and now - self.last < EVERY:
             return
         self.last = now
-        left = (now - self.started) / done * (total - done) if done else None
-        tail = f"  left {left:.0f} s" if left else ""
+        tail = f"  left {(now - began) / (done - at) * (total - done):.0f} s" if at < done < total else ""
         self.owner.say(f"{name:<22} {done}/{total}  {rates}{tail}")
