@@ -146,10 +146,10 @@ def test_missing_rows_and_too_many_failed_ones_end_the_run(
     config = scripted_config(generation={"max_error_fraction": fraction})
     counts = count_rows(tmp_path, seconds=0)
     if message is None:
-        stage._check_counts(counts, total, config)
+        stage._check_counts(counts, total, config, tmp_path)
     else:
         with pytest.raises(RunError, match=message):
-            stage._check_counts(counts, total, config)
+            stage._check_counts(counts, total, config, tmp_path)
 
 
 def test_an_error_without_an_actors_last_word_becomes_one_line(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def generate(
     counts = count_rows(out, seconds=time.monotonic() - started)
     if on_progress is not None:
         on_progress({"done": counts.rows, "total": total, **({"errors": counts.errors} if counts.errors else {})})
-    _check_counts(counts, total, config)
+    _check_counts(counts, total, config, out)
     return counts
 
 
@@ -191,13 +191,14 @@ def count_rows(out: Path, *, seconds: float) -> PassCounts:
     )
 
 
-def _check_counts(counts: PassCounts, total: int, config: Config) -> None:
+def _check_counts(counts: PassCounts, total: int, config: Config, out: Path) -> None:
     if counts.rows != total:
         raise RunError(f"generate: {counts.rows} episodes were written for {total} prompts; run the command again")
     if counts.errors > config.generation.max_error_fraction * total:
         raise RunError(
             f"generate: {counts.errors} of {total} prompts failed, more than generation.max_error_fraction "
-            f"{config.generation.max_error_fraction:g} allows; the first: {counts.first_error}"
+            f"{config.generation.max_error_fraction:g} allows; the first: {counts.first_error}; raise the key to go on "
+            f"without them, or remove {out.parent} to ask all again"
         )
 
 
