@@ -228,3 +228,21 @@ def inside(path: Path, name: str) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such folder")
     return path / name if (path / name).is_dir() else path
+
+
+def preview_prompts(config: Config, *, verbose: bool, count: int = 3) -> dict[str, Any]:
+    """`spa preview`: the first prompts' episodes on one engine, without Ray; every call is printed as it was sent."""
+    import asyncio
+    from itertools import islice
+
+    from spa_ray.data.prompts import read_prompts
+    from spa_ray.generation.preview import preview
+
+    model = fetch_model(config.model)
+    rows = list(islice(read_prompts(config.prompts), count))
+    shown = asyncio.run(preview(config, model, rows, verbose=verbose))
+    for prompt in shown:
+        print(f"=== {prompt['episode']['prompt_id']}")
+        for call in prompt["calls"]:
+            print(f"--- sent ({len(call['prompt_ids'])} tokens):\n{call['prompt']}\n--- answered: {call['text']}")
+    return {"prompts": shown}
