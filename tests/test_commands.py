@@ -102,4 +102,4 @@ def test_preview_shows_every_rendered_prompt_and_judge_answer(home: Path, capsys
     for shown in result["prompts"]:
         assert len(shown["calls"]) >= 5 + 6 * 2 + 1  # a repeated candidate is sampled once more
         assert all(call["prompt"] and call["text"] for call in shown["calls"])
-    assert "Judge harmless. Question:" in capsys.readouterr().out
+    assert "Judge harmless. Question" in capsys.readouterr().out
