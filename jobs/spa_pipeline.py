@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from spa_ray.cli.main import fail
+from spa_ray.cli.main import emit, fail
 from spa_ray.config import load_config
 from spa_ray.errors import InputError, RunError
 
@@ -21,8 +21,6 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args()
     from spa_ray.runs.commands import run_config
-
-    from spa_ray.cli.main import emit
 
     try:
         emit(run_config(load_config(args.config, args.overrides), until=args.until, verbose=args.verbose), True)

@@ -34,7 +34,9 @@ def build_tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
     return tokenizer
 
 
-def build_tiny_model(folder: Path, *, seed: int = 0, tie: bool = False, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def build_tiny_model(
+    folder: Path, *, seed: int = 0, tie: bool = False, chat_template: str | None = CHAT_TEMPLATE
+) -> Path:
     """Write a model folder; another `seed` gives other weights of the same architecture."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
