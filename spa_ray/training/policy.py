@@ -19,6 +19,7 @@ from spa_ray.config.models import Lora, Train
 from spa_ray.errors import InputError
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
+from spa_ray.training.linear import use_onednn_linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,6 +80,8 @@ def make_engine(job: TrainJob) -> Any:
         model = add_lora(model, train.lora, job.seed)
     if train.gradient_checkpointing and train.lora is not None:
         model.enable_input_require_grads()
+    if not torch.cuda.is_available() and train.zero_stage < 3:
+        use_onednn_linear(model)
     policy = ResponseLogps(model)
     engine, *_ = deepspeed.initialize(
         model=policy,
@@ -111,7 +114,7 @@ def quiet_deepspeed() -> None:
 
     On the CPU DeepSpeed would compile an op for collectives in shared memory (a minute, and a C++ compiler). Its ranks
     wait for each other in busy loops without a deadline: they starve each other where cores are shared, and when one is
-    killed the others spin for ever. gloo does neither, and costs under 1% of a step here.
+    killed the others spin for ever. gloo does neither.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
