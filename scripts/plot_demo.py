@@ -52,7 +52,7 @@ def plot_scores(axes: Axes, metrics: dict[str, Any]) -> None:
         axes.annotate(
             name,
             (x["mean"], y["mean"]),
-            xytext=(-9, 8) if inward else (9, -15),
+            xytext=(-9, 8 if name == FUNNEL_ARM else -18) if inward else (9, -15),  # neighbours: one above, one below
             textcoords="offset points",
             ha="right" if inward else "left",
             color=COLOURS[name],
