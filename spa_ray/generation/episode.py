@@ -112,6 +112,7 @@ class _Episode:
     def __init__(self, house: Episodes, prompt: Mapping[str, Any], attempt: int) -> None:
         self.house, self.recipe = house, house._recipe
         self.prompt_id, self.messages, self.meta = prompt["prompt_id"], prompt["messages"], prompt["meta"]
+        self.seed_id = prompt.get("seed_id") or self.prompt_id  # the same for a prompt that several models answer
         self.attempt = attempt
         self.responses: list[_Response] = []
         self.prompt_tokens = self.generated_tokens = 0
@@ -207,7 +208,7 @@ class _Episode:
 
     def _seed(self, role: str, **where: Any) -> int:
         where["attempt"] = where.get("attempt", 0) + 1000 * self.attempt
-        return seed_for(self.recipe.seed, self.recipe.iteration, self.prompt_id, role, **where)
+        return seed_for(self.recipe.seed, self.recipe.iteration, self.seed_id, role, **where)
 
     # --- refinement -------------------------------------------------------------------------------------------------
 

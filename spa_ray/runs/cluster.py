@@ -49,4 +49,4 @@ def quiet_ray_data(verbose: bool) -> None:
     context.print_on_execution_start = verbose
     if not verbose:
         for name in ("ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a failure is told in one line of ours

@@ -107,7 +107,7 @@ def write_rows(prompts: Path, subjects: list[Subject], out: Path) -> None:
     parts = []
     for subject in subjects:
         ids = pc.binary_join_element_wise(pa.scalar(subject.stage.hash), table["prompt_id"], SEPARATOR)
-        part = table.set_column(0, "prompt_id", ids)
+        part = table.set_column(0, "prompt_id", ids).append_column("seed_id", table["prompt_id"])
         parts.append(part.append_column("model", pa.array([str(subject.model)] * len(table))))
     out.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.concat_tables(parts), out)
