@@ -67,7 +67,8 @@ def generate(
     """Run the pass to its end. Rows that fail are written with their error.
 
     `model` is loaded first; a row's optional column `model` names another folder of the same architecture, to which the
-    engine then changes, and `seed_id` what its seeds are drawn from instead of its prompt_id. `earlier` holds the last iteration's episodes whose refined answers join the candidates.
+    engine then changes, and `seed_id` what its seeds are drawn from instead of its prompt_id. `earlier` holds the last
+    iteration's episodes whose refined answers join the candidates.
     Raises: InputError as the engine does; RunError when the pass dies or too many rows failed.
     """
     started = time.monotonic()
