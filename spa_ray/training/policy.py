@@ -104,7 +104,7 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
         "gradient_clipping": train.grad_clip or 0.0,
         "bf16": {"enabled": train.dtype == "bfloat16"},
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast on the CPU and needs no build
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
         "zero_allow_untested_optimizer": True,
     }
 
