@@ -174,7 +174,7 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="global norm; null: none")
     epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="stop after N optimizer steps whatever `epochs` says")
+    max_steps: int | None = Field(None, ge=1, description="exactly N optimizer steps, whatever `epochs` says")
     max_pairs: int | None = Field(None, ge=1, description="a seeded subset of N pairs, for size-matched comparisons")
     shuffle_labels: bool = Field(False, description="control: swap chosen and rejected by a seeded fair coin")
     batch_size: int = Field(32, ge=1, description="pairs in an optimizer step, over all ranks")
