@@ -59,7 +59,7 @@ def test_a_prompt_too_long_is_a_recorded_error_and_the_run_goes_on(result: dict[
     failed = [row for row in rows if row["error"] is not None]
     assert len(rows) == 13
     assert len(failed) == 1
-    assert "too long" in failed[0]["error"]
+    assert failed[0]["error"].startswith("prompt_too_long: ")
     assert json.loads(failed[0]["meta"])["source"] == "longer than the context"
     assert record["funnel"]["dropped"]["error"] == 1
 
