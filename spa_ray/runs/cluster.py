@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,5 +49,7 @@ def quiet_ray_data(verbose: bool) -> None:
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
     if not verbose:
+        # Only this deprecated way sets an actor's `max_task_retries`; the pinned Ray still knows it.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # a failure is told in one line of ours
