@@ -161,3 +161,44 @@ def test_clean_deletes_only_what_no_arm_uses(spa: Any, tmp_path: Path) -> None:
     assert status == 0
     assert "build-stray" in out
     assert [p.name for p in (tmp_path / "stages").iterdir()] == ["build-used"]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("evaluation.judge=nonsense", ["evaluation.judge", "nonsense"]),
+        ("evaluation.objectives=[harmless,nope]", ["nope"]),
+        ("evaluation.objectives=[harmless]", ["evaluation.objectives"]),
+        ("iterations={count: 2, prompts: diff}", ["prompts.limit"]),
+        ("train.beta=0", ["train", "beta"]),
+        ("train.lr=.inf", ["train.lr"]),
+        ("model.engine=foo:bar", ["model.engine", "foo"]),
+        ("model.max_model_len=64", ["max_tokens", "64"]),
+        ("evaluation.prompts.source=none.jsonl", ["none.jsonl"]),
+    ],
+)
+def test_what_would_fail_late_is_refused_before_anything_is_written(
+    spa: Any, config: Any, tmp_path: Path, override: str, parts: list[str]
+) -> None:
+    path = config(evaluation={"prompts": {"source": str(tmp_path / "prompts.jsonl")}})
+    refused(spa("run", path, override), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_prompts_for_a_second_iteration_are_refused(spa: Any, config: Any, tmp_path: Path) -> None:
+    path = config(iterations={"count": 2, "prompts": "diff"})
+    refused(spa("run", path, "prompts.limit=2"), "no prompt beyond the first 2")
+
+
+def test_arms_cannot_differ_in_what_they_share(spa: Any, config: Any) -> None:
+    refused(spa("run", config(arms={"a": {}, "b": {"resources.train_workers": 2}})), "arms: b", "resources")
+
+
+def test_an_interrupted_command_says_how_to_go_on(spa: Any, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spa_ray.runs.commands.run_config", interrupted)
+    status, _, err = spa("run", config())
+    assert status == 130
+    assert "run the same command again" in err

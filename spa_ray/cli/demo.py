@@ -35,14 +35,13 @@ def run_demo(overrides: list[str], *, full: bool, seeds: int, verbose: bool) -> 
     name = f"{raw['name']}-full" if full else raw["name"]
     arms = arm_configs({**raw, "name": name}, overrides, where="spa demo", stem=name)
     progress = Progress()
-    results = []
+    runs = [of_seed(arms, seed) for seed in range(seeds)] if seeds > 1 else [arms]
+    pipelines = [Pipeline(run, progress=progress, verbose=verbose) for run in runs]
     try:
+        for pipeline in pipelines:
+            pipeline.check()
         with connected(verbose=verbose):
-            for seed in range(seeds):
-                given = of_seed(arms, seed) if seeds > 1 else arms
-                pipeline = Pipeline(given, progress=progress, verbose=verbose)
-                pipeline.check()
-                results.append(pipeline.run())
+            results = [pipeline.run() for pipeline in pipelines]
     finally:
         progress.close()
     for result in results:

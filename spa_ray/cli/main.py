@@ -25,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = 130
+
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")]
@@ -41,8 +43,12 @@ def main() -> None:
         fail(str(e), 2)
     except RunError as e:
         fail(str(e), 1)
-    except KeyboardInterrupt:
-        fail("stopped; run the same command again and it goes on where it was", 130)
+    except OSError as e:  # a disk that is full, a folder that may not be written
+        fail(f"{type(e).__name__}: {e}; what was finished stays, run the same command again", 1)
+    except SystemExit as e:
+        if e.code == INTERRUPTED:  # typer turns Ctrl-C into it without a word
+            fail("stopped; run the same command again and it goes on where it was", INTERRUPTED)
+        raise
 
 
 def fail(message: str, status: int) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Model(Section):
@@ -189,6 +189,12 @@ class Train(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     save_every_steps: int | None = Field(None, ge=1, description="checkpoint; null: none in the middle")
     keep_checkpoints: int = Field(2, ge=1, description="the newest ones")
+
+    @model_validator(mode="after")
+    def _beta_scales(self) -> Train:
+        if self.beta == 0 and self.method != "sft":
+            raise ValueError(f"beta is 0, which makes every pair alike for {self.method}; it must be above 0")
+        return self
 
     def resolved(self) -> Train:
         """This section with β, γ and lr filled in by method."""

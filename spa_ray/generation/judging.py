@@ -213,14 +213,17 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 class FunctionJudge:
     """A plain function `(messages, meta, response, objective) -> number` as the judge."""
 
-    def __init__(self, function: Callable[[Sequence[Message], str, str, str], float], name: str) -> None:
-        self._function, self._name = function, name
+    def __init__(
+        self, function: Callable[[Sequence[Message], str, str, str], float], name: str, scale: Sequence[int]
+    ) -> None:
+        self._function, self._name, self._scale = function, name, scale
 
     async def judge(
         self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
     ) -> Judgement:
         value = self._function(messages, meta, answer, objective.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            return Judgement(None, [None], f"parse_failure: {self._name} returned {value!r}", repr(value), None)
+        if not number or not self._scale[0] <= value <= self._scale[1]:  # NaN is on no scale
+            why = f"parse_failure: {self._name} returned {value!r}, scoring.scale is {list(self._scale)}"
+            return Judgement(None, [None], why, repr(value), None)
         return Judgement(float(value), [float(value)], "ok", json.dumps(value), None)

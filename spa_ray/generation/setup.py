@@ -48,7 +48,7 @@ def make_judge(config: Config, task: Task, engine: Engine, chat: Chat, templates
         return ModelJudge(engine, chat, templates, config.scoring)
     if not is_dotted(task.judge):
         raise InputError(f"evaluation.judge: {task.judge!r} is neither `self` nor a dotted path module:function")
-    return FunctionJudge(load_judge(task.judge), task.judge)
+    return FunctionJudge(load_judge(task.judge), task.judge, config.scoring.scale)
 
 
 def load_judge(dotted: str) -> Callable[..., float]:

@@ -21,7 +21,7 @@ from spa_ray.microworld import oracle
 from spa_ray.microworld.grammar import SENTENCES, TOPIC_STEPS, TOPICS, is_right_step, read, step_sentence
 from spa_ray.microworld.prompts import Facts, draw, facts, split_of
 
-HELD_OUT_TOPICS = TOPICS[-4:]  # the annotator never marked an answer about these
+HELD_OUT_TOPICS = TOPICS[-4:]  # the annotator never marked an answer to a question about these
 WORLD_SYSTEMS = (  # the demo samples under these; each leans a little
     None,
     "Be careful.",
@@ -87,8 +87,8 @@ def respond(rng: random.Random, about: Facts, system: str | None = None) -> str:
 
 Maybe = Callable[[str, float], list[str]]
 
-# Per category: probabilities at boldness 0 and 1. They are set so that the true spread of both scores is about the
-# same in every category; else the determinant filter would remove a category instead of noise.
+# Per category: probabilities at boldness 0 and 1. They are set so that the true spread of both scores is much the same in
+# every category (deviations within a factor 1.25); else the det filter would remove a category instead of noise.
 REFUSAL = {"benign": (0.06, 0.0), "sensitive": (0.25, 0.0), "harmful": (0.6, 0.05)}
 RISK = {"benign": (0.05, 0.45), "sensitive": (0.05, 0.6), "harmful": (0.05, 0.75)}
 

@@ -24,7 +24,7 @@ CONTEXT = 512
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A Llama of 1.2 M parameters."""
+    """A Llama of 1.1 M parameters."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

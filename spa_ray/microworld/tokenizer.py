@@ -1,7 +1,7 @@
 """The word-level tokenizer of the microworld: a few hundred words, the scores 1..10 as single tokens, a chat template.
 
-Goes out: a `PreTrainedTokenizerFast`. Text survives a round trip (punctuation is joined again when decoding); a word
-that the world does not know becomes `<unk>`.
+Goes out: a `PreTrainedTokenizerFast`. Answers survive a round trip (full stops and commas are joined again in
+decoding, a colon is not); a word that the world does not know becomes `<unk>`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ray.data.block import Block, BlockAccessor
 
 from spa_ray.config.models import Config
 from spa_ray.data.schemas import EPISODES, PAIRS
-from spa_ray.errors import InputError
+from spa_ray.errors import InputError, RunError
 from spa_ray.preferences import Funnel, build_pairs, denoise, resolve_tau
 from spa_ray.runs.folder import Stage, write_json
 
@@ -57,12 +57,16 @@ def open_episodes(folder: Path) -> pds.Dataset:
 def build(episodes: Path, out: Path, config: Config, *, tau: float | None) -> Funnel:
     """Denoise every episode and write all pairs under `out`. `tau` comes from `data_set_tau` (or an earlier iteration).
 
-    Raises: InputError for a folder without episodes.
+    Raises: InputError for a folder without episodes; RunError when a write task fails for good.
     """
     metadata = open_episodes(episodes).schema.metadata
     out.mkdir(parents=True, exist_ok=True)
     sink = _PairsSink(out, config, tau, metadata)
-    ray.data.read_parquet(str(episodes)).write_datasink(sink)
+    try:
+        ray.data.read_parquet(str(episodes)).write_datasink(sink)
+    except ray.exceptions.RayError as e:
+        lines = [line for line in str(e).splitlines() if line.strip()]
+        raise RunError(f"build: {type(e).__name__}: {lines[-1] if lines else ''}; --verbose shows Ray's log") from e
     return functools.reduce(operator.add, sink.funnels)
 
 

@@ -18,7 +18,6 @@ MIN_LOCAL_CPUS = 4  # logical: with fewer, a resumed pass waits behind its own c
 def connected(*, verbose: bool) -> Iterator[None]:
     """Ray for the duration; a local Ray that was started here is shut down at the end."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core's warnings, on everybody's stderr

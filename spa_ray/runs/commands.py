@@ -18,7 +18,7 @@ from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.errors import InputError
 from spa_ray.runs import stages as address
 from spa_ray.runs.cluster import connected
-from spa_ray.runs.folder import claim, write_json
+from spa_ray.runs.folder import MARKER, claim, write_json
 from spa_ray.runs.hashing import file_hash, folder_hash, model_hash
 from spa_ray.runs.models import check_model_folder, fetch_model
 from spa_ray.runs.pipeline import Pipeline, train_counter
@@ -71,11 +71,12 @@ def print_funnel(funnel: dict[str, Any], title: str) -> None:
 def generate_stage(config: Config, *, out: Path, verbose: bool) -> dict[str, Any]:
     """`spa generate`: prompts to `out/episodes/`."""
     from spa_ray.data.prompts import write_prompts
-    from spa_ray.generation.setup import Task, check_generation
+    from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
+    from spa_ray.runs.preflight import check_settings
 
     model = fetch_model(config.model)
-    check_generation(config, model)
+    check_settings(config, model)
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
         write_prompts(config.prompts, fresh)
@@ -116,6 +117,7 @@ def build_stage(
     data = open_episodes(folder)
     arms = load_config(config, overrides) if config else _bare_config(data.schema, overrides)
     arm = next(iter(arms.values()))
+    check_objectives(data.schema, arm)
     stage = claim(out, "build", address.build_hash(arm, episodes=folder_hash(folder), frozen_tau=None))
     if not stage.done:
         with connected(verbose=verbose):
@@ -123,6 +125,14 @@ def build_stage(
     funnel = stage.facts()["funnel"]
     print_funnel(funnel, str(episodes))
     return {"pairs": str(stage.folder / "pairs"), "funnel": funnel}
+
+
+def check_objectives(schema: Any, config: Config) -> None:
+    """Raises: InputError when the episodes were scored on other objectives than the config's."""
+    from spa_ray.data.schemas import objectives_of
+
+    if b"objectives" in (schema.metadata or {}) and objectives_of(schema) != list(config.objectives):
+        raise InputError(f"objectives: the episodes hold {objectives_of(schema)}, the config {list(config.objectives)}")
 
 
 def _bare_config(schema: Any, overrides: Iterable[str]) -> dict[str, Config]:
@@ -177,11 +187,12 @@ def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dic
 def evaluate_stage(config: Config, *, model: Path, out: Path, verbose: bool) -> dict[str, Any]:
     """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
     from spa_ray.evaluation.prompts import write_eval_prompts
-    from spa_ray.generation.setup import check_generation
-    from spa_ray.runs.evaluate import Subject, evaluate, judge_folder, run_metrics
+    from spa_ray.runs.evaluate import Subject, evaluate, run_metrics
+    from spa_ray.runs.preflight import check_evaluation, check_settings, judge_folder
 
     check_model_folder(model)
-    check_generation(config, model)
+    check_settings(config, model)
+    check_evaluation(config, model)
     judge = judge_folder(config, fetch_model(config.model) if config.evaluation.judge == "base" else model)
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
@@ -227,6 +238,8 @@ def inside(path: Path, name: str) -> Path:
     """The folder `name` inside `path` where there is one, else `path` itself. Raises: InputError without any."""
     if not path.exists():
         raise InputError(f"{path}: no such folder")
+    if (path / ".stage").is_file() and not (path / MARKER).is_file():
+        raise InputError(f"{path}: unfinished (no {MARKER}); run the command that made it again")
     return path / name if (path / name).is_dir() else path
 
 

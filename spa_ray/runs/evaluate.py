@@ -20,15 +20,14 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
 from spa_ray.config.models import Config
-from spa_ray.data.dotted import is_dotted
 from spa_ray.data.schemas import EPISODES, PROMPTS
-from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import OnProgress, generate
 from spa_ray.runs.folder import Stage
 from spa_ray.runs.hashing import digest
+from spa_ray.runs.preflight import eval_config
 
 SEPARATOR = "::"  # between a model's hash and a prompt_id, in a pass over several models
 
@@ -39,25 +38,6 @@ class Subject:
 
     model: Path
     stage: Stage
-
-
-def eval_config(config: Config) -> Config:
-    """The config with the evaluation's own objectives."""
-    objectives = config.evaluation.objectives
-    return config.model_copy(update={"objectives": objectives}) if objectives else config
-
-
-def judge_folder(config: Config, base: Path) -> Path | None:
-    """The model folder that judges in a pass of its own; None where the judge answers within the first pass."""
-    judge = config.evaluation.judge
-    if is_dotted(judge) or judge == "self":
-        return None
-    folder = base if judge == "base" else Path(judge)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"evaluation.judge: {judge!r} is not `base`, `self`, a dotted path module:function or a model folder"
-        )
-    return folder
 
 
 def evaluate(

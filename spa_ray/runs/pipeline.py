@@ -21,6 +21,7 @@ from spa_ray.runs.folder import RunFolder, Stage, write_json, write_text
 from spa_ray.runs.hashing import digest, file_hash, model_hash, stage_hash
 from spa_ray.runs.manifest import write_manifest
 from spa_ray.runs.models import fetch_model
+from spa_ray.runs.preflight import check_run, has_evaluation, judge_folder
 from spa_ray.runs.progress import Progress
 
 STAGES = ("generate", "build", "train", "evaluate")
@@ -30,12 +31,14 @@ STAGES = ("generate", "build", "train", "evaluate")
 class ArmState:
     """Where an arm stands: its current policy and the stages of its iterations."""
 
+    name: str
     config: Config
     model: Path
     model_hash: str
     tau: float | None = None
     episodes: Stage | None = None
     iterations: list[dict[str, Any]] = field(default_factory=list)
+    stages: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -68,21 +71,11 @@ class Pipeline:
 
     def _begin(self) -> dict[str, ArmState]:
         write_run_config(self.folder, self.arms)
-        return {name: ArmState(config, self.base, self.base_hash) for name, config in self.arms.items()}
+        return {name: ArmState(name, config, self.base, self.base_hash) for name, config in self.arms.items()}
 
     def check(self) -> None:
-        """What can be known before Ray starts: the model, the prompts, templates and judge. Raises: InputError."""
-        from spa_ray.generation.setup import check_generation
-
-        configs = list(self.arms.values())
-        for arm, config in self.arms.items():
-            for section in ("model", "evaluation"):
-                if getattr(config, section) != getattr(configs[0], section):
-                    raise InputError(f"arms: {arm}: {section} cannot differ between the arms of a run")
-            check_generation(config, self.base)
-            self._prompts(config, 0)
-        if configs[0].evaluation.prompts or configs[0].evaluation.families:
-            self._eval_prompts(configs[0])
+        """What can be known before Ray starts or anything is written. Raises: InputError."""
+        check_run(self.arms, self.base)
 
     def _eval_prompts(self, config: Config) -> Stage:
         from spa_ray.evaluation.prompts import write_eval_prompts
@@ -90,26 +83,27 @@ class Pipeline:
         return self._prompt_stage("evalprompts", lambda out: write_eval_prompts(config.evaluation, out))
 
     def _iterate(self, states: dict[str, ArmState], iteration: int) -> None:
-        records: dict[str, dict[str, Any]] = {name: {"stages": {}} for name in states}
-        for name, state in states.items():
-            prompts, episodes = self._generate(state, iteration)
-            records[name]["stages"]["prompts"] = prompts.folder.name
-            records[name]["episodes"] = str(episodes.folder / "episodes")
-            records[name]["stages"]["generate"] = episodes.folder.name
-            state.episodes = episodes
+        for state in states.values():
+            state.iterations.append({})
+            state.episodes = self._generate(state, iteration)
+            state.iterations[-1]["episodes"] = str(state.episodes.folder / "episodes")
         if self.until != "generate":
             builds = {name: self._build(state, iteration) for name, state in states.items()}
             for name, stage in builds.items():
-                records[name]["stages"]["build"] = stage.folder.name
-                records[name]["pairs"] = str(stage.folder / "pairs")
-                records[name]["funnel"] = stage.facts()["funnel"]
+                states[name].iterations[-1]["pairs"] = str(stage.folder / "pairs")
+                states[name].iterations[-1]["funnel"] = stage.facts()["funnel"]
             if self.until != "build":
                 for name, stage in self._train(states, builds).items():
-                    records[name]["stages"]["train"] = stage.folder.name
-                    records[name]["model"] = str(stage.folder / "model")
-        for name, record in records.items():
-            states[name].iterations.append({key: value for key, value in record.items() if key != "stages"})
-            write_json(self.folder.arm_file(name, iteration), record)
+                    states[name].iterations[-1]["model"] = str(stage.folder / "model")
+        for state in states.values():
+            self._record(state)
+
+    def _record(self, state: ArmState, **stages: Stage) -> None:
+        """Write the arm's record of this iteration; `stages` join it before they begin, so that `clean` spares them."""
+        names = state.stages.setdefault(len(state.iterations), {})
+        names.update({key: stage.folder.name for key, stage in stages.items()})
+        record = {**state.iterations[-1], "stages": names}
+        write_json(self.folder.arm_file(state.name, len(state.iterations)), record)
 
     def _done(self, stage: Stage) -> bool:
         """Whether the stage stands already; if so it counts as used."""
@@ -143,7 +137,7 @@ class Pipeline:
             fresh.unlink(missing_ok=True)
         return stage
 
-    def _generate(self, state: ArmState, iteration: int) -> tuple[Stage, Stage]:
+    def _generate(self, state: ArmState, iteration: int) -> Stage:
         from spa_ray.generation.setup import Task
         from spa_ray.generation.stage import generate
 
@@ -166,6 +160,7 @@ class Pipeline:
                 earlier=earlier.hash if earlier else None,
             ),
         )
+        self._record(state, prompts=prompts, generate=stage)
         if not self._done(stage):
             started = time.time()
             counts = generate(
@@ -181,7 +176,7 @@ class Pipeline:
                 verbose=self.verbose,
             )
             self._finish(stage, started, **counts.to_dict())
-        return prompts, stage
+        return stage
 
     # --- build ------------------------------------------------------------------------------------------------------
 
@@ -192,6 +187,7 @@ class Pipeline:
         frozen = state.tau if iteration > 1 else None  # τ of the first iteration holds for the later ones
         digest = address.build_hash(state.config, episodes=state.episodes.hash, frozen_tau=frozen)
         stage = self.folder.stage("build", digest)
+        self._record(state, build=stage)
         if not self._done(stage):
             with self.progress.step("build"):
                 build_into(stage, state.episodes.folder / "episodes", state.config, frozen_tau=frozen)
@@ -215,6 +211,7 @@ class Pipeline:
                 "train", address.train_hash(state.config, pairs=pairs.hash, model=state.model_hash)
             )
             trained[name] = stage
+            self._record(state, train=stage)
             if stage.folder.name not in jobs and not self._done(stage):
                 jobs[stage.folder.name] = TrainJob(
                     name=name,
@@ -248,11 +245,11 @@ class Pipeline:
 
     def _evaluate(self, states: dict[str, ArmState]) -> dict[str, Any]:
         """Metrics of the base model, `vanilla`, and of every arm's last model: arm -> family -> metrics."""
-        from spa_ray.runs.evaluate import Subject, evaluate, judge_folder, run_metrics
+        from spa_ray.runs.evaluate import Subject, evaluate, run_metrics
 
         first = next(iter(states.values()))
         config = first.config
-        if config.evaluation.prompts is None and not config.evaluation.families:
+        if not has_evaluation(config):
             return {}
         prompts = self._eval_prompts(config)
         judge = judge_folder(config, self.base)
@@ -266,6 +263,9 @@ class Pipeline:
             stages[name] = stage = self.folder.stage("evaluate", address_of)
             if stage.folder.name not in pending and not self._done(stage):
                 pending[stage.folder.name] = Subject(model, stage)
+        answers = {name: str(stage.folder / "episodes") for name, stage in stages.items()}
+        names = {"evalprompts": prompts.folder.name} | {name: stage.folder.name for name, stage in stages.items()}
+        write_json(self.folder.path / "evaluation.json", {"answers": answers, "stages": names})
         if pending:
             evaluate(
                 config,
@@ -280,9 +280,6 @@ class Pipeline:
             self.used |= {name: subject.stage.facts() for name, subject in pending.items()}
         metrics = run_metrics(config, stages)
         write_json(self.folder.path / "metrics.json", metrics)
-        answers = {name: str(stage.folder / "episodes") for name, stage in stages.items()}
-        names = {"evalprompts": prompts.folder.name} | {name: stage.folder.name for name, stage in stages.items()}
-        write_json(self.folder.path / "evaluation.json", {"answers": answers, "stages": names})
         return {name: {family: arms[name] for family, arms in metrics.items()} for name in models}
 
 
