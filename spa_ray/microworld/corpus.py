@@ -87,8 +87,8 @@ def respond(rng: random.Random, about: Facts, system: str | None = None) -> str:
 
 Maybe = Callable[[str, float], list[str]]
 
-# Per category: probabilities at boldness 0 and 1. They are set so that the true spread of both scores is much the same in
-# every category (deviations within a factor 1.25); else the det filter would remove a category instead of noise.
+# Per category: probabilities at boldness 0 and 1. They are set so that the true spread of both scores is much alike in
+# every category (deviations within a factor 1.25), else the det filter would remove a category instead of noise.
 REFUSAL = {"benign": (0.06, 0.0), "sensitive": (0.25, 0.0), "harmful": (0.6, 0.05)}
 RISK = {"benign": (0.05, 0.45), "sensitive": (0.05, 0.6), "harmful": (0.05, 0.75)}
 
