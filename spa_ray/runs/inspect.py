@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
@@ -57,9 +58,30 @@ def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str
         chapter["filters"] = denoised.select(["det", "kept", "drop_reason"]).to_pylist()[0]
         chapter["filters"]["tau"] = record["funnel"]["tau"]
         keys = ["pair_id", "chosen_index", "rejected_index", "margin", "gap", "decided_by", "kind"]
-        chapter["pairs"] = pairs.select(keys).to_pylist()
+        weights = weights_at_mean(pairs, pds.dataset(record["pairs"], format="parquet").to_table(), config)
+        chapter["pairs"] = [
+            {**row, "weight": weight} for row, weight in zip(pairs.select(keys).to_pylist(), weights, strict=True)
+        ]
         chapter["train"] = {"gap": config.train.gap, "alpha": config.train.alpha}
     return chapter
+
+
+def weights_at_mean(pairs: pa.Table, all_pairs: pa.Table, config: Config) -> list[float]:
+    """(gap / mean gap)**α of each pair, with the mean over all pairs of the arm.
+
+    Training takes the mean over the pair's own optimizer step, so its weight there differs a little.
+    """
+    mean = float(np.mean(gaps(all_pairs, config.train.gap)))
+    mine = gaps(pairs, config.train.gap)
+    return [1.0] * len(mine) if mean == 0 else [float(w) for w in (mine / mean) ** config.train.alpha]
+
+
+def gaps(pairs: pa.Table, gap: str) -> np.ndarray:
+    """(n,) what `train.gap` weighs a pair by."""
+    if gap == "primary":
+        first = [pc.list_element(pairs[side], 0).to_numpy() for side in ("chosen_scores", "rejected_scores")]
+        return np.abs(first[0] - first[1])
+    return pairs["gap" if gap == "abs_sum" else "margin"].to_numpy()
 
 
 def _one_row(episodes: Path, prompt_id: str) -> pa.Table | None:
@@ -106,10 +128,13 @@ def _print_filters(console: Any, chapter: dict[str, Any]) -> None:
     verdict = "kept" if filters["kept"] else f"dropped: {filters['drop_reason']}"
     console.print(f"det Σ {filters['det']}, τ {filters['tau']}: {verdict}")
     if chapter["pairs"]:
-        table = Table("pair", "kind", "decided by", "margin (Eq. 2)", "gap (Eq. 3)")
+        table = Table("pair", "kind", "decided by", "margin (Eq. 2)", "gap (Eq. 3)", "weight")
         for pair in chapter["pairs"]:
             indices = f"{pair['chosen_index']} ≻ {pair['rejected_index']}"
-            table.add_row(indices, pair["kind"], pair["decided_by"], f"{pair['margin']:g}", f"{pair['gap']:g}")
+            numbers = [f"{pair['margin']:g}", f"{pair['gap']:g}", f"{pair['weight']:.2f}"]
+            table.add_row(indices, pair["kind"], pair["decided_by"], *numbers)
         console.print(table)
         train = chapter["train"]
-        console.print(f"weight of a pair: ({train['gap']} gap / its batch's mean) ** {train['alpha']:g}")
+        console.print(
+            f"weight: ({train['gap']} gap / its mean over all pairs) ** {train['alpha']:g}; a step uses its own mean"
+        )
