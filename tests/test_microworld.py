@@ -307,8 +307,8 @@ def test_what_training_reads_carries_no_label_and_no_answer(family: str) -> None
 
 
 def test_the_shipped_configs_train_and_evaluate_on_different_splits_and_only_the_evaluation_names_the_oracle() -> None:
-    for file in ("demo.yaml", "full.yaml"):
-        raw = yaml.safe_load((WORLD / file).read_text(encoding="utf-8"))
+    for file in (WORLD / "demo.yaml", WORLD / "full.yaml", WORLD.parents[1] / "configs" / "demo-honesty.yaml"):
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
         evaluation = raw.pop("evaluation")
         assert "oracle" not in json.dumps(raw)
         assert raw.get("prompts", {}).get("split", "train") == "train"
