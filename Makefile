@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: docs demo test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: chaos docs demo test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -16,6 +16,9 @@ test: lint types ## lint, types, every test, coverage of the pure rooms
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine" $(ARGS)
+
+chaos: .venv/.ready ## kill training 20 times at random and compare the weights (15 minutes or more)
+	$(BIN)/python -m tests.chaos_training $(ARGS)
 
 lint: .venv/.ready ## ruff, lint and format
 	$(BIN)/ruff check .

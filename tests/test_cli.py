@@ -140,6 +140,14 @@ def test_plan_shows_the_defaults_of_the_method(spa: Any, config: Any) -> None:
     assert (train["beta"], train["lr"]) == (0.1, 5e-7)
 
 
+def test_plan_says_when_the_learning_rate_is_out_of_place(spa: Any, config: Any) -> None:
+    path = config()
+    for lr, told in (("1e-4", 0), ("1e-1", 1)):
+        _, out, _ = spa("plan", path, f"train.lr={lr}", "--json")
+        notes = json.loads(out.strip().splitlines()[-1])["arms"]["main"]["notes"]
+        assert sum(f"train.lr {float(lr):g} is far above" in note for note in notes) == told
+
+
 def test_schema_is_json(spa: Any) -> None:
     status, out, _ = spa("schema")
     assert status == 0
@@ -172,6 +180,8 @@ def test_clean_deletes_only_what_no_arm_uses(spa: Any, tmp_path: Path) -> None:
         ("iterations={count: 2, prompts: diff}", ["prompts.limit"]),
         ("train.beta=0", ["train", "beta"]),
         ("train.lr=.inf", ["train.lr"]),
+        ("tracking.backends=[wandb]", ["tracking.backends", "pip install wandb"]),
+        ("tracking.backends=[tensorbord]", ["tracking.backends"]),
         ("model.engine=foo:bar", ["model.engine", "foo"]),
         ("model.max_model_len=64", ["max_tokens", "64"]),
         ("evaluation.prompts.source=none.jsonl", ["none.jsonl"]),

@@ -13,7 +13,7 @@ import pytest
 from spa_ray.config.models import Train
 from spa_ray.errors import InputError
 from spa_ray.training.dataset import TokenizedPairs, select_pairs, sequences
-from spa_ray.training.forward import collate_padded
+from spa_ray.training.forward import collate_packed, collate_padded
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from tests.tiny_model import build_tiny_tokenizer
 from tests.training_support import pair_rows, write_pairs
@@ -195,7 +195,8 @@ def test_sft_trains_once_on_each_prompt_and_chosen_answer(tmp_path: Path, tokeni
     selection, dropped = select_pairs(data, train(method="sft"), seed=0)
     assert dropped["duplicate"] == 1
     assert selection.rows.tolist() == [0, 1, 3]
-    assert selection.lengths.tolist() == (data.lengths("prompt_ids") + data.lengths("chosen_ids"))[[0, 1, 3]].tolist()
+    totals = data.lengths("prompt_ids") + data.lengths("chosen_ids")
+    assert selection.tokens.total.tolist() == totals[[0, 1, 3]].tolist()
 
 
 def test_weights_over_nothing_but_dead_pairs_are_refused(tmp_path: Path, tokenizer: Any) -> None:
@@ -224,3 +225,17 @@ def test_a_micro_batch_points_at_every_response_token_and_nothing_else() -> None
     assert batch.owner.tolist() == [0, 0, 1, 1, 1, 1]
     assert batch.input_ids.flatten()[batch.predict].tolist() == [3, 4, 6, 7, 8, 9]
     assert batch.real_tokens == 10
+
+
+def test_a_packed_micro_batch_has_no_padding_and_positions_begin_anew() -> None:
+    rows = [(np.array([1, 2, 3]), np.array([4, 5])), (np.array([6]), np.array([7, 8]))]
+    batch = collate_packed(rows, "cpu")
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch.offsets is not None
+    assert batch.offsets.tolist() == [0, 5, 8]
+    assert batch.targets.tolist() == [4, 5, 7, 8]
+    assert batch.owner.tolist() == [0, 0, 1, 1]
+    assert batch.input_ids.flatten()[batch.predict].tolist() == [3, 4, 6, 7]
+    assert (batch.longest, batch.sequences, batch.real_tokens) == (5, 2, 8)

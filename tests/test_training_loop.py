@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spa_ray.errors import InputError, RunError
-from spa_ray.training import checkpoint, comm, loop
+from spa_ray.training import checkpoint, comm, loop, policy
 from spa_ray.training.job import TrainJob
 from spa_ray.training.loop import run_job
 from spa_ray.training.losses import simpo_loss
@@ -83,7 +84,7 @@ def plain_adamw_run(job: TrainJob) -> dict[str, Tensor]:
         at = range(len(prompt) - 1, len(prompt) + len(response) - 1)
         return torch.stack([logp[t, ids[0, t + 1]] for t in at]).mean()
 
-    plan, data = prepared.plan, prepared.data
+    plan, data = prepared.plan(job, packed=False), prepared.data
     for step in range(plan.steps):
         entries = plan.step_entries(step)
         total = torch.zeros(())
@@ -126,6 +127,10 @@ def test_the_micro_batch_size_changes_nothing(
         {"zero_stage": 3},
         {"offload": True},
         {"gradient_checkpointing": True},
+        {"packing": False},
+        {"logits_mib": 0.01},
+        {"logits_mib": None},
+        {"logits_mib": 0.01, "zero_stage": 3, "gradient_checkpointing": True},
     ],
     ids=str,
 )
@@ -173,6 +178,21 @@ def test_dpo_starts_at_log_two_with_a_margin_of_zero(shared: Path, tiny_model: P
     assert len(list(job.work.glob("reference_*.npz"))) == 1
 
 
+def test_reference_log_probs_are_shared_by_jobs_of_the_same_model_and_data_and_by_no_others(
+    tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(name: str, **settings: Any) -> TrainJob:
+        return replace(make_job(tmp_path, tiny_model, pairs, name=name, method="spa_dpo", **settings), cache=tmp_path)
+
+    run_job(job("first"))
+    with monkeypatch.context() as m:
+        m.setattr(loop, "compute_reference", lambda *args, **kwargs: pytest.fail("computed again"))
+        run_job(job("other-rate", lr=1e-3, batch_size=4, zero_stage=3))
+    run_job(job("other-labels", shuffle_labels=True))
+    assert len(list(tmp_path.glob("reference_*.npz"))) == 2
+    assert log_of(job("other-labels"))[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_sft_raises_the_chosen_answers_probability(shared: Path, tiny_model: Path, pairs: Path) -> None:
     job = make_job(shared, tiny_model, pairs, name="sft", method="sft", epochs=4, lr=1e-3, micro_batch_tokens=64)
     result = run_job(job)
@@ -183,15 +203,16 @@ def test_sft_raises_the_chosen_answers_probability(shared: Path, tiny_model: Pat
     assert "rewards/chosen" not in rows[0]
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize(("zero_stage", "quantize"), [(2, None), (3, None), (2, "nf4"), (0, "nf4")])
 def test_a_lora_runs_merged_weights_are_its_adapter(
-    shared: Path, tiny_model: Path, pairs: Path, zero_stage: int
+    shared: Path, tiny_model: Path, pairs: Path, zero_stage: int, quantize: str | None
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    lora = {"r": 4, "alpha": 8.0}
-    job = make_job(shared, tiny_model, pairs, name=f"lora{zero_stage}", lora=lora, zero_stage=zero_stage, lr=1e-2)
+    lora = {"r": 4, "alpha": 8.0, "quantize": quantize}
+    name = f"lora{zero_stage}{quantize}"
+    job = make_job(shared, tiny_model, pairs, name=name, lora=lora, zero_stage=zero_stage, lr=1e-2)
     run_job(job)
     ids = torch.tensor([[1, 4, 30, 31, 32, 33]])
     merged = AutoModelForCausalLM.from_pretrained(job.out)(ids).logits
@@ -366,3 +387,20 @@ def test_jobs_one_after_the_other_do_not_pile_up_tensors(tmp_path: Path, tiny_mo
     for stage in (0, 1, 2, 3):
         first, again = (train(stage, f"{stage}{i}") for i in range(2))
         assert again <= first
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused_before_the_first_step(
+    tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = policy.load_policy
+
+    def doubled(*args: Any) -> Any:
+        model = load(*args)
+        forward = model.forward
+        model.forward = lambda **kwargs: SimpleNamespace(logits=2 * forward(**kwargs).logits)
+        return model
+
+    monkeypatch.setattr(policy, "load_policy", doubled)
+    with pytest.raises(InputError, match=r"a token off .* train\.logits_mib=null"):
+        run_job(make_job(tmp_path, tiny_model, pairs, max_steps=1))
+    assert run_job(make_job(tmp_path, tiny_model, pairs, max_steps=1, packing=False, logits_mib=None)).steps == 1

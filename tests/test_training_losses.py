@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.training.losses import dpo_loss, pair_weights, sequence_logps, sft_loss, simpo_loss
+from spa_ray.config.models import Train
+from spa_ray.training.losses import (
+    dpo_loss,
+    gamma_from_ratio,
+    ipo_loss,
+    log_odds_ratio,
+    orpo_loss,
+    pair_weights,
+    sequence_logps,
+    sft_loss,
+    simpo_loss,
+)
+from spa_ray.training.objective import OBJECTIVES, LossInputs
 
 LOGPS = st.lists(st.tuples(*[st.floats(-40, 0)] * 4), min_size=1, max_size=6)
 GAPS = st.lists(st.floats(0, 20).map(lambda g: round(g, 3)), min_size=1, max_size=40)
@@ -29,10 +41,14 @@ def columns(rows: list[tuple[float, ...]]) -> list[torch.Tensor]:
 def test_simpo_is_the_written_out_formula(
     rows: list[tuple[float, ...]], beta: float, gamma: float, weight: float
 ) -> None:
-    chosen, rejected, *_ = columns(rows)
+    chosen, rejected, *_ = (x.requires_grad_() for x in columns(rows))
     losses = simpo_loss(chosen, rejected, beta=beta, gamma=gamma, weights=torch.full_like(chosen, weight))
-    written_out = [-weight * log_sigmoid(beta * c - beta * r - gamma) for c, r, *_ in rows]
-    assert losses.tolist() == pytest.approx(written_out, rel=1e-12, abs=1e-12)
+    losses.sum().backward()
+    at = [beta * c - beta * r - gamma for c, r, *_ in rows]
+    slopes = [-weight * beta * math.exp(log_sigmoid(-z)) for z in at]
+    assert losses.tolist() == pytest.approx([-weight * log_sigmoid(z) for z in at], rel=1e-12, abs=1e-12)
+    assert chosen.grad.tolist() == pytest.approx(slopes, rel=1e-9, abs=1e-12)
+    assert rejected.grad.tolist() == pytest.approx([-s for s in slopes], rel=1e-9, abs=1e-12)
 
 
 @given(LOGPS, st.floats(0.01, 5))
@@ -42,69 +58,165 @@ def test_dpo_is_the_written_out_formula(rows: list[tuple[float, ...]], beta: flo
     assert losses.tolist() == pytest.approx(written_out, rel=1e-12, abs=1e-12)
 
 
+@given(LOGPS, st.floats(0.01, 5), st.floats(0, 5))
+def test_ipo_is_the_written_out_formula(rows: list[tuple[float, ...]], beta: float, weight: float) -> None:
+    weights = torch.full((len(rows),), weight, dtype=torch.float64)
+    losses = ipo_loss(*columns(rows), beta=beta, weights=weights)
+    written_out = [weight * ((c - rc) - (r - rr) - 0.5 / beta) ** 2 for c, r, rc, rr in rows]
+    assert losses.tolist() == pytest.approx(written_out, rel=1e-9, abs=1e-9)
+
+
+def test_ipo_is_least_where_the_margin_is_half_of_one_over_beta() -> None:
+    losses = ipo_loss(torch.tensor([0.0, 5.0, 10.0]) - 20, *[torch.full((3,), -20.0)] * 3, beta=0.1)
+    assert losses.tolist() == pytest.approx([25.0, 0.0, 25.0])
+
+
+@given(st.lists(st.tuples(*[st.floats(-40, -1e-12)] * 2), min_size=1, max_size=6), st.floats(0.01, 5), st.floats(0, 5))
+def test_orpo_and_its_gradients_are_the_written_out_formula(
+    rows: list[tuple[float, float]], beta: float, weight: float
+) -> None:
+    chosen, rejected = (x.requires_grad_() for x in columns(rows))
+    losses = orpo_loss(chosen, rejected, beta=beta, weights=torch.full_like(chosen, weight))
+    losses.sum().backward()
+
+    def log_odds(logp: float) -> float:
+        return logp - math.log(-math.expm1(logp))
+
+    ratios = [log_odds(c) - log_odds(r) for c, r in rows]
+    slopes = [beta * math.exp(log_sigmoid(-ratio)) for ratio in ratios]  # of -β log σ, by minus the ratio
+    one_minus_p = [(-math.expm1(c), -math.expm1(r)) for c, r in rows]
+    written_out = [weight * (-c - beta * log_sigmoid(ratio)) for (c, _), ratio in zip(rows, ratios, strict=True)]
+    by_chosen = [weight * (-1 - s / q) for s, (q, _) in zip(slopes, one_minus_p, strict=True)]
+    by_rejected = [weight * s / q for s, (_, q) in zip(slopes, one_minus_p, strict=True)]
+    assert losses.tolist() == pytest.approx(written_out, rel=1e-9, abs=1e-9)
+    assert chosen.grad.tolist() == pytest.approx(by_chosen, rel=1e-6, abs=1e-9)
+    assert rejected.grad.tolist() == pytest.approx(by_rejected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orpo_is_finite_with_finite_gradients_where_a_response_is_certain(dtype: torch.dtype) -> None:
+    edge = [0.0, -1e-30, -1e-12, -1e-7, -1e-3, -50.0, -1e4, 1e-6]  # the last by rounding
+    grid = torch.cartesian_prod(torch.tensor(edge, dtype=dtype), torch.tensor(edge, dtype=dtype))
+    chosen, rejected = (x.clone().requires_grad_() for x in grid.unbind(dim=1))
+    losses = orpo_loss(chosen, rejected, beta=1.0)
+    losses.sum().backward()
+    assert all(torch.isfinite(x).all() for x in (losses, chosen.grad, rejected.grad))
+    assert log_odds_ratio(chosen[:1], rejected[:1]).item() == 0  # both certain: even odds
+
+
+def test_a_log_prob_above_zero_has_no_odds() -> None:
+    with pytest.raises(ValueError, match="0 or less"):
+        orpo_loss(torch.tensor([-1.0]), torch.tensor([1.0]), beta=0.1)
+
+
+@given(LOGPS, st.floats(0.1, 10), st.floats(0, 2))
+def test_a_gamma_from_a_ratio_gives_simpos_own_formula(
+    rows: list[tuple[float, ...]], beta: float, ratio: float
+) -> None:
+    chosen, rejected, *_ = columns(rows)
+    losses = simpo_loss(chosen, rejected, beta=beta, gamma=gamma_from_ratio(ratio, beta=beta))
+    simpos = [-log_sigmoid(beta * (c - r - ratio)) for c, r, *_ in rows]
+    assert losses.tolist() == pytest.approx(simpos, rel=1e-9, abs=1e-9)
+
+
+def test_simpos_llama_3_ratio_is_our_default_gamma() -> None:
+    assert gamma_from_ratio(0.55, beta=2.5) == pytest.approx(Train(method="spa_simpo").resolved().gamma)
+
+
+@pytest.mark.parametrize(("ratio", "beta"), [(0.5, 0.0), (0.5, -1.0), (math.nan, 1.0), (math.inf, 1.0)])
+def test_an_impossible_ratio_or_beta_gives_no_gamma(ratio: float, beta: float) -> None:
+    with pytest.raises(ValueError, match="beta"):
+        gamma_from_ratio(ratio, beta=beta)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_a_method_gives_one_loss_a_pair_and_the_statistics_that_it_declares(method: str) -> None:
+    objective = OBJECTIVES[method]
+    summed = torch.tensor([-3.0, -8.0, -5.0, -6.0, -7.0, -1.0])[: 3 * objective.sequences_per_pair]
+    counts = torch.tensor([2, 4, 5, 3, 7, 1])[: len(summed)]
+    reference = (torch.tensor([-4.0, -7.0, -5.0]), torch.tensor([-5.0, -9.0, -2.0]))
+    inputs = LossInputs(summed, counts, torch.ones(3), reference if objective.needs_reference else None)
+    losses, stats = objective.loss(inputs, Train(method=method).resolved())
+    assert losses.shape == (3,)
+    assert set(stats) == set(objective.stats)
+    assert all(value.shape == (3,) and not value.requires_grad for value in stats.values())
+
+
+def test_ipo_sees_log_ratios_a_token() -> None:
+    summed, counts = torch.tensor([-4.0, -9.0]), torch.tensor([2, 3])
+    inputs = LossInputs(summed, counts, torch.ones(1), (torch.tensor([-6.0]), torch.tensor([-6.0])))
+    losses, stats = OBJECTIVES["ipo"].loss(inputs, Train(method="ipo", beta=0.5).resolved())
+    assert losses.item() == pytest.approx(((-4 + 6) / 2 - (-9 + 6) / 3 - 1) ** 2)
+    assert stats["rewards/margins"].item() == pytest.approx(0.5 * 2)
+
+
+def test_orpos_own_statistics_are_named_as_trl_names_them() -> None:
+    inputs = LossInputs(torch.tensor([-1.0, -2.0]), torch.tensor([2, 2]), torch.ones(1), None)
+    losses, stats = OBJECTIVES["orpo"].loss(inputs, Train(method="orpo", beta=0.1).resolved())
+    log_odds = math.log(math.exp(-0.5) / (1 - math.exp(-0.5))) - math.log(math.exp(-1) / (1 - math.exp(-1)))
+    assert stats["nll_loss"].item() == pytest.approx(0.5)
+    assert stats["log_odds_chosen"].item() == pytest.approx(log_odds)
+    assert stats["log_odds_ratio"].item() == pytest.approx(log_sigmoid(log_odds))
+    assert losses.item() == pytest.approx((stats["nll_loss"] - 0.1 * stats["log_odds_ratio"]).item())
+
+
 def test_sft_is_the_mean_over_each_sequences_tokens() -> None:
     losses = sft_loss(torch.tensor([-6.0, -1.0]), torch.tensor([3, 4]), weights=torch.tensor([1.0, 2.0]))
     assert losses.tolist() == pytest.approx([2.0, 0.5])
 
 
-def test_simpo_and_its_gradients_are_trls() -> None:
-    cpo = pytest.importorskip("trl.experimental.cpo").CPOTrainer
-    generator = torch.Generator().manual_seed(0)
-    logps = [-8 * torch.rand(64, generator=generator, dtype=torch.float64) for _ in range(2)]
-    ours = [x.clone().requires_grad_() for x in logps]
-    theirs = [x.clone().requires_grad_() for x in logps]
-    trainer = SimpleNamespace(
-        alpha=0.0,
-        beta=2.5,
-        simpo_gamma=1.375,
-        loss_type="simpo",
-        label_smoothing=0.0,
-        accelerator=SimpleNamespace(device="cpu"),
-    )
-    simpo = simpo_loss(*ours, beta=2.5, gamma=1.375)
-    reference, *_ = cpo.cpo_loss(trainer, *theirs)
-    torch.testing.assert_close(simpo, reference, rtol=0, atol=1e-12)
-    simpo.mean().backward()
-    reference.mean().backward()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-12)
-
-
 def test_no_gradient_flows_into_a_weight_or_the_reference() -> None:
     chosen, rejected, reference, weights = (torch.tensor([v], requires_grad=True) for v in (-1.0, -2.0, -1.5, 2.0))
     simpo_loss(chosen, rejected, beta=1.0, gamma=0.0, weights=weights).sum().backward()
-    dpo_loss(chosen, rejected, reference, reference, beta=1.0, weights=weights).sum().backward()
+    for loss in (dpo_loss, ipo_loss):
+        loss(chosen, rejected, reference, reference, beta=1.0, weights=weights).sum().backward()
+    orpo_loss(chosen, rejected, beta=1.0, weights=weights).sum().backward()
     assert weights.grad is None
     assert reference.grad is None
     assert chosen.grad is not None
 
 
-def test_bfloat16_log_probs_are_computed_in_float32() -> None:
+Loss = Callable[..., torch.Tensor]
+LOSSES: list[tuple[Loss, int]] = [
+    (lambda *logps, **kw: simpo_loss(*logps, gamma=0.0, **kw), 2),
+    (dpo_loss, 4),
+    (ipo_loss, 4),
+    (orpo_loss, 2),
+]
+LOSS_NAMES = ["simpo", "dpo", "ipo", "orpo"]
+
+
+@pytest.mark.parametrize(("loss", "arguments"), LOSSES, ids=LOSS_NAMES)
+def test_bfloat16_log_probs_are_computed_in_float32(loss: Loss, arguments: int) -> None:
     logps = torch.tensor([-1.0], dtype=torch.bfloat16)
-    assert simpo_loss(logps, 2 * logps, beta=2.0, gamma=0.5).dtype == torch.float32
+    assert loss(*[logps] * arguments, beta=2.0).dtype == torch.float32
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_non_finite_log_prob_or_weight_raises(bad: float) -> None:
-    fine, wrong = torch.zeros(2), torch.tensor([0.0, bad])
-    for pair in ((wrong, fine), (fine, wrong)):
+@pytest.mark.parametrize(("loss", "arguments"), LOSSES, ids=LOSS_NAMES)
+def test_a_non_finite_log_prob_or_weight_raises(loss: Loss, arguments: int, bad: float) -> None:
+    fine, wrong = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, bad])
+    for i in range(arguments):
+        logps = [wrong if j == i else fine for j in range(arguments)]
         with pytest.raises(ValueError, match="not finite"):
-            simpo_loss(*pair, beta=1.0, gamma=0.0)
-    with pytest.raises(ValueError, match="not finite"):
-        simpo_loss(fine, fine, beta=1.0, gamma=0.0, weights=wrong)
+            loss(*logps, beta=1.0)
+    with pytest.raises(ValueError, match="weights is not finite"):
+        loss(*[fine] * arguments, beta=1.0, weights=wrong)
 
 
-def test_a_weight_a_token_cannot_slip_in_by_broadcasting() -> None:
+@pytest.mark.parametrize(("loss", "arguments"), LOSSES, ids=LOSS_NAMES)
+def test_a_weight_a_token_cannot_slip_in_by_broadcasting(loss: Loss, arguments: int) -> None:
     with pytest.raises(ValueError, match="one number a pair"):
-        simpo_loss(torch.zeros(2), torch.zeros(2), beta=1.0, gamma=0.0, weights=torch.ones(2, 2))
+        loss(*[-torch.ones(2)] * arguments, beta=1.0, weights=torch.ones(2, 2))
     with pytest.raises(ValueError, match="one number a pair"):
-        simpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), beta=1.0, gamma=0.0)
+        loss(*[-torch.ones(2, 3)] * arguments, beta=1.0)
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
-def test_beta_must_be_positive(beta: float) -> None:
+@pytest.mark.parametrize(("loss", "arguments"), LOSSES, ids=LOSS_NAMES)
+def test_beta_must_be_positive(loss: Loss, arguments: int, beta: float) -> None:
     with pytest.raises(ValueError, match="beta"):
-        simpo_loss(torch.zeros(1), torch.zeros(1), beta=beta, gamma=0.0)
+        loss(*[-torch.ones(1)] * arguments, beta=beta)
 
 
 @given(GAPS)

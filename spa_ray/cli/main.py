@@ -167,6 +167,37 @@ def evaluate(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="model folder, adapter, or a job's work folder or checkpoint", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="model folder to write", show_default=False)] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="adapter to merge into the model folder SOURCE", show_default=False)
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="base model, where it has moved", show_default=False)] = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint of this step; else the newest")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="upload the model folder to this repository")] = None,
+    public: Annotated[bool, typer.Option("--public", help="a new repository is public")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code of the base model")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter, or turn a checkpoint into a model folder; push it to a hub when asked."""
+    if out is None and (push_to_hub is None or adapter is not None):
+        raise InputError("spa export: --out is missing; name the model folder to write")
+    from spa_ray.training import convert
+
+    if push_to_hub is not None:
+        convert.check_repo(push_to_hub)
+    if out is not None:
+        convert.export(source, out, adapter=adapter, base=base, step=step, trust_remote_code=trust_remote_code)
+    folder = out or source
+    url = None if push_to_hub is None else convert.push(folder, push_to_hub, private=not public)
+    print(folder if url is None else url)
+    emit({"model": str(folder.absolute()), "pushed": url}, as_json)
+
+
+@app.command()
 def inspect(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
     prompt_id: Annotated[str, typer.Argument(help="the prompt's id, or its beginning", show_default=False)],

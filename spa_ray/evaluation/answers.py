@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.dataset as pds
 
 from spa_ray.evaluation.refusals import is_refusal
+from spa_ray.evaluation.repetition import repetition
 from spa_ray.evaluation.tables import Answers
 
 
@@ -42,6 +43,7 @@ class _Rows:
     scores: list[list[float]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     refused: list[bool] = field(default_factory=list)
+    repetition: list[float] = field(default_factory=list)
     categories: dict[str, str] = field(default_factory=dict)
     exact: list[float] = field(default_factory=list)
     errors: int = 0
@@ -67,6 +69,7 @@ def _add(rows: _Rows, prompt_id: str, meta: dict[str, Any], response: dict[str, 
     rows.scores.append([np.nan if score is None else score for score in response["scores"]])
     rows.lengths.append(len(response["token_ids"]))
     rows.refused.append(is_refusal(response["text"]))
+    rows.repetition.append(repetition(response["token_ids"]))
     if "category" in meta:
         rows.categories[prompt_id] = meta["category"]
     rows.exact.append(float(response["text"].strip() == meta["answer"]) if "answer" in meta else np.nan)
@@ -81,5 +84,6 @@ def _close(rows: _Rows) -> FamilyAnswers:
         lengths=np.asarray(rows.lengths, dtype=np.int64),
         refused=np.asarray(rows.refused, dtype=np.bool_),
         exact=exact if np.isfinite(exact).any() else None,
+        repetition=np.asarray(rows.repetition, dtype=np.float64),
     )
     return FamilyAnswers(answers, rows.categories, rows.errors)

@@ -151,7 +151,9 @@ def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dic
     """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands."""
     from spa_ray.training.job import TrainJob
     from spa_ray.training.launch import train_jobs
+    from spa_ray.training.trackers import check_backends
 
+    check_backends(config.tracking.backends)
     folder, model = inside(pairs, "pairs"), fetch_model(config.model)
     if not any(folder.glob("*.parquet")):
         raise InputError(f"{folder}: no *.parquet in it; give the pairs folder that `spa build` wrote")
@@ -169,6 +171,7 @@ def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dic
             seed=config.seed,
             work=work.folder / "job",
             trust_remote_code=config.model.trust_remote_code,
+            tracking=config.tracking,
         )
         progress, started = Progress(), time.time()
         with closing(progress), connected(verbose=verbose):

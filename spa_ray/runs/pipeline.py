@@ -222,6 +222,8 @@ class Pipeline:
                     seed=state.config.seed,
                     work=stage.folder / "work",
                     trust_remote_code=state.config.model.trust_remote_code,
+                    tracking=state.config.tracking,
+                    cache=self.folder.path / "cache",
                 )
         if jobs:
             first = next(iter(states.values())).config
@@ -295,10 +297,12 @@ def check_pairs(arm: str, funnel: dict[str, Any], folder: Path) -> None:
 
 
 def train_counter(progress: Progress) -> Callable[[Mapping[str, Any]], None]:
-    """A callback for rows of train logs: steps done, the loss and the pace."""
+    """A callback for rows of train logs: steps done, the loss and the pace; and what the guards say, at once."""
     count = progress.counter("train")
 
     def row(logged: Mapping[str, Any]) -> None:
+        for warning in logged.get("warnings", ()):
+            progress.say(f"warning: train {logged['job']}: {warning}")
         shown = {key: logged[key] for key in ("loss", "rewards/accuracies", "pairs/s") if key in logged}
         count({"name": logged["job"], "done": logged["step"], "total": logged["steps"], **shown})
 

@@ -18,6 +18,7 @@ from spa_ray.config.models import Config, Prompts
 from spa_ray.data.prompts import read_prompts
 from spa_ray.errors import InputError
 from spa_ray.runs.models import local_model
+from spa_ray.training.guards import check_lr
 
 SAMPLED = 200
 CHARS_PER_TOKEN = 4.0
@@ -52,6 +53,8 @@ def plan_arm(config: Config) -> dict[str, Any]:
     steps = math.ceil(pairs / train.batch_size * train.epochs)
     pair_tokens = 2 * (prompts["tokens"] + ANSWER_SHARE * config.sampling.max_tokens)
     gpus = config.resources.engines.max * max(1, config.model.tensor_parallel_size)
+    warning = check_lr(train, model["parameters"])
+    notes += [warning] if warning else []
     flops = 2 * model["parameters"]
     hours = {
         "generate": flops

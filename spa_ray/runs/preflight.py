@@ -15,6 +15,7 @@ from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import write_eval_prompts
 from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import load_objectives
+from spa_ray.training.trackers import check_backends
 
 SHARED = ("model", "evaluation", "resources")  # one engine and one worker group serve all arms
 
@@ -38,6 +39,7 @@ def check_run(arms: dict[str, Config], base: Path) -> None:
 
 def check_settings(config: Config, base: Path) -> None:
     """Templates, tokenizer, engine and lengths of one arm. Raises: InputError."""
+    check_backends(config.tracking.backends)
     if config.model.engine != "vllm":
         load_dotted(config.model.engine, where="model.engine")
     context = config.model.max_model_len

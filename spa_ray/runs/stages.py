@@ -1,4 +1,4 @@
-"""What each stage reads, as the settings that its hash covers. `resources` never appears here.
+"""What each stage reads, as the settings that its hash covers. `resources` and `tracking` never appear here.
 
 Comes in: an arm's config and the hashes of the stage's inputs. Goes out: a stage folder's address.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
-from spa_ray.config.models import Config, Section
+from spa_ray.config.models import TRAIN_BYSTANDERS, Config, Section
 from spa_ray.objectives import load_objectives
 from spa_ray.runs.hashing import stage_hash
 
@@ -51,8 +51,7 @@ def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> st
 
 
 def train_hash(config: Config, *, pairs: str, model: str) -> str:
-    leave_out = ("save_every_steps", "keep_checkpoints")
-    settings = {"seed": config.seed, "train": _plain(config.train.resolved(), *leave_out)}
+    settings = {"seed": config.seed, "train": _plain(config.train.resolved(), *TRAIN_BYSTANDERS)}
     return stage_hash("train", training.STAGE_VERSION, settings, [pairs, model])
 
 

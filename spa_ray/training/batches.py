@@ -30,6 +30,14 @@ class Order:
 
 
 @dataclass(frozen=True)
+class PairTokens:
+    """Tokens of every pair, prompts included. `longest` is its longest sequence, `total` all that are trained on."""
+
+    longest: Int[np.ndarray, " pairs"]
+    total: Int[np.ndarray, " pairs"]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every micro-batch of a run. Entries are sorted by step, rank, micro-batch.
 
@@ -104,19 +112,21 @@ def step_weights(
 def make_plan(
     order: Order,
     weights: Float[np.ndarray, " entries"],
-    lengths: Int[np.ndarray, " pairs"],
+    tokens: PairTokens,
     *,
     ranks: int,
-    rows_per_pair: int,
     micro_batch_tokens: int,
+    packed: bool,
+    sequences_per_pair: int = 2,
 ) -> Plan:
     """Deal every step's pairs to ranks and micro-batches.
 
-    `lengths` is the longest sequence of a pair, in tokens; a micro-batch of k pairs costs k · rows_per_pair · longest
-    (padded) tokens and holds at most `micro_batch_tokens` of them, but always one pair. Pairs are dealt longest first,
-    to and fro over the ranks, which balances the ranks and puts pairs of like length together.
+    A micro-batch holds at most `micro_batch_tokens` tokens, but always one pair: packed, the sum of its pairs' totals;
+    padded, every sequence counts as the longest. Pairs are dealt longest first, to and fro over the ranks, which
+    balances the ranks and, padded, puts pairs of like length together.
     """
-    by_length = np.lexsort((order.pairs, -lengths[order.pairs], order.step))
+    size = tokens.total if packed else tokens.longest
+    by_length = np.lexsort((order.pairs, -size[order.pairs], order.step))
     step = order.step[by_length]
     sizes = np.bincount(order.step, minlength=len(order.epoch))
     position = np.arange(len(step)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -125,7 +135,8 @@ def make_plan(
     dealt = np.lexsort((position, rank, step))
     entries = by_length[dealt]
     groups = np.bincount(step * ranks + rank, minlength=len(sizes) * ranks)
-    starts, stops = _cut(groups, lengths[order.pairs[entries]] * rows_per_pair, micro_batch_tokens)
+    cost = size[order.pairs[entries]] * (1 if packed else sequences_per_pair)
+    starts, stops = _cut(groups, cost, micro_batch_tokens, packed=packed)
     micros = (stops > starts).reshape(len(sizes), ranks, -1).sum(axis=2).max(axis=1)
     shape = (len(sizes), ranks, starts.shape[1])
     return Plan(
@@ -140,15 +151,19 @@ def make_plan(
 
 
 def _cut(
-    groups: Int[np.ndarray, " groups"], cost: Int[np.ndarray, " entries"], budget: int
+    groups: Int[np.ndarray, " groups"], cost: Int[np.ndarray, " entries"], budget: int, *, packed: bool
 ) -> tuple[Int[np.ndarray, "groups micros"], Int[np.ndarray, "groups micros"]]:
     """Cut each group of consecutive entries, costs descending, into runs of at most `budget`; all groups at once."""
     stop_of = np.cumsum(groups)
     at = stop_of - groups
+    spent = np.concatenate([[0], np.cumsum(cost)])
     starts, stops = [], []
     while (at < stop_of).any():
-        leader = cost[np.minimum(at, len(cost) - 1)]
-        to = np.minimum(at + np.maximum(1, budget // leader), stop_of)
+        if packed:
+            to = np.searchsorted(spent, spent[at] + budget, side="right") - 1
+        else:
+            to = at + budget // cost[np.minimum(at, len(cost) - 1)]
+        to = np.minimum(np.maximum(to, at + 1), stop_of)
         starts.append(at)
         stops.append(to)
         at = to

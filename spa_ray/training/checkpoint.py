@@ -8,14 +8,58 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spa_ray.config.models import Train
 from spa_ray.errors import InputError, RunError
 from spa_ray.training import comm
 
 TAG = "state"
+META = "meta.json"
+
+
+def is_due(
+    done: int, steps: int, *, every_steps: int | None, every_minutes: float | None, seconds_since: float
+) -> bool:
+    """Whether to save now that `done` of `steps` steps are done, `seconds_since` the last save (or the start).
+
+    Never after the last step: the model itself is written then.
+    """
+    if done >= steps:
+        return False
+    by_steps = every_steps is not None and done % every_steps == 0
+    return by_steps or (every_minutes is not None and seconds_since >= 60 * every_minutes)
+
+
+class SaveTimer:
+    """When to save, by steps and by rank 0's clock, alike on every rank. `now` counts seconds."""
+
+    def __init__(self, train: Train, steps: int, now: Callable[[], float] = time.monotonic) -> None:
+        self.train, self.steps, self.now = train, steps, now
+        self.last = now()
+
+    def due(self, done: int) -> bool:
+        """Whether to save after this step. Collective where a clock is asked for."""
+        decide = partial(self._decide, done)
+        return decide() if self.train.save_every_minutes is None else comm.on_rank_zero(decide)
+
+    def restart(self) -> None:
+        """A checkpoint has been written: the time that it took counts for nothing."""
+        self.last = self.now()
+
+    def _decide(self, done: int) -> bool:
+        return is_due(
+            done,
+            self.steps,
+            every_steps=self.train.save_every_steps,
+            every_minutes=self.train.save_every_minutes,
+            seconds_since=self.now() - self.last,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,11 +87,16 @@ def newest(folder: Path) -> tuple[Path, CheckpointMeta] | None:
     if not found:
         return None
     try:
-        return found[-1], CheckpointMeta(**json.loads((found[-1] / "meta.json").read_text()))
+        return found[-1], read_meta(found[-1])
     except (OSError, ValueError, TypeError) as e:
         raise RunError(
             f"{found[-1]}: the checkpoint cannot be read ({e}); delete it to resume from the one before"
         ) from e
+
+
+def read_meta(path: Path) -> CheckpointMeta:
+    """What the checkpoint `path` (a folder `step_N`) belongs to. Raises: OSError, ValueError, TypeError."""
+    return CheckpointMeta(**json.loads((path / META).read_text()))
 
 
 def load(engine: Any, path: Path, found: CheckpointMeta, expected: CheckpointMeta, *, frozen_excluded: bool) -> None:
@@ -65,7 +114,7 @@ def load(engine: Any, path: Path, found: CheckpointMeta, expected: CheckpointMet
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if (p / "meta.json").is_file())
+    return sorted(p for p in folder.glob("step_*") if (p / META).is_file())
 
 
 def _fresh(folder: Path) -> None:
@@ -74,7 +123,7 @@ def _fresh(folder: Path) -> None:
 
 
 def _publish(partial: Path, final: Path, meta: CheckpointMeta, keep: int) -> None:
-    (partial / "meta.json").write_text(json.dumps(asdict(meta)))
+    (partial / META).write_text(json.dumps(asdict(meta)))
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from spa_ray.config.models import Train
 from spa_ray.errors import InputError
-from spa_ray.training.batches import LABELS, SUBSET, stream
+from spa_ray.training.batches import LABELS, SUBSET, PairTokens, stream
 
 Sequence = tuple[np.ndarray, np.ndarray]  # prompt ids, response ids
 
@@ -64,7 +64,7 @@ class Selection:
     rows: Int[np.ndarray, " pairs"]
     swapped: np.ndarray
     gap: Float[np.ndarray, " pairs"]
-    lengths: Int[np.ndarray, " pairs"]  # of the longest sequence that is trained on, prompt included
+    tokens: PairTokens
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -104,13 +104,15 @@ def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Sele
         raise InputError(
             f"every pair's {train.gap} gap is 0, weights mean nothing; set train.gap or train.method=spa_simpo"
         )
-    return Selection(rows, swapped, gap[rows], _lengths(data, rows, swapped, train.method == "sft")), dropped
+    return Selection(rows, swapped, gap[rows], _tokens(data, rows, swapped, train.method == "sft")), dropped
 
 
-def _lengths(data: TokenizedPairs, rows: np.ndarray, swapped: np.ndarray, chosen_only: bool) -> np.ndarray:
+def _tokens(data: TokenizedPairs, rows: np.ndarray, swapped: np.ndarray, chosen_only: bool) -> PairTokens:
     prompt, chosen, rejected = (data.lengths(f"{name}_ids")[rows] for name in ("prompt", "chosen", "rejected"))
-    responses = np.where(swapped, rejected, chosen) if chosen_only else np.maximum(chosen, rejected)
-    return prompt + responses
+    if chosen_only:
+        sequence = prompt + np.where(swapped, rejected, chosen)
+        return PairTokens(sequence, sequence)
+    return PairTokens(prompt + np.maximum(chosen, rejected), 2 * prompt + chosen + rejected)
 
 
 def sequences(data: TokenizedPairs, selection: Selection, pairs: np.ndarray, *, chosen: bool) -> list[Sequence]:

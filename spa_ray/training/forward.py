@@ -1,12 +1,14 @@
 """Log-probs of responses: from token rows to one number a sequence, logits only where a response token is predicted.
 
 Comes in: prompt and response ids. Goes out: summed log-probs and token counts per sequence. Never: losses, weights,
-optimizers. A `MicroBatch` says where the response tokens stand, not how the rows are laid out, so that a packed layout
-is another `collate`, and nothing else changes.
+optimizers. A `MicroBatch` says where the response tokens stand, not how the rows are laid out: packed (one row, no
+padding) and padded (a row a sequence) are two `collate`s and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from spa_ray.training.head import LogitTransform, head_logps
 from spa_ray.training.losses import token_logps
+
+Rows = list[tuple[np.ndarray, np.ndarray]]  # prompt ids, response ids
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,14 @@ class MicroBatch:
     """One forward pass over `sequences` sequences laid out in `input_ids`.
 
     Response token k is `targets[k]`; it is predicted at the flat position `predict[k]` of `input_ids` and belongs to
-    sequence `owner[k]`. `position_ids` is None where each row counts from 0.
+    sequence `owner[k]`. `position_ids` is None where each row counts from 0. `offsets` are where packed sequences
+    begin and end, None where each row is a sequence; `longest` is the longest one's tokens.
     """
 
     input_ids: Int[Tensor, "batch seq"]
     position_ids: Int[Tensor, "batch seq"] | None
+    offsets: Int[Tensor, " sequences_plus_1"] | None
+    longest: int
     predict: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
     owner: Int[Tensor, " tokens"]
@@ -35,54 +44,147 @@ class MicroBatch:
     real_tokens: int
 
 
-def collate_padded(sequences: list[tuple[np.ndarray, np.ndarray]], device: torch.device | str) -> MicroBatch:
+def collate_padded(sequences: Rows, device: torch.device | str) -> MicroBatch:
     """One sequence a row, padded on the right.
 
     There is no attention mask because none is needed: under causal attention no real token sees the padding behind it,
     the padding's own outputs are never read, and the fast causal kernels refuse a mask.
     """
-    prompts = np.array([len(p) for p, _ in sequences])
-    responses = np.array([len(r) for _, r in sequences])
+    prompts, responses = _sizes(sequences)
     width = int((prompts + responses).max())
     ids = np.zeros((len(sequences), width), dtype=np.int64)
     for row, (prompt, response) in enumerate(sequences):
         ids[row, : len(prompt)] = prompt
         ids[row, len(prompt) : len(prompt) + len(response)] = response
-    owner = np.repeat(np.arange(len(sequences)), responses)
+    return _micro_batch(ids, np.arange(len(sequences)) * width, prompts, responses, device)
+
+
+def collate_packed(sequences: Rows, device: torch.device | str) -> MicroBatch:
+    """All sequences one after the other in a single row; positions begin anew with each. No padding at all."""
+    prompts, responses = _sizes(sequences)
+    lengths = prompts + responses
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([part for row in sequences for part in row]).astype(np.int64)[None]
+    positions = np.arange(ids.shape[1]) - np.repeat(offsets[:-1], lengths)
+    return _micro_batch(
+        ids, offsets[:-1], prompts, responses, device, positions=positions[None], offsets=offsets.astype(np.int32)
+    )
+
+
+def _sizes(sequences: Rows) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([len(p) for p, _ in sequences]), np.array([len(r) for _, r in sequences])
+
+
+def _micro_batch(
+    ids: Int[np.ndarray, "batch seq"],
+    first: Int[np.ndarray, " sequences"],
+    prompts: Int[np.ndarray, " sequences"],
+    responses: Int[np.ndarray, " sequences"],
+    device: torch.device | str,
+    *,
+    positions: Int[np.ndarray, "batch seq"] | None = None,
+    offsets: Int[np.ndarray, " sequences_plus_1"] | None = None,
+) -> MicroBatch:
+    """`first` is the flat position of each sequence's first token."""
+    owner = np.repeat(np.arange(len(prompts)), responses)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(responses) - responses, responses)
-    column = prompts[owner] + within
-    arrays = {
-        "input_ids": ids,
-        "predict": owner * width + column - 1,
-        "targets": ids[owner, column],
-        "owner": owner,
-    }
-    tensors = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in arrays.items()}
-    real = int((prompts + responses).sum())
-    return MicroBatch(**tensors, position_ids=None, sequences=len(sequences), real_tokens=real)
+    at = first[owner] + prompts[owner] + within
+
+    def on_device(values: np.ndarray | None) -> Any:
+        return None if values is None else torch.from_numpy(values).to(device, non_blocking=True)
+
+    return MicroBatch(
+        input_ids=on_device(ids),
+        position_ids=on_device(positions),
+        offsets=on_device(offsets),
+        longest=int((prompts + responses).max()),
+        predict=on_device(at - 1),
+        targets=on_device(ids.reshape(-1)[at]),
+        owner=on_device(owner),
+        sequences=len(prompts),
+        real_tokens=int((prompts + responses).sum()),
+    )
 
 
 class ResponseLogps(nn.Module):
     """A causal LM that answers with its responses' log-probs.
 
-    The output head is given only the hidden states that predict a response token (a forward pre-hook picks them), so
-    the logits are (tokens, vocab) and what the model does to its logits afterwards (scaling, soft caps) still holds.
+    `packed` says which layout its attention computes. With a `logits_budget` the head computes log-probs itself, a few
+    tokens at a time (`head_logps`); without one, and for a head that is not a plain linear layer, the model's own
+    logits are taken, all at once, where a response token is predicted and nowhere else.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, packed: bool = False, logits_budget: int | None = None) -> None:
         super().__init__()
         self.model = model
-        self._predict: Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._pick)
+        self.packed = packed
+        self.logits_budget = None
+        self._batch: MicroBatch | None = None
+        self._kept: Tensor | None = None
+        self._catch: RemovableHandle | None = None
+        self._transform = LogitTransform.of(model.config.get_text_config())
+        self._head.register_forward_pre_hook(self._pick)
+        if logits_budget is not None and type(self._head) is nn.Linear:
+            self.logits_budget = logits_budget
+            self._own_head, self._head.forward = self._head.forward, self._head_forward
 
-    def _pick(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0].flatten(0, 1)[self._predict],)
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    def collate(self, sequences: Rows, device: torch.device | str) -> MicroBatch:
+        """Lay sequences out as this model reads them."""
+        return (collate_packed if self.packed else collate_padded)(sequences, device)
 
     def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, " sequences"], Int[Tensor, " sequences"]]:
         """Summed response log-probs in float32 and response token counts."""
-        self._predict = batch.predict
-        output = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        self._predict = None
-        logps = token_logps(output.logits, batch.targets)
+        logps = self.token_logps(batch)
         summed = logps.new_zeros(batch.sequences).index_add(0, batch.owner, logps)
         return summed, torch.bincount(batch.owner, minlength=batch.sequences)
+
+    def token_logps(self, batch: MicroBatch) -> Float[Tensor, " tokens"]:
+        """log π of every response token, in the order of `batch.targets`."""
+        if self._catch is None:
+            # Late, so that it sees what DeepSpeed's own hooks on the head hand on.
+            self._catch = self._head.register_forward_hook(self._keep)
+        packed = {}
+        if batch.offsets is not None:
+            packed = {"cu_seq_lens_q": batch.offsets, "cu_seq_lens_k": batch.offsets}
+            packed |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
+        self._batch = batch
+        output = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed)
+        kept, self._kept, self._batch = self._kept, None, None
+        return token_logps(output.logits, batch.targets) if self.logits_budget is None else kept
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """While it lasts: padded rows, the model's own head, all logits at once. What every other path must equal."""
+        layout = self.packed, self.logits_budget, self.model.config._attn_implementation
+        self.packed, self.logits_budget = False, None
+        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
+        try:
+            yield
+        finally:
+            self.packed, self.logits_budget = layout[:2]
+            self.model.set_attn_implementation(layout[2])
+
+    def _pick(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        assert self._batch is not None
+        return (inputs[0].flatten(0, 1)[self._batch.predict],)
+
+    def _keep(self, head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._kept = output
+
+    def _head_forward(self, hidden: Float[Tensor, "tokens width"]) -> Tensor:
+        """In the head's place, so that what DeepSpeed hooks to a module (ZeRO-3's gathering) goes on working."""
+        if self.logits_budget is None:
+            return self._own_head(hidden)
+        assert self._batch is not None
+        return head_logps(
+            hidden,
+            self._head.weight,
+            self._head.bias,
+            self._batch.targets,
+            logits_budget=self.logits_budget,
+            transform=self._transform,
+        )

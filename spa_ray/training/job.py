@@ -6,15 +6,17 @@ Comes in: paths, a resolved `Train` section, a seed. Goes out: `TrainJob`, `Trai
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Train
+from spa_ray.config.models import Tracking, Train
 from spa_ray.errors import InputError
 
 Progress = Callable[[dict[str, Any]], None]
+JOB = "job.json"  # in the work folder, for `spa export`
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class TrainJob:
 
     `pairs` is a Parquet file or a folder of them, `model` a local model folder, `out` the model folder to write (it
     must not stand yet), `work` the job's own folder for tokens, logs and checkpoints. All lie where every rank reads.
+    `tracking` says where the log goes besides; it is no part of what the job is.
     """
 
     name: str
@@ -33,6 +36,13 @@ class TrainJob:
     seed: int
     work: Path
     trust_remote_code: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
+    cache: Path | None = None
+
+    @property
+    def shared(self) -> Path:
+        """The folder for what other jobs can use again: reference log-probs."""
+        return self.cache or self.work
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -41,17 +51,26 @@ class TrainJob:
             "train": self.train.model_dump(mode="json"),
             "seed": self.seed,
             "trust_remote_code": self.trust_remote_code,
+            "tracking": self.tracking.model_dump(mode="json"),
+            "cache": None if self.cache is None else str(self.cache.absolute()),
         }
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TrainJob:
-        paths = {key: Path(raw[key]) for key in ("pairs", "model", "out", "work")}
-        return cls(**{**raw, **paths, "train": Train.model_validate(raw["train"])})
+        paths = {key: Path(raw[key]) for key in ("pairs", "model", "out", "work", "cache") if raw.get(key)}
+        sections = {
+            "train": Train.model_validate(raw["train"]),
+            "tracking": Tracking.model_validate(raw.get("tracking", {})),
+        }
+        return cls(**{**raw, **paths, **sections})
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a job did. `metrics` is its log's last row, `dropped` counts pairs by reason, `pairs` those trained on."""
+    """What a job did. `metrics` is its log's last row, `dropped` counts pairs by reason, `pairs` those trained on.
+
+    `warnings` are those of its guards and trackers, in the order of its steps.
+    """
 
     name: str
     model: Path
@@ -62,6 +81,7 @@ class TrainResult:
     seconds: float
     resumed_at: int = 0
     skipped: bool = field(default=False)
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "model": str(self.model)}
@@ -77,6 +97,13 @@ def read_job(path: Path) -> TrainJob:
         return TrainJob.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path}: not a training job ({e}); write it with TrainJob.to_dict") from e
+
+
+def write_job(job: TrainJob) -> None:
+    """Write the job into its work folder, by rename."""
+    partial = job.work / f"{JOB}.partial"
+    partial.write_text(json.dumps(job.to_dict(), indent=2))
+    os.replace(partial, job.work / JOB)
 
 
 def check_train(job: TrainJob) -> None:

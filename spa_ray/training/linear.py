@@ -14,34 +14,46 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 def use_onednn_linear(model: nn.Module) -> None:
     """Give every float32 `nn.Linear` of the model oneDNN's products, forward and backward."""
-    if not torch.backends.mkldnn.is_available():
-        return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+        if type(module) is nn.Linear and _suits(module.weight):
             module.forward = MethodType(_forward, module)
 
 
+def linear(
+    x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
+) -> Float[Tensor, "rows outputs"]:
+    """`F.linear` by the fastest product at hand."""
+    if not _suits(weight):
+        return F.linear(x, weight, bias)
+    out = _OneDNNLinear.apply(x, weight)
+    return out if bias is None else out + bias
+
+
+def product(x: Float[Tensor, "rows k"], weight: Float[Tensor, "columns k"]) -> Float[Tensor, "rows columns"]:
+    """x Wᵀ without a gradient. oneDNN takes transposed views as they are."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") if _suits(weight) else x @ weight.t()
+
+
+def _suits(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
 def _forward(self: nn.Linear, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
-    out = _OneDNNLinear.apply(x.flatten(0, -2), self.weight)
-    out = out.unflatten(0, x.shape[:-1])
-    return out if self.bias is None else out + self.bias
-
-
-def _product(x: Float[Tensor, "rows k"], weight: Float[Tensor, "columns k"]) -> Float[Tensor, "rows columns"]:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """x Wᵀ and its two gradients. oneDNN takes transposed views as they are."""
+    """x Wᵀ and its two gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Float[Tensor, "rows k"], weight: Float[Tensor, "columns k"]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+        return product(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -49,6 +61,6 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight = ctx.needs_input_grad
         return (
-            _product(grad, weight.t()) if for_x else None,
-            _product(grad.t(), x.t()) if for_weight else None,
+            product(grad, weight.t()) if for_x else None,
+            product(grad.t(), x.t()) if for_weight else None,
         )

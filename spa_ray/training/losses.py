@@ -1,7 +1,7 @@
 """The losses of pairwise preference training, as pure functions of tensors.
 
 Comes in: log-probs per sequence (B,), gaps, weights. Goes out: one loss a pair (B,), never reduced here, in float32 or
-better. Never: models, batches, devices, configs. γ is Eq. 3's γ itself, neither γ/β (SimPO's code) nor β·γ.
+better. Never: models, batches, devices, configs. γ is Eq. 3's γ itself; `gamma_from_ratio` is for those who know γ/β.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Gap = TypeVar("Gap", np.ndarray, Tensor)
+
+_ROUNDING = 1e-3  # how far above 0 the rounding of logits may lift a log-prob
 
 
 def simpo_loss(
@@ -55,6 +57,75 @@ def dpo_loss(
         ref_rejected_logps=ref_rejected_logps.detach(),
     )
     return _weighted(-F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))), weights)
+
+
+def ipo_loss(
+    chosen_logps: Float[Tensor, " pairs"],
+    rejected_logps: Float[Tensor, " pairs"],
+    ref_chosen_logps: Float[Tensor, " pairs"],
+    ref_rejected_logps: Float[Tensor, " pairs"],
+    *,
+    beta: float,
+    weights: Float[Tensor, " pairs"] | None = None,
+) -> Float[Tensor, " pairs"]:
+    """w · (h - 1/(2β))², h = (chosen - ref_chosen) - (rejected - ref_rejected), over length-averaged log-probs.
+
+    IPO (Azar et al. 2023, Eq. 17); β is the paper's τ. The paper writes h over whole-answer probabilities, but its
+    authors confirmed to TRL that their results average over an answer's tokens; over sums one β would ask the same
+    margin of 10 tokens as of 500. No gradient flows into `weights` or the reference.
+    Raises: ValueError as `simpo_loss`.
+    """
+    _check_beta(beta)
+    chosen, rejected, ref_chosen, ref_rejected = _checked(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps.detach(),
+        ref_rejected_logps=ref_rejected_logps.detach(),
+    )
+    return _weighted(((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta)) ** 2, weights)
+
+
+def orpo_loss(
+    chosen_logps: Float[Tensor, " pairs"],
+    rejected_logps: Float[Tensor, " pairs"],
+    *,
+    beta: float,
+    weights: Float[Tensor, " pairs"] | None = None,
+) -> Float[Tensor, " pairs"]:
+    """w · (-chosen - β log σ(log odds ratio)) over length-averaged log-probs (ORPO, Hong et al. 2024, Eq. 6 and 7).
+
+    β is the paper's λ, under TRL's name. -chosen is the NLL of the chosen response, the mean over its tokens; TRL's
+    term also counts the prompt's tokens and averages over a batch's tokens instead of its pairs. No gradient flows into
+    `weights`. Raises: ValueError as `simpo_loss`, and for a log-prob above 0.
+    """
+    _check_beta(beta)
+    chosen, rejected = _checked(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+    return _weighted(-chosen - beta * F.logsigmoid(log_odds_ratio(chosen, rejected)), weights)
+
+
+def log_odds_ratio(
+    chosen_logps: Float[Tensor, " pairs"], rejected_logps: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
+    """log [odds(chosen) / odds(rejected)], odds = p / (1 - p), over length-averaged log-probs (ORPO, Eq. 4 and 7).
+
+    Finite, with finite gradients, up to and at a log-prob of 0: one that is nearer to 0 than the dtype's eps is as good
+    as certain, and is taken to be eps away, with no gradient. Raises: ValueError as `orpo_loss`.
+    """
+    chosen, rejected = _checked(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+    return _log_odds(chosen) - _log_odds(rejected)
+
+
+def gamma_from_ratio(gamma_beta_ratio: float, *, beta: float) -> float:
+    """`train.gamma` for those who know γ/β: γ = ratio · β (SimPO's Llama-3 setting 0.55 at β = 2.5 is γ = 1.375).
+
+    SimPO's code and open-instruct take the ratio (`gamma_beta_ratio`). TRL's `simpo_gamma` (divided by β inside, before
+    all is multiplied by β) and Liger's `gamma` (subtracted from β · difference) are γ itself: pass them unchanged.
+    Raises: ValueError for β ≤ 0 or a ratio that is not finite.
+    """
+    _check_beta(beta)
+    if not np.isfinite(gamma_beta_ratio):
+        raise ValueError(f"gamma_beta_ratio must be finite, got {gamma_beta_ratio}")
+    return gamma_beta_ratio * beta
 
 
 def sft_loss(
@@ -137,6 +208,14 @@ def _checked(**logps: Tensor) -> list[Tensor]:
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} is not finite")
     return [value.to(_at_least_float32(value.dtype)) for value in logps.values()]
+
+
+def _log_odds(logps: Tensor) -> Tensor:
+    """log p - log(1 - p). `expm1` is exact where p is near 1; far from it its error stays below the dtype's eps."""
+    if (logps > _ROUNDING).any():
+        raise ValueError(f"a log-prob of {logps.max().item():g}: the logarithm of a probability is 0 or less")
+    below_zero = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+    return below_zero - torch.log(-torch.expm1(below_zero))
 
 
 def _weighted(losses: Tensor, weights: Tensor | None) -> Tensor:

@@ -12,11 +12,20 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from spa_ray.config.models import Train
-from spa_ray.training.losses import dpo_loss, sft_loss, simpo_loss
+from spa_ray.training.losses import dpo_loss, ipo_loss, log_odds_ratio, orpo_loss, sft_loss, simpo_loss
 
 Stats = dict[str, Tensor]
+PAIR_STATS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,13 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Objective:
-    """A method's loss and what it needs: sequences a pair, reference log-probs, pair weights."""
+    """A method's loss, the statistics it gives, and what it needs: sequences a pair, reference log-probs, weights."""
 
     loss: Callable[[LossInputs, Train], tuple[Float[Tensor, " pairs"], Stats]]
     sequences_per_pair: int = 2
     needs_reference: bool = False
     weighted: bool = False
+    stats: tuple[str, ...] = PAIR_STATS
 
 
 def _simpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
@@ -53,13 +63,32 @@ def _dpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
     return losses, _pair_stats(chosen, rejected, *rewards)
 
 
+def _ipo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
+    assert inputs.reference is not None
+    chosen, rejected = (inputs.summed / inputs.counts).chunk(2)
+    ref_chosen, ref_rejected = (r / n for r, n in zip(inputs.reference, inputs.counts.chunk(2), strict=True))
+    losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=train.beta, weights=inputs.weights)  # type: ignore[arg-type]
+    rewards = [train.beta * (chosen - ref_chosen), train.beta * (rejected - ref_rejected)]
+    return losses, _pair_stats(chosen, rejected, *rewards)
+
+
+def _orpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
+    chosen, rejected = (inputs.summed / inputs.counts).chunk(2)
+    losses = orpo_loss(chosen, rejected, beta=train.beta, weights=inputs.weights)  # type: ignore[arg-type]
+    log_odds = log_odds_ratio(chosen, rejected).detach()
+    stats = _pair_stats(chosen, rejected, train.beta * chosen, train.beta * rejected)
+    # TRL's names: its log_odds_ratio is the log-sigmoid of what it calls log_odds_chosen.
+    also = {"nll_loss": -chosen.detach(), "log_odds_chosen": log_odds, "log_odds_ratio": F.logsigmoid(log_odds)}
+    return losses, {**stats, **also}
+
+
 def _sft(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
     losses = sft_loss(inputs.summed, inputs.counts, weights=inputs.weights)
     return losses, {"logps/chosen": (inputs.summed / inputs.counts).detach()}
 
 
 def _pair_stats(chosen: Tensor, rejected: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Stats:
-    """The field's names (TRL's); `logps/*` as the loss sees them: averaged for SimPO, summed for DPO."""
+    """The field's names (TRL's); `logps/*` as the loss sees them: averaged for SimPO, IPO and ORPO, summed for DPO."""
     stats = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -75,5 +104,7 @@ OBJECTIVES: dict[str, Objective] = {
     "spa": Objective(_simpo, weighted=True),
     "spa_simpo": Objective(_simpo),
     "spa_dpo": Objective(_dpo, needs_reference=True),
-    "sft": Objective(_sft, sequences_per_pair=1),
+    "ipo": Objective(_ipo, needs_reference=True),
+    "orpo": Objective(_orpo, stats=(*PAIR_STATS, "nll_loss", "log_odds_chosen", "log_odds_ratio")),
+    "sft": Objective(_sft, sequences_per_pair=1, stats=("logps/chosen",)),
 }

@@ -9,14 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from spa_ray.config.models import Lora, Train
 from spa_ray.errors import InputError
+from spa_ray.training import comm
+from spa_ray.training.attention import use_packed_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
 from spa_ray.training.linear import use_onednn_linear
@@ -35,14 +39,33 @@ def check_model_folder(model: Path) -> None:
 
 
 def load_policy(job: TrainJob, dtype: torch.dtype) -> Any:
-    """The causal LM on the CPU, dropout off everywhere."""
+    """The causal LM, dropout off everywhere; on the CPU unless it is quantised."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, trust_remote_code=job.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        job.model, dtype=dtype, trust_remote_code=job.trust_remote_code, **_quantization(job, dtype)
+    )
     disable_dropout(model)
     return model
+
+
+def _quantization(job: TrainJob, dtype: torch.dtype) -> dict[str, Any]:
+    """QLoRA's 4-bit NormalFloat with double quantisation (Dettmers et al. 2023, section 3)."""
+    if job.train.lora is None or job.train.lora.quantize is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise InputError("train.lora.quantize: the package bitsandbytes is missing; pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=job.train.lora.quantize,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": config, "device_map": {"": comm.device()}}
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -82,7 +105,11 @@ def make_engine(job: TrainJob) -> Any:
         model.enable_input_require_grads()
     if not torch.cuda.is_available() and train.zero_stage < 3:
         use_onednn_linear(model)
-    policy = ResponseLogps(model)
+    packed = _packs(job, model)
+    if packed:
+        use_packed_attention(model)
+    budget = None if train.logits_mib is None else int(train.logits_mib * 2**20 / 4)
+    policy = ResponseLogps(model, packed=packed, logits_budget=budget)
     engine, *_ = deepspeed.initialize(
         model=policy,
         model_parameters=[p for p in policy.parameters() if p.requires_grad],
@@ -90,7 +117,43 @@ def make_engine(job: TrainJob) -> Any:
         config=deepspeed_config(train),
     )
     engine.train()
+    check_layout(engine, job)
     return engine
+
+
+def _packs(job: TrainJob, model: Any) -> bool:
+    """Whether sequences are packed. Raises: InputError when the job insists and the model cannot."""
+    reason = why_not_packed(model)
+    if job.train.packing and reason is not None:
+        raise InputError(f"{job.model}: its sequences cannot be packed, {reason}; set train.packing=null or false")
+    return reason is None if job.train.packing is None else job.train.packing
+
+
+# Log-probs that two exact paths may differ by, a token. In bfloat16 a logit of 16 is rounded by up to 0.06.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def check_layout(engine: Any, job: TrainJob) -> None:
+    """Compare the log-probs of two short sequences with the model's plainest path, before anything is trained.
+
+    An architecture that this package has misunderstood (what it does to its logits, or where its layers look) ends
+    here and not in a wrong model. Collective under ZeRO-3. Raises: InputError.
+    """
+    policy = engine.module
+    if not policy.packed and policy.logits_budget is None:
+        return
+    ids = np.random.default_rng(0).integers(0, policy.model.config.get_text_config().vocab_size, size=24)
+    rows = [(ids[:5], ids[5:13]), (ids[13:16], ids[16:])]
+    with torch.no_grad():
+        found, _ = engine(policy.collate(rows, comm.device()))
+        with policy.plain():
+            truth, counts = engine(policy.collate(rows, comm.device()))
+    worst = float(((found - truth) / counts).abs().max())
+    if not worst <= TOLERANCE[job.train.dtype]:
+        raise InputError(
+            f"{job.model}: its log-probs come out {worst:.3g} a token off when packed or computed in chunks; set "
+            "train.packing=false, and if that is not enough train.logits_mib=null"
+        )
 
 
 def deepspeed_config(train: Train) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a job needs before its first step: token file, selection, plan, fingerprint.
+"""What a job needs before its first step: token file, selection, order and plan, fingerprint.
 
 Comes in: a job. Goes out: `Prepared`, the same on every rank. All ranks call; rank 0 alone tokenises. Never: models.
 """
@@ -10,9 +10,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from spa_ray.config.models import TRAIN_BYSTANDERS
 from spa_ray.errors import InputError
 from spa_ray.training import comm
-from spa_ray.training.batches import Plan, make_plan, order_pairs, step_weights
+from spa_ray.training.batches import Order, Plan, make_plan, order_pairs, step_weights
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
 from spa_ray.training.job import TrainJob, check_train
 from spa_ray.training.objective import OBJECTIVES
@@ -22,23 +23,39 @@ from spa_ray.training.tokenize import content_hash, tokenize_pairs
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job's data and plan. `dropped` counts pairs by reason."""
+    """A job's data and its order. `dropped` counts pairs by reason."""
 
     data: TokenizedPairs
     selection: Selection
-    plan: Plan
+    order: Order
     dropped: dict[str, int]
     fingerprint: str
 
+    def plan(self, job: TrainJob, *, packed: bool) -> Plan:
+        """Every step of the job, for as many ranks as there are now."""
+        train, objective = job.train, OBJECTIVES[job.train.method]
+        weighted = objective.weighted
+        alpha, w_max = (train.alpha, train.w_max) if weighted else (0.0, None)
+        return make_plan(
+            self.order,
+            step_weights(self.order, self.selection.gap, alpha=alpha, w_max=w_max),
+            self.selection.tokens,
+            ranks=comm.world_size(),
+            micro_batch_tokens=micro_batch_tokens(job),
+            packed=packed,
+            sequences_per_pair=objective.sequences_per_pair,
+        )
+
 
 def micro_batch_tokens(job: TrainJob) -> int:
-    """Tokens in a micro-batch, padding included; the config's null is 8 · max_length."""
+    """Tokens in a micro-batch, padding included where there is any; the config's null is 8 · max_length."""
     return job.train.micro_batch_tokens or 8 * job.train.max_length
 
 
 def fingerprint(job: TrainJob) -> str:
     """A hash of all that decides a job's result: the pairs' bytes, the model's files, the settings, the seed."""
-    parts = [content_hash(job.pairs), model_hash(job.model), job.train.model_dump_json(), str(job.seed)]
+    settings = job.train.model_dump_json(exclude=set(TRAIN_BYSTANDERS))
+    parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed)]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -57,24 +74,15 @@ def model_hash(model: Path) -> str:
 
 
 def prepare(job: TrainJob) -> Prepared:
-    """Tokenise once (kept in the job's folder), then select and plan on every rank alike. Raises: InputError."""
+    """Tokenise once (kept in the job's folder), then select and order on every rank alike. Raises: InputError."""
     mark, dropped = comm.on_rank_zero(lambda: _tokenize(job))
     data = TokenizedPairs(tokens_path(job, mark))
     selection, also = select_pairs(data, job.train, seed=job.seed)
-    train, objective = job.train, OBJECTIVES[job.train.method]
+    train = job.train
     order = order_pairs(
         len(selection), seed=job.seed, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
     )
-    alpha = train.alpha if objective.weighted else 0.0
-    plan = make_plan(
-        order,
-        step_weights(order, selection.gap, alpha=alpha, w_max=train.w_max if objective.weighted else None),
-        selection.lengths,
-        ranks=comm.world_size(),
-        rows_per_pair=objective.sequences_per_pair,
-        micro_batch_tokens=micro_batch_tokens(job),
-    )
-    return Prepared(data, selection, plan, {**dropped, **also}, mark)
+    return Prepared(data, selection, order, {**dropped, **also}, mark)
 
 
 def tokens_path(job: TrainJob, mark: str) -> Path:

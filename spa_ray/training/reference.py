@@ -1,4 +1,4 @@
-"""DPO's reference log-probs: computed once with the policy as loaded, before step 0, and kept in the job's folder.
+"""DPO's reference log-probs: computed once with the policy as loaded, before step 0, and kept on disk.
 
 Comes in: the engine before its first step, the selected pairs. Goes out: summed log-probs (chosen, rejected) a pair.
 Never: a second model in memory.
@@ -6,6 +6,7 @@ Never: a second model in memory.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,24 @@ from jaxtyping import Float
 from spa_ray.training import comm
 from spa_ray.training.batches import Order, make_plan
 from spa_ray.training.dataset import Selection, TokenizedPairs, sequences
-from spa_ray.training.forward import collate_padded
+from spa_ray.training.job import TrainJob
+from spa_ray.training.prepare import model_hash
+from spa_ray.training.tokenize import content_hash
 
 Reference = tuple[Float[np.ndarray, " pairs"], Float[np.ndarray, " pairs"]]
 
 
-def reference_path(work: Path, fingerprint: str) -> Path:
-    """Where a job keeps them; the fingerprint covers model, template, data and settings."""
-    return work / f"reference_{fingerprint}.npz"
+def reference_path(job: TrainJob, selection: Selection) -> Path:
+    """Where these log-probs are kept, for this job and for every other one with the same model, template and data.
+
+    The name covers the model's files (its chat template is one of them), the pairs' bytes, which of them are trained on
+    and in which order of preference, and the dtype; no learning rate, no loss.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (model_hash(job.model), content_hash(job.pairs), job.train.dtype, str(job.train.max_length)):
+        digest.update(part.encode() + b"\0")
+    digest.update(selection.rows.astype("<i8").tobytes() + selection.swapped.astype("u1").tobytes())
+    return job.shared / f"reference_{digest.hexdigest()}.npz"
 
 
 def cached_reference(path: Path) -> Reference | None:
@@ -44,10 +55,10 @@ def compute_reference(
     plan = make_plan(
         order,
         np.ones(n),
-        selection.lengths,
+        selection.tokens,
         ranks=comm.world_size(),
-        rows_per_pair=2,
         micro_batch_tokens=micro_batch_tokens,
+        packed=engine.module.packed,
     )
     found = torch.zeros(2, n, dtype=torch.float64)
     for entries in plan.micro_batches(0, comm.rank()):
@@ -55,12 +66,13 @@ def compute_reference(
         pairs = mine if len(mine) else plan.pairs[:1]  # ZeRO-3 gathers weights in step: every rank runs every pass
         rows = [r for chosen in (True, False) for r in sequences(data, selection, pairs, chosen=chosen)]
         with torch.no_grad():
-            summed, _ = engine(collate_padded(rows, comm.device()))
+            summed, _ = engine(engine.module.collate(rows, comm.device()))
         if len(mine):
             found[:, torch.from_numpy(pairs)] = summed.double().cpu().view(2, -1)
     chosen, rejected = comm.all_sum(found.to(comm.device())).cpu().numpy()
     if comm.rank() == 0:
-        partial = path.with_name("reference.partial.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
         np.savez(partial, chosen=chosen, rejected=rejected)
         os.replace(partial, path)
     return chosen, rejected

@@ -1,0 +1,180 @@
+"""Causal attention over sequences packed into one row: block-diagonal, without a mask and without padding.
+
+Comes in: queries, keys, values of a packed row and where its sequences end. Goes out: the attention's output.
+Registered with transformers as `spa_packed`: a model whose config names it calls it in every layer. Never: one sequence
+seen from another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from spa_ray.errors import RunError
+
+NAME = "spa_packed"
+# Layers that look at other positions through attention alone, so that a packed row can be cut where sequences end.
+LAYERS = {"full_attention", "sliding_attention"}
+# Arguments by which some models change the attention's scores in a way that is not computed here.
+UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+def why_not_packed(model: Any) -> str | None:
+    """The reason why this model's sequences cannot be packed, or None when they can."""
+    config = model.config.get_text_config()
+    strange = set(getattr(config, "layer_types", None) or ()) - LAYERS
+    if not model._supports_attention_backend or model._is_stateful:
+        return "its attention cannot be replaced"
+    if strange:
+        return f"it has layers of type {', '.join(sorted(strange))}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its attention scores"
+    return None
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let every layer of the model attend within sequences; its forward then needs `cu_seq_lens_q`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    model.set_attn_implementation(NAME)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads tokens dim"],
+    key: Float[Tensor, "1 kv_heads tokens dim"],
+    value: Float[Tensor, "1 kv_heads tokens dim"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Int[Tensor, " sequences_plus_1"] | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 tokens heads dim"], None]:
+    """transformers' attention interface. `cu_seq_lens_q` are int32 offsets, from 0 to the number of tokens.
+
+    Raises: RunError when the offsets do not arrive, or the model wants scores that are not computed here.
+    """
+    if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
+        raise RunError(f"{type(module).__name__} does not pass the packed lengths on; set train.packing=false")
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise RunError(f"{type(module).__name__}: no {unknown[0]} in packed rows; set train.packing=false")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    return _by_length(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    """torch's own variable-length flash attention: (tokens, heads, dim), one kernel for all sequences."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    sizes = (-1, 0) if window is None or window >= longest else (window - 1, 0)
+    grouped = query.shape[1] != key.shape[1]
+    limits = {"max_q": longest, "max_k": longest, "window_size": sizes}
+    return varlen_attn(q, k, v, offsets, offsets, **limits, scale=scale, enable_gqa=grouped)[None]
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """One causal kernel for every group of sequences of nearly equal length, padded within the group on the right."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    layout = _layout(tuple(offsets.diff().tolist()), query.device)
+    heads, dim = query.shape[1], value.shape[3]
+    rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]
+    split = [layout.split(_Rearrange.apply(x, layout.to_groups)) for x in rows]
+    parts = []
+    for shape, q, k, v in zip(layout.shapes, *split, strict=True):
+        q, k, v = (x.view(*shape, heads, -1).transpose(1, 2) for x in (q, k, v))
+        mask = _band(shape[1], window, query.device) if window is not None and shape[1] > window else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        parts.append(out.transpose(1, 2).reshape(-1, heads * dim))
+    return _Rearrange.apply(torch.cat(parts), layout.to_row).view(1, -1, heads, dim)
+
+
+# A group's shortest sequence has at least this share of its longest one's tokens: kernels are few, and less than a
+# fifth of their rows is padding.
+ALIKE = 0.8
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How tokens of a packed row move to padded groups of shapes (sequences, tokens), and back."""
+
+    shapes: list[tuple[int, int]]
+    to_groups: _Move
+    to_row: _Move
+
+    def split(self, tokens: Float[Tensor, "padded width"]) -> tuple[Tensor, ...]:
+        return tokens.split([n * length for n, length in self.shapes])
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Row i of the result is row `source[i]`, but zero at `empty`; `back_…` are those of the inverse move."""
+
+    source: Int[Tensor, " rows_out"]
+    empty: Int[Tensor, " gaps"]
+    back_source: Int[Tensor, " rows_in"]
+    back_empty: Int[Tensor, " gaps_in"]
+
+
+@lru_cache(maxsize=4)
+def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
+    """The same for every layer of a forward pass, hence the cache."""
+    sizes = np.array(lengths)
+    first = np.cumsum(sizes) - sizes
+    order = np.argsort(-sizes, kind="stable")
+    shapes, source, filled = [], [], []
+    at = 0
+    while at < len(order):
+        longest = sizes[order[at]]
+        members = order[at : np.searchsorted(-sizes[order], -ALIKE * longest, side="right")]
+        column = np.arange(longest)
+        inside = column < sizes[members, None]
+        source.append(np.where(inside, first[members, None] + column, 0).ravel())
+        filled.append(inside.ravel())
+        shapes.append((len(members), int(longest)))
+        at += len(members)
+    sources, real = np.concatenate(source), np.concatenate(filled)
+    inverse = np.empty(sizes.sum(), dtype=np.int64)
+    inverse[sources[real]] = np.flatnonzero(real)
+    moves = [torch.from_numpy(x).to(device) for x in (sources, np.flatnonzero(~real), inverse, np.empty(0, np.int64))]
+    return _Layout(shapes, _Move(*moves), _Move(*moves[2:], *moves[:2]))
+
+
+class _Rearrange(torch.autograd.Function):
+    """Move rows. Its backward moves them back, where indexing's own would add them up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Float[Tensor, "rows width"], move: _Move) -> Float[Tensor, "moved width"]:
+        ctx.move = move
+        return rows.index_select(0, move.source).index_fill_(0, move.empty, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "moved width"]) -> tuple[Tensor, None]:
+        move = ctx.move
+        return grad.index_select(0, move.back_source).index_fill_(0, move.back_empty, 0), None
+
+
+def _band(size: int, window: int, device: torch.device) -> Bool[Tensor, "size size"]:
+    """A causal band: each position sees itself and the window - 1 before it."""
+    ones = torch.ones(size, size, dtype=torch.bool, device=device)
+    return ones.tril().triu(1 - window)

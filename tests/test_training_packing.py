@@ -1,0 +1,144 @@
+"""Packed rows give what padded rows give: log-probs, gradients, trained weights; for several architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spa_ray.errors import RunError
+from spa_ray.training.attention import NAME, packed_attention, use_packed_attention, why_not_packed
+from spa_ray.training.forward import ResponseLogps, Rows
+from spa_ray.training.losses import sequence_logps
+
+VOCAB = 97
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+def tiny(kind: str, **more: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **more})
+    return getattr(transformers, f"{kind}ForCausalLM")(config).double()
+
+
+def rows(seed: int = 0) -> Rows:
+    """Sequences of very unequal lengths, some longer than the windows below, one of a single response token."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(3, VOCAB, p), rng.integers(3, VOCAB, r)) for p, r in [(3, 30), (11, 1), (1, 4), (17, 9)]]
+
+
+MODELS = {
+    "llama": lambda: tiny("Llama"),
+    "mistral-windowed": lambda: tiny("Mistral", sliding_window=6),
+    "qwen3": lambda: tiny("Qwen3"),
+    "granite": lambda: tiny("Granite", logits_scaling=4.0),
+    "cohere": lambda: tiny("Cohere", logit_scale=0.25),
+    "llama-tied": lambda: tiny("Llama", tie_word_embeddings=True),
+}
+
+
+def summed_and_gradients(policy: ResponseLogps, data: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    summed, counts = policy(policy.collate(data, "cpu"))
+    assert counts.tolist() == [len(r) for _, r in data]
+    upstream = torch.linspace(-1, 2, len(data), dtype=summed.dtype)
+    policy.zero_grad()
+    (summed * upstream).sum().backward()
+    return summed.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def left_padded_logps(model: Any, data: Rows) -> Tensor:
+    """Through transformers alone: left padding, an attention mask, its own logits."""
+    width = max(len(p) + len(r) for p, r in data)
+    ids = torch.zeros(len(data), width, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (prompt, response) in enumerate(data):
+        whole = torch.from_numpy(np.concatenate([prompt, response]))
+        ids[i, width - len(whole) :] = whole
+        mask[i, width - len(whole) :] = 1
+        labels[i, width - len(response) :] = torch.from_numpy(response)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return sequence_logps(logits, labels, average=False)[0].detach()
+
+
+def packed_policy(model: Any, budget: int | None) -> ResponseLogps:
+    assert why_not_packed(model) is None
+    use_packed_attention(model)
+    return ResponseLogps(model, packed=True, logits_budget=budget)
+
+
+@pytest.mark.parametrize("budget", [None, 5 * VOCAB, 1000 * VOCAB], ids=["own-head", "chunks", "one-chunk"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_packed_is_padded_on_the_right_and_on_the_left(kind: str, budget: int | None) -> None:
+    data = rows()
+    left = left_padded_logps(MODELS[kind](), data)
+    padded, padded_gradients = summed_and_gradients(ResponseLogps(MODELS[kind]()), data)
+    packed, packed_gradients = summed_and_gradients(packed_policy(MODELS[kind](), budget), data)
+    torch.testing.assert_close(padded, left, rtol=0, atol=1e-9)
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9)
+    assert packed_gradients.keys() == padded_gradients.keys()
+    for name, gradient in padded_gradients.items():
+        # Norms compute in float32 whatever the model's dtype.
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_packed_sequence_sees_nothing_of_its_neighbours() -> None:
+    policy = packed_policy(tiny("Llama"), None)
+    data = rows()
+    other = [data[0], *rows(seed=1)[1:]]
+    first = policy(policy.collate(data, "cpu"))[0]
+    second = policy(policy.collate(other, "cpu"))[0]
+    assert first[0].item() == second[0].item()
+    assert (first[1:] != second[1:]).all()
+
+
+def test_the_order_of_sequences_changes_no_log_prob() -> None:
+    policy = packed_policy(tiny("Llama"), 5 * VOCAB)
+    data = rows()
+    forward = policy(policy.collate(data, "cpu"))[0]
+    backward = policy(policy.collate(data[::-1], "cpu"))[0]
+    torch.testing.assert_close(forward, backward.flip(0), rtol=0, atol=1e-10)
+
+
+def test_plain_is_padded_with_the_models_own_head_and_comes_back() -> None:
+    policy = packed_policy(tiny("Llama"), 5 * VOCAB)
+    with policy.plain():
+        assert policy.collate(rows(), "cpu").offsets is None
+        plain = policy(policy.collate(rows(), "cpu"))[0]
+    assert policy.packed
+    assert policy.model.config._attn_implementation == NAME
+    torch.testing.assert_close(policy(policy.collate(rows(), "cpu"))[0], plain, rtol=0, atol=1e-9)
+
+
+def test_models_that_cannot_be_packed_say_why() -> None:
+    assert "caps its attention" in str(why_not_packed(tiny("Gemma2", attn_logit_softcapping=20.0)))
+    linear = tiny("Qwen3")
+    linear.config.layer_types = ["full_attention", "linear_attention"]
+    assert "linear_attention" in str(why_not_packed(linear))
+    stateful = tiny("Llama")
+    stateful._is_stateful = True
+    assert why_not_packed(stateful) is not None
+
+
+def test_a_softcapped_head_in_chunks_is_the_models_own() -> None:
+    own, _ = summed_and_gradients(ResponseLogps(tiny("Gemma2", final_logit_softcapping=3.0)), rows())
+    chunked = ResponseLogps(tiny("Gemma2", final_logit_softcapping=3.0), logits_budget=5 * VOCAB)
+    torch.testing.assert_close(summed_and_gradients(chunked, rows())[0], own, rtol=0, atol=1e-9)
+
+
+def test_packed_attention_without_lengths_or_with_unknown_scores_is_an_error() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(RunError, match=r"packing=false"):
+        packed_attention(torch.nn.Identity(), q, q, q, None)
+    offsets = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(RunError, match="softcap"):
+        packed_attention(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=offsets, max_length_q=5, softcap=1.0)
