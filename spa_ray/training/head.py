@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spa_ray.training.linear import linear, product
+from spa_ray.training.linear import add_product, linear, product
 from spa_ray.training.losses import token_logps
 
 
@@ -99,16 +99,17 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=norm.dtype) if for_bias else None
         for rows in _chunks(len(hidden), ctx.chunk):
             z = _logits(hidden[rows], weight, bias, ctx.transform)
-            dz = torch.exp(z - norm[rows, None]).mul_(-grad[rows, None])
-            dz.scatter_add_(1, targets[rows, None], grad[rows, None])
+            # In place where the logits are not needed again: a chunk is what the peak is made of.
+            dz = (z - norm[rows, None] if ctx.transform.softcap is not None else z.sub_(norm[rows, None])).exp_()
+            dz.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
             dz = ctx.transform.backward(dz, z).to(hidden.dtype)
-            del z
             if grad_hidden is not None:
                 grad_hidden[rows] = product(dz, weight.t())
             if grad_weight is not None:
-                grad_weight.add_(product(dz.t(), hidden[rows].t()))
+                add_product(grad_weight, dz.t(), hidden[rows].t())
             if grad_bias is not None:
                 grad_bias.add_(dz.sum(dim=0))
+            del z, dz
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -39,6 +39,16 @@ def product(x: Float[Tensor, "rows k"], weight: Float[Tensor, "columns k"]) -> F
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") if _suits(weight) else x @ weight.t()
 
 
+def add_product(
+    total: Float[Tensor, "rows columns"], x: Float[Tensor, "rows k"], weight: Float[Tensor, "columns k"]
+) -> None:
+    """total += x Wᵀ, without a copy of `total`'s size where a kernel adds as fast as it multiplies."""
+    if _suits(weight) or total.dtype != x.dtype:
+        total.add_(product(x, weight))
+    else:
+        total.addmm_(x, weight.t())
+
+
 def _suits(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
 

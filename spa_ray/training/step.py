@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from spa_ray.training.prepare import Prepared
 from spa_ray.training.reference import Reference
 from spa_ray.training.schedule import lr_multiplier
 
+PROC = Path("/proc/self/status")
 _MEND = "lower train.lr, or look at those pairs and at the model's weights"
 
 
@@ -157,9 +159,12 @@ class StepLoop:
 
 
 def peak_memory_gib() -> float:
-    """The device's peak so far; on the CPU the process's peak resident size."""
+    """The device's peak so far; on the CPU the process's peak resident size (Linux; elsewhere getrusage's)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if PROC.is_file():  # getrusage's would count the parent's peak at the fork as well
+        line = next(line for line in PROC.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

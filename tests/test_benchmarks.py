@@ -1,0 +1,101 @@
+"""Every benchmark runs at toy size and prints one JSON object whose figures go together. No figure here is a result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="compares with TRL")
+
+
+def run(script: str, *options: str) -> dict[str, Any]:
+    """What the script prints, which must be one JSON object and nothing besides."""
+    command = [sys.executable, str(FOLDER / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def assert_where(printed: dict[str, Any]) -> None:
+    where = printed["environment"]
+    assert where["cores"] >= 1
+    assert where["device"]
+    assert {"spa_ray", "torch"} <= where["versions"].keys()
+
+
+def test_planning_times_the_plan_of_both_layouts() -> None:
+    printed = run("planning.py", "--pairs", "3000", "--repeats", "2", "--batch-size", "64", "--ranks", "2")
+    assert_where(printed)
+    packed, padded = printed["layouts"]
+    assert [packed["layout"], padded["layout"]] == ["packed", "padded"]
+    for layout in (packed, padded):
+        assert layout["steps"] == 47  # ⌈3000 / 64⌉
+        assert len(layout["seconds"]) == 2
+        assert min(layout["seconds"]) <= layout["median_seconds"] <= max(layout["seconds"])
+        assert layout["peak_resident_mib"] >= layout["resident_before_mib"] > 0
+    assert packed["micro_batches_a_step"] < padded["micro_batches_a_step"]
+
+
+def test_packing_runs_the_same_pairs_in_every_layout() -> None:
+    printed = run(
+        "packing.py", "--pairs", "5", "--random-pairs", "2", "--hidden", "32", "--layers", "1", "--vocab", "64",
+        "--micro-batch-tokens", "2048", "--sigma", "0,1", "--repeats", "1",
+    )  # fmt: skip
+    assert_where(printed)
+    equal, spread = printed["spreads"]
+    for part in (equal, spread):
+        assert set(part["loss"]) == {"packed", "padded_sorted", "padded_random"}
+        assert max(part["loss"].values()) - min(part["loss"].values()) < 1e-4
+        assert part["share_of_tokens_that_count"]["packed"] == 1
+        assert part["micro_batches"]["padded_random"] == 3  # 2, 2 and 1 pairs
+        rates = part["median_tokens_per_s"]
+        assert part["packed_over_random"] == pytest.approx(rates["packed"] / rates["padded_random"])
+    assert set(equal["share_of_tokens_that_count"].values()) == {1.0}
+    assert max(spread["share_of_tokens_that_count"][layout] for layout in ("padded_sorted", "padded_random")) < 1
+
+
+@needs_trl
+def test_logprob_memory_says_what_did_not_fit() -> None:
+    printed = run(
+        "logprob_memory.py", "--vocab", "4096", "--tokens", "1024,4096", "--hidden", "16", "--logits-mib", "1",
+        "--memory-gib", "0.1",
+    )  # fmt: skip
+    assert_where(printed)
+    cases = {(row["path"], row["tokens"]): row for row in printed["cases"]}
+    assert len(cases) == 6
+    # 1024 tokens × 4096 × 4 bytes = 16 MiB of logits, four times; 4096 tokens are beyond 0.1 GiB with all logits.
+    assert {case for case, row in cases.items() if "skipped" in row} == {("full", 4096), ("trl", 4096)}
+    losses = [cases[path, 1024]["loss"] for path in ("chunked", "full", "trl")]
+    assert max(losses) - min(losses) < 1e-5
+    chunked, full, trl = (cases[path, 1024]["growth_mib"] for path in ("chunked", "full", "trl"))
+    assert chunked < full < trl
+    assert full > 16 * 0.7  # the response tokens' share of the logits, at the very least
+    (line,) = printed["summary"]
+    assert line["chunked_over_trl"] == {"1024": pytest.approx(chunked / trl)}
+
+
+@needs_trl
+@pytest.mark.engine
+def test_training_beside_trl_follows_one_loss_curve() -> None:
+    printed = run(
+        "train_vs_trl.py", "--hidden", "32", "--layers", "1", "--vocab", "128", "--batch-size", "4", "--steps", "3",
+        "--warmup", "1", "--repeats", "1", "--micro-batch-tokens", "1600", "--trl-micro-batch", "2", "--lr", "1e-3",
+    )  # fmt: skip
+    assert_where(printed)
+    assert printed["work"]["pairs"] == 12
+    ours, trl = printed["ours"], printed["trl"]
+    for side in (ours, trl):
+        assert len(side["loss"]) == 3
+        assert [len(steps) for steps in side["step_seconds"]] == [2]
+        assert side["pairs_per_s"] == [side["median_pairs_per_s"]]
+        assert side["median_peak_memory_mib"] > side["resident_before_mib"][0] > 0
+    assert printed["largest_loss_difference"] < 1e-5
+    assert max(ours["loss"]) - min(ours["loss"]) > 1e-3  # so that other pairs in a step would show
+    assert printed["speed_ratio"] == pytest.approx(ours["median_pairs_per_s"] / trl["median_pairs_per_s"])
