@@ -11,15 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from spa_ray.errors import InputError, RunError
 from spa_ray.training import checkpoint, comm, loop, policy
+from spa_ray.training.batches import Plan
 from spa_ray.training.job import TrainJob
 from spa_ray.training.loop import run_job
 from spa_ray.training.losses import simpo_loss
+from spa_ray.training.prepare import Prepared
 from tests.training_support import make_job, pair_rows, write_pairs
 
 pytestmark = pytest.mark.engine
@@ -404,3 +407,19 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused_before_the
     with pytest.raises(InputError, match=r"a token off .* train\.logits_mib=null"):
         run_job(make_job(tmp_path, tiny_model, pairs, max_steps=1))
     assert run_job(make_job(tmp_path, tiny_model, pairs, max_steps=1, packing=False, logits_mib=None)).steps == 1
+
+
+def test_the_order_within_a_step_changes_nothing(
+    shared: Path, reference_run: TrainJob, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = Prepared.plan
+
+    def shuffled(self: Prepared, job: TrainJob, *, packed: bool) -> Plan:
+        plan = planned(self, job, packed=packed)
+        order = np.concatenate([np.arange(s.start, s.stop)[::-1] for s in map(plan.step_entries, range(plan.steps))])
+        return replace(plan, pairs=plan.pairs[order], weights=plan.weights[order])
+
+    monkeypatch.setattr(Prepared, "plan", shuffled)
+    job = make_job(shared, tiny_model, pairs, name="reversed", micro_batch_tokens=200)
+    run_job(job)
+    assert_same_weights(job.out, reference_run.out)
