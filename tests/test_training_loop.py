@@ -423,3 +423,16 @@ def test_the_order_within_a_step_changes_nothing(
     job = make_job(shared, tiny_model, pairs, name="reversed", micro_batch_tokens=200)
     run_job(job)
     assert_same_weights(job.out, reference_run.out)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bfloat16_follows_float32_and_leaves_a_bfloat16_model(
+    shared: Path, reference_run: TrainJob, tiny_model: Path, pairs: Path, zero_stage: int
+) -> None:
+    settings = {"dtype": "bfloat16", "zero_stage": zero_stage, "micro_batch_tokens": 60, "logits_mib": 0.01}
+    job = make_job(shared, tiny_model, pairs, name=f"bf16-{zero_stage}", **settings)
+    run_job(job)
+    for row, exact in zip(log_of(job), log_of(reference_run), strict=True):
+        assert row["loss"] == pytest.approx(exact["loss"], rel=0.1)
+        assert row["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+    assert {w.dtype for w in weights_of(job.out).values()} == {torch.bfloat16}

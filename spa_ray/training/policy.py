@@ -161,7 +161,11 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    # Micro-batches' gradients are summed in float32: in bfloat16 the later ones would be lost beside a large sum.
+    # DeepSpeed can do so where it partitions gradients; ZeRO 0 and 1 sum in the model's dtype.
+    summed = {"grad_accum_dtype": "fp32"} if train.dtype == "bfloat16" and train.zero_stage >= 2 else {}
     return {
+        "data_types": summed,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.grad_clip or 0.0,
