@@ -300,6 +300,27 @@ def test_a_checkpoint_of_another_run_is_refused(
         run_job(job)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_death_just_before_or_after_the_model_appears_loses_nothing(
+    tmp_path: Path, reference_run: TrainJob, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    export = loop.export_model
+
+    def die(job: TrainJob, engine: Any) -> None:
+        if when == "after":
+            export(job, engine)
+        raise KeyboardInterrupt
+
+    job = make_job(tmp_path, tiny_model, pairs, save_every_steps=2)
+    with monkeypatch.context() as m:
+        m.setattr(loop, "export_model", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job)
+    result = run_job(job)
+    assert (result.skipped, result.resumed_at) == ((True, 0) if when == "after" else (False, 2))
+    assert_same_weights(job.out, reference_run.out)
+
+
 def test_a_half_written_checkpoint_is_never_taken(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
     job = make_job(tmp_path, tiny_model, pairs, save_every_steps=1)
     run_until(job, step=2)

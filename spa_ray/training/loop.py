@@ -52,22 +52,23 @@ def run_job(job: TrainJob, progress: Progress | None = None) -> TrainResult:
         comm.on_rank_zero(lambda: write_job(job))
         loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first))
         metrics = _run_steps(loop, prepared, first, progress)
-        steps = loop.plan.steps
+        result = TrainResult(
+            name=job.name,
+            model=job.out,
+            steps=loop.plan.steps,
+            pairs=len(prepared.selection),
+            dropped=prepared.dropped,
+            metrics=metrics,
+            seconds=time.perf_counter() - started,
+            resumed_at=first,
+            warnings=comm.on_rank_zero(lambda: [text for row in _read_log(job) for text in row.get("warnings", ())]),
+        )
+        # Before the model, which appears by a rename: whoever finds the model knows whose it is, whenever this dies.
+        about = {"fingerprint": prepared.fingerprint, **result.to_dict()}
+        comm.on_rank_zero(lambda: _write_json(job.work / RESULT, about))
         export_model(job, engine)
     finally:
         dispose(engine)
-    result = TrainResult(
-        name=job.name,
-        model=job.out,
-        steps=steps,
-        pairs=len(prepared.selection),
-        dropped=prepared.dropped,
-        metrics=metrics,
-        seconds=time.perf_counter() - started,
-        resumed_at=first,
-        warnings=comm.on_rank_zero(lambda: [text for row in _read_log(job) for text in row.get("warnings", ())]),
-    )
-    comm.on_rank_zero(lambda: _write_json(job.work / RESULT, {"fingerprint": prepared.fingerprint, **result.to_dict()}))
     return result
 
 
