@@ -101,6 +101,8 @@ def test_a_full_run_fills_every_table_and_each_says_over_what(tmp_path: Path) ->
     assert list(tables["filters"]["rows"]) == list(FILTERS)
     assert list(tables["iterations"]["rows"]) == ["vanilla", "spa", *ITERATIONS]
     assert list(tables["controls"]["rows"]) == ["vanilla", "spa", *CONTROLS]
+    looked_at = {arm for arm, row in tables["controls"]["rows"].items() if "right" in row}
+    assert looked_at == {"spa", "helpful_only"}  # a coin's pairs are swapped in training, not in the table of pairs
     assert list(tables["differences"]["rows"]) == [f"{a} − {b}" for a, b in COMPARISONS]
     assert list(tables["families"]["columns"]) == [f"{f}: {o}" for f in ("trigger", "wild") for o in OBJECTIVES]
     assert tables["families"]["prompts"] == {"trigger": 3, "wild": 3}

@@ -22,6 +22,7 @@ METHODS = (VANILLA, "sft", "spa_dpo", "spa_simpo", "spa", "spa_robust")
 FILTERS = ("both_filters", "consistency_only", "informativeness_only", "no_filter")
 ITERATIONS = ("iter2_same", "iter2_diff")
 CONTROLS = ("shuffled", "helpful_only")
+ORDERED = (*FILTERS, "spa", "helpful_only")  # arms whose pairs the evaluation's judge looks at; not those of a coin
 COMPARISONS = (
     ("spa", VANILLA),
     ("spa", "sft"),
@@ -194,9 +195,7 @@ class _Tables:
         table = self._means("Filters", note, FILTERS, [*self.objectives, "hh_5", "unsafe"], about=FILTERS)
         for arm, row in table.rows.items():
             row |= self._pair_cells(arm)
-        judged = any("right" in row for row in table.rows.values())
-        table.columns.update({"right": "right", "tied": "tied", "pairs": "pairs"} if judged else {})
-        return table
+        return _with_pair_columns(table)
 
     def iterations(self) -> StudyTable:
         measures = [*self.objectives, "hh_5", "unsafe", "length"]
@@ -206,10 +205,13 @@ class _Tables:
     def controls(self) -> StudyTable:
         note = (
             "shuffled: chosen and rejected swapped by a fair coin. helpful_only: pairs ordered without the first "
-            "objective."
+            "objective. right, tied: as above; a helpful_only pair that is right by the judge was not meant to be."
         )
         measures = [*self.objectives, "hh_5", "unsafe"]
-        return self._means("Controls", note, (VANILLA, "spa", *CONTROLS), measures, about=CONTROLS)
+        table = self._means("Controls", note, (VANILLA, "spa", *CONTROLS), measures, about=CONTROLS)
+        for arm, row in table.rows.items():
+            row |= self._pair_cells(arm)
+        return _with_pair_columns(table)
 
     def utility(self) -> StudyTable:
         rows: dict[str, dict[str, Cell]] = {}
@@ -298,6 +300,12 @@ class _Tables:
             for kind in ("right", "tied")
         }
         return {**shares, "pairs": [sum(wholes) / len(orders)]}
+
+
+def _with_pair_columns(table: StudyTable) -> StudyTable:
+    judged = any("right" in row for row in table.rows.values())
+    table.columns.update({name: name for name in ("right", "tied", "pairs")} if judged else {})
+    return table
 
 
 def _label(measure: str) -> str:

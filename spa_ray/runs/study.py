@@ -18,7 +18,7 @@ from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted, load_dotted
 from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import read_answers
-from spa_ray.evaluation.study import FILTERS, PairOrder, SeedRun, build_study, pair_order, study_markdown
+from spa_ray.evaluation.study import ORDERED, PairOrder, SeedRun, build_study, pair_order, study_markdown
 from spa_ray.runs.folder import RunFolder, Stage, open_run, write_json, write_text
 from spa_ray.runs.inspect import run_configs
 
@@ -106,7 +106,7 @@ def _read(run: _Run) -> SeedRun:
     orders: dict[str, PairOrder] = {}
     if is_dotted(judge):
         score = _Scorer(load_dotted(judge, where="evaluation.judge"), run.config.objectives)
-        orders = {arm: pair_order(_judged(run, arm, score)) for arm in FILTERS if arm in run.configs}
+        orders = {arm: pair_order(_judged(run, arm, score)) for arm in ORDERED if arm in run.configs}
     return SeedRun(run.config.seed, answers, orders)
 
 
