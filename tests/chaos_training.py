@@ -94,7 +94,7 @@ def kill(target: str, driver: subprocess.Popen[bytes], rng: random.Random) -> bo
 def disturbed(job: TrainJob, kills: int, rng: random.Random, seen: Counter[str]) -> list[dict[str, object]]:
     """Run the job to its end, killing on the way up to `kills` times. Returns what was killed, and when."""
     events: list[dict[str, object]] = []
-    driver = start(job)
+    driver, failures = start(job), 0
     try:
         while True:
             at = rng.randrange(steps_done(job) + 1, STEPS + 1) if len(events) < kills else None
@@ -114,6 +114,9 @@ def disturbed(job: TrainJob, kills: int, rng: random.Random, seen: Counter[str])
             if driver.poll() == 0:
                 return events
             if driver.poll() is not None:  # killed, or given up after too many dead workers: the user starts it again
+                failures = 0 if driver.returncode == -signal.SIGKILL else failures + 1
+                if failures > 3:
+                    raise RuntimeError(f"{job.name}: ends with {driver.returncode}; see {job.work / 'driver.log'}")
                 driver = start(job)
     finally:
         if driver.poll() is None:

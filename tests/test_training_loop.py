@@ -191,9 +191,13 @@ def test_reference_log_probs_are_shared_by_jobs_of_the_same_model_and_data_and_b
     with monkeypatch.context() as m:
         m.setattr(loop, "compute_reference", lambda *args, **kwargs: pytest.fail("computed again"))
         run_job(job("other-rate", lr=1e-3, batch_size=4, zero_stage=3))
-    run_job(job("other-labels", shuffle_labels=True))
-    assert len(list(tmp_path.glob("reference_*.npz"))) == 2
-    assert log_of(job("other-labels"))[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for name, settings in {
+        "other-labels": {"shuffle_labels": True},
+        "other-weights": {"lora": {"r": 2, "quantize": "nf4"}},
+    }.items():
+        run_job(job(name, **settings))
+        assert log_of(job(name))[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(list(tmp_path.glob("reference_*.npz"))) == 3
 
 
 def test_sft_raises_the_chosen_answers_probability(shared: Path, tiny_model: Path, pairs: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spa_ray.errors import RunError
+from spa_ray.errors import InputError
 from spa_ray.training.attention import NAME, packed_attention, use_packed_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps, Rows
 from spa_ray.training.losses import sequence_logps
@@ -124,6 +125,9 @@ def test_models_that_cannot_be_packed_say_why() -> None:
     linear = tiny("Qwen3")
     linear.config.layer_types = ["full_attention", "linear_attention"]
     assert "linear_attention" in str(why_not_packed(linear))
+    sinks = tiny("Llama")
+    sinks.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    assert "sinks" in str(why_not_packed(sinks))
     stateful = tiny("Llama")
     stateful._is_stateful = True
     assert why_not_packed(stateful) is not None
@@ -137,8 +141,12 @@ def test_a_softcapped_head_in_chunks_is_the_models_own() -> None:
 
 def test_packed_attention_without_lengths_or_with_unknown_scores_is_an_error() -> None:
     q = torch.randn(1, 2, 5, 4)
-    with pytest.raises(RunError, match=r"packing=false"):
+    with pytest.raises(InputError, match=r"packing=false"):
         packed_attention(torch.nn.Identity(), q, q, q, None)
     offsets = torch.tensor([0, 5], dtype=torch.int32)
-    with pytest.raises(RunError, match="softcap"):
+    with pytest.raises(InputError, match="softcap"):
         packed_attention(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=offsets, max_length_q=5, softcap=1.0)
+    windowed = torch.nn.Identity()
+    windowed.config = SimpleNamespace(sliding_window=4)
+    with pytest.raises(InputError, match="sliding window to itself"):
+        packed_attention(windowed, q, q, q, None, cu_seq_lens_q=offsets, max_length_q=5)

@@ -183,7 +183,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter, or turn a checkpoint into a model folder; push it to a hub when asked."""
-    if out is None and (push_to_hub is None or adapter is not None):
+    if out is None and (push_to_hub is None or adapter or base or step is not None):
         raise InputError("spa export: --out is missing; name the model folder to write")
     from spa_ray.training import convert
 

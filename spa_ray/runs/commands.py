@@ -149,7 +149,7 @@ def _bare_config(schema: Any, overrides: Iterable[str]) -> dict[str, Config]:
 
 def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dict[str, Any]:
     """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands."""
-    from spa_ray.training.job import TrainJob
+    from spa_ray.training.job import RESULT, TrainJob
     from spa_ray.training.launch import train_jobs
     from spa_ray.training.trackers import check_backends
 
@@ -159,7 +159,9 @@ def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dic
         raise InputError(f"{folder}: no *.parquet in it; give the pairs folder that `spa build` wrote")
     digest = address.train_hash(config, pairs=folder_hash(folder), model=model_hash(model))
     work = claim(out.with_name(f"{out.name}.work"), "train", digest)
-    if out.exists() and not work.done:
+    job_folder = work.folder / "job"
+    # A model with a result beside it is the job's own, or the job says that it is not.
+    if out.exists() and not work.done and not (job_folder / RESULT).is_file():
         raise InputError(f"{out}: stands already; give another --out or remove it")
     if not work.done:
         job = TrainJob(
@@ -169,7 +171,7 @@ def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dic
             out=out.absolute(),
             train=config.train.resolved(),
             seed=config.seed,
-            work=work.folder / "job",
+            work=job_folder,
             trust_remote_code=config.model.trust_remote_code,
             tracking=config.tracking,
         )

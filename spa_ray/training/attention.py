@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from spa_ray.errors import RunError
+from spa_ray.errors import InputError
 
 NAME = "spa_packed"
 # Layers that look at other positions through attention alone, so that a packed row can be cut where sequences end.
 LAYERS = {"full_attention", "sliding_attention"}
 # Arguments by which some models change the attention's scores in a way that is not computed here.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
+UNSAID = -1
 
 
 def why_not_packed(model: Any) -> str | None:
@@ -37,6 +38,8 @@ def why_not_packed(model: Any) -> str | None:
         return f"it has layers of type {', '.join(sorted(strange))}"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        return "it has attention sinks"
     return None
 
 
@@ -56,20 +59,26 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     cu_seq_lens_q: Int[Tensor, " sequences_plus_1"] | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads dim"], None]:
     """transformers' attention interface. `cu_seq_lens_q` are int32 offsets, from 0 to the number of tokens.
 
-    Raises: RunError when the offsets do not arrive, or the model wants scores that are not computed here.
+    Raises: InputError when the offsets or a sliding window do not arrive, or the model wants scores that are not
+    computed here.
     """
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
-        raise RunError(f"{type(module).__name__} does not pass the packed lengths on; set train.packing=false")
+        raise InputError(f"{type(module).__name__} does not pass the packed lengths on; set train.packing=false")
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
     if unknown:
-        raise RunError(f"{type(module).__name__}: no {unknown[0]} in packed rows; set train.packing=false")
+        raise InputError(f"{type(module).__name__}: no {unknown[0]} in packed rows; set train.packing=false")
+    if sliding_window == UNSAID:
+        sliding_window = None
+        window = getattr(getattr(module, "config", None), "sliding_window", None)
+        if window is not None and max_length_q > window:  # it would be in the mask, which is not made here
+            raise InputError(f"{type(module).__name__} keeps its sliding window to itself; set train.packing=false")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     return _by_length(query, key, value, cu_seq_lens_q, scaling, sliding_window), None

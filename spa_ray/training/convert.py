@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,8 @@ def export(
     if not source.is_dir():
         raise InputError(f"{source}: no such folder; give a model folder, an adapter or a job's work folder")
     if adapter is not None:
+        if base is not None or step is not None:
+            raise InputError("spa export: --adapter is merged into SOURCE; --base and --step have no meaning beside it")
         return merge(source, adapter, out, trust_remote_code=trust_remote_code)
     if (source / ADAPTER).is_file():
         return merge(base or _base_of(source), source, out, trust_remote_code=trust_remote_code)
@@ -118,7 +121,7 @@ def gather(checkpoint: Path, job: TrainJob) -> dict[str, Tensor]:
                     str(checkpoint), TAG, exclude_frozen_parameters=job.train.lora is not None, lazy_mode=True
                 )
                 state = zero_to_fp32.to_torch_tensor(lazy, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError) as e:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
         raise RunError(f"{checkpoint}: the checkpoint cannot be read ({_first_line(e)}); take another --step") from e
     return {name.removeprefix(POLICY): value for name, value in state.items()}
 
@@ -176,6 +179,8 @@ def _job_of(checkpoint: Path, out: Path, base: Path | None) -> TrainJob:
     if not path.is_file():
         raise InputError(f"{path}: missing, so it is not known what this checkpoint is of")
     job = read_job(path)
+    if out.resolve() == job.out.resolve():  # a resume would take it for the finished model
+        raise InputError(f"{out}: is where the job itself will write its model; resume the job, or give another --out")
     return replace(job, out=out, model=base or job.model)
 
 

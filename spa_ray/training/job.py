@@ -17,6 +17,7 @@ from spa_ray.errors import InputError
 
 Progress = Callable[[dict[str, Any]], None]
 JOB = "job.json"  # in the work folder, for `spa export`
+RESULT = "train_result.json"  # in the work folder, from just before the model appears
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch
 
 from spa_ray.errors import InputError, RunError
 from spa_ray.training import checkpoint, comm
+from spa_ray.training.attention import why_not_packed
 from spa_ray.training.export import export_model
 from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr
-from spa_ray.training.job import Progress, TrainJob, TrainResult, read_job, write_job
+from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.policy import make_engine
 from spa_ray.training.prepare import Prepared, micro_batch_tokens, prepare
@@ -31,7 +33,6 @@ from spa_ray.training.step import StepLoop
 from spa_ray.training.trackers import open_trackers
 
 LOG = "train_log.jsonl"
-RESULT = "train_result.json"
 
 
 def run_job(job: TrainJob, progress: Progress | None = None) -> TrainResult:
@@ -82,10 +83,17 @@ def _run_steps(loop: StepLoop, prepared: Prepared, first: int, progress: Progres
     try:
         for step in range(first, steps):
             row = loop.train_step(step)
-            warnings += [text] if (text := alarm.see(row)) else []
+            collapsed = None
+            try:
+                text = alarm.see(row)
+            except RunError as e:  # raised below, once the row that it speaks of is written
+                collapsed, text = e, str(e)
+            warnings += [text] if text else []
             warnings += trackers.log(row) if trackers is not None else []
-            if comm.rank() == 0:
-                _log(job, {**row, "warnings": warnings} if warnings else row, progress)
+            logged = {**row, "warnings": warnings} if warnings else row
+            comm.on_rank_zero(partial(_log, job, logged, progress))
+            if collapsed is not None:
+                raise collapsed
             warnings = []
             if timer.due(step + 1):
                 meta = _meta(job, prepared, step + 1)
@@ -101,10 +109,15 @@ def _run_steps(loop: StepLoop, prepared: Prepared, first: int, progress: Progres
 
 def _first_warnings(loop: StepLoop, prepared: Prepared) -> list[str]:
     """What can be said before the first step; it stands in the first row that this start logs."""
-    train = loop.job.train
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in loop.engine.module.parameters())
+    train, policy = loop.job.train, loop.engine.module
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
     dropped = check_dropped(prepared.dropped, len(prepared.selection), train.max_length)
-    return [text for text in (check_lr(train, parameters), dropped) if text is not None]
+    found = [check_lr(train, parameters), dropped]
+    if train.packing is None and not policy.packed:
+        found.append(f"sequences are padded, not packed: this model cannot be packed, {why_not_packed(policy.model)}")
+    if train.logits_mib is not None and policy.logits_budget is None:
+        found.append("the output head is no plain linear layer: a micro-batch's logits are held at once")
+    return [text for text in found if text is not None]
 
 
 def _log(job: TrainJob, row: dict[str, Any], progress: Progress | None) -> None:

@@ -29,10 +29,12 @@ def reference_path(job: TrainJob, selection: Selection) -> Path:
     """Where these log-probs are kept, for this job and for every other one with the same model, template and data.
 
     The name covers the model's files (its chat template is one of them), the pairs' bytes, which of them are trained on
-    and in which order of preference, and the dtype; no learning rate, no loss.
+    and in which order of preference, the dtype and QLoRA's quantisation; no learning rate, no loss.
     """
+    train = job.train
+    quantize = str(train.lora and train.lora.quantize)
     digest = hashlib.blake2b(digest_size=16)
-    for part in (model_hash(job.model), content_hash(job.pairs), job.train.dtype, str(job.train.max_length)):
+    for part in (model_hash(job.model), content_hash(job.pairs), train.dtype, quantize, str(train.max_length)):
         digest.update(part.encode() + b"\0")
     digest.update(selection.rows.astype("<i8").tobytes() + selection.swapped.astype("u1").tobytes())
     return job.shared / f"reference_{digest.hexdigest()}.npz"
@@ -70,9 +72,12 @@ def compute_reference(
         if len(mine):
             found[:, torch.from_numpy(pairs)] = summed.double().cpu().view(2, -1)
     chosen, rejected = comm.all_sum(found.to(comm.device())).cpu().numpy()
-    if comm.rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
-        np.savez(partial, chosen=chosen, rejected=rejected)
-        os.replace(partial, path)
+    comm.on_rank_zero(lambda: _save(path, chosen, rejected))
     return chosen, rejected
+
+
+def _save(path: Path, chosen: np.ndarray, rejected: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
+    np.savez(partial, chosen=chosen, rejected=rejected)
+    os.replace(partial, path)
