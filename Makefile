@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: chaos docs demo test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: bench-test chaos docs demo test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -15,7 +15,10 @@ test: lint types ## lint, types, every test, coverage of the pure rooms
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
-	$(BIN)/python -m pytest -m "not engine" $(ARGS)
+	$(BIN)/python -m pytest -m "not engine and not bench" $(ARGS)
+
+bench-test: .venv/.ready ## every benchmark at toy size
+	$(BIN)/python -m pytest -m bench $(ARGS)
 
 chaos: .venv/.ready ## kill training 20 times at random and compare the weights (15 minutes or more)
 	$(BIN)/python -m tests.chaos_training $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,3 +30,25 @@ def ray_session() -> Iterator[None]:
 
     with connected(verbose=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[dict[str, str]]:
+    """One process group of this process alone, kept to the end: DeepSpeed remembers the first that it sees for good.
+    Yields the variables that it goes by, which are taken back so that no child process takes them for its own."""
+    from spa_ray.training import comm
+
+    with comm.process_group():
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        variables = {name: os.environ.pop(name) for name in names}
+        yield variables
+        os.environ.update(variables)
+
+
+@pytest.fixture(scope="module")
+def one_process(process_group: dict[str, str]) -> Iterator[None]:
+    """That process group, for the tests of one module that train in this process."""
+    os.environ.update(process_group)
+    yield
+    for name in process_group:
+        del os.environ[name]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.bench
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="compares with TRL")
 

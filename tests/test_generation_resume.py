@@ -38,7 +38,9 @@ with connected(verbose=False):
 
 def slow() -> Config:
     return scripted_config(
-        {"jitter": 0.5}, generation={"rows_per_block": 2}, resources={"concurrency": 2, "engines": {"min": 1, "max": 1}}
+        {"jitter": 0.25},
+        generation={"rows_per_block": 2},
+        resources={"concurrency": 2, "engines": {"min": 1, "max": 1}},
     )
 
 

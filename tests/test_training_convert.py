@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora2": {"zero_stage": 2, **LORA},
     "lora3": {"zero_stage": 3, **LORA},
 }
-
-
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    with comm.process_group():
-        yield
 
 
 @dataclass(frozen=True)

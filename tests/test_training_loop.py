@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spa_ray.errors import InputError, RunError
-from spa_ray.training import checkpoint, comm, loop, policy
+from spa_ray.training import checkpoint, loop, policy
 from spa_ray.training.batches import Plan
 from spa_ray.training.job import TrainJob
 from spa_ray.training.loop import run_job
@@ -25,15 +24,9 @@ from spa_ray.training.losses import simpo_loss
 from spa_ray.training.prepare import Prepared
 from tests.training_support import make_job, pair_rows, write_pairs
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_process")]
 
 PAIRS = 20  # in steps of 8: 8, 8 and a short one of 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Iterator[None]:
-    with comm.process_group():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,14 +255,6 @@ def trl_run(trl: SimpleNamespace, job: TrainJob, order: list[str], folder: Path)
 @pytest.fixture(scope="module")
 def readable_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet", readable_pairs(12 * BATCH))
-
-
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    from spa_ray.training import comm
-
-    with comm.process_group():
-        yield
 
 
 def our_run(job: TrainJob) -> list[dict[str, float]]:

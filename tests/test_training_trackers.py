@@ -91,13 +91,14 @@ def test_with_no_backend_nothing_is_written(job: TrainJob) -> None:
 
 
 @pytest.mark.engine
-def test_only_rank_zero_writes_and_its_errors_are_every_ranks(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    with comm.process_group():
-        trackers = open_trackers(job, fingerprint="f", first=0)
-        assert trackers is not None
-        trackers.close()
-        monkeypatch.setattr(comm, "on_rank_zero", lambda work: None)  # as on another rank
-        assert open_trackers(job, fingerprint="f", first=0) is None
+def test_only_rank_zero_writes_and_its_errors_are_every_ranks(
+    job: TrainJob, monkeypatch: pytest.MonkeyPatch, one_process: None
+) -> None:
+    trackers = open_trackers(job, fingerprint="f", first=0)
+    assert trackers is not None
+    trackers.close()
+    monkeypatch.setattr(comm, "on_rank_zero", lambda work: None)  # as on another rank
+    assert open_trackers(job, fingerprint="f", first=0) is None
 
 
 # --- Weights & Biases and MLflow, which are not installed -----------------------------------------------------------
