@@ -158,9 +158,14 @@ def mean_tokens(conversations: list[list[dict[str, str]]], config: Config, notes
         )
         chars = sum(len(m["content"]) for messages in conversations for m in messages)
         return round(chars / CHARS_PER_TOKEN / len(conversations) + 8, 1)
-    from transformers import AutoTokenizer
+    if (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # counts alike, and imports in a third of the time
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     if not tokenizer.chat_template:
         raise InputError(f"{folder}: the tokenizer has no chat template; add chat_template.jinja to the model folder")
     sizes = [
