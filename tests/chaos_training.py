@@ -97,8 +97,8 @@ def disturbed(job: TrainJob, kills: int, rng: random.Random, seen: Counter[str])
     driver, failures = start(job), 0
     try:
         while True:
-            at = rng.randrange(steps_done(job) + 1, STEPS + 1) if len(events) < kills else None
             last, moved = steps_done(job), time.monotonic()
+            at = rng.randint(last + 1, STEPS) if len(events) < kills and last < STEPS else None
             while driver.poll() is None and (at is None or steps_done(job) < at):
                 if steps_done(job) != last:
                     last, moved = steps_done(job), time.monotonic()
