@@ -20,8 +20,10 @@ unit: .venv/.ready ## the tests that start no engine
 bench-test: .venv/.ready ## every benchmark at toy size
 	$(BIN)/python -m pytest -m bench $(ARGS)
 
-chaos: .venv/.ready ## kill training 20 times at random and compare the weights (15 minutes or more)
-	$(BIN)/python -m tests.chaos_training $(ARGS)
+chaos: .venv/.ready ## kill generation and training at random, again and again, and look for what it cost (up to 2 hours)
+	$(BIN)/python -m tests.chaos_generation --schedules 100
+	$(BIN)/python -m tests.chaos_generation --schedules 5 --engine vllm
+	$(BIN)/python -m tests.chaos_training --kills 20
 
 lint: .venv/.ready ## ruff, lint and format
 	$(BIN)/ruff check .

@@ -85,8 +85,9 @@ install_lock() { # LOCK
         install_cpu_torch "$(sed -n 's/^torch==//p' "$1")"
         rest=$(grep -v '^torch==' <<<"$rest")
     fi
-    "$uv" pip install --quiet --no-deps -r /dev/stdin <<<"$rest"
-    "$uv" pip install --quiet --no-deps --no-build-isolation "$deepspeed" # its set-up script looks for torch
+    # Compiled once here: where Python may not write byte code, every engine and worker would compile all it imports.
+    "$uv" pip install --quiet --no-deps --compile-bytecode -r /dev/stdin <<<"$rest"
+    "$uv" pip install --quiet --no-deps --compile-bytecode --no-build-isolation "$deepspeed" # its set-up looks for torch
     "$uv" pip install --quiet --no-deps --no-build-isolation --editable .
 }
 

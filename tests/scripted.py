@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from spa_ray.engine.scripted import ScriptedEngine
 from spa_ray.generation.episode import Episodes
 from spa_ray.generation.setup import Task, make_episodes
 
-WEIGHTS = Path("weights")
+WEIGHTS = Path(__file__).parent / "data" / "weights"  # a folder that is there; the scripted engine reads its name
 
 
 def scripted_config(script: Mapping[str, Any] | None = None, **sections: Any) -> Config:
@@ -50,3 +51,14 @@ def word_count(messages: Any, meta: Any, answer: str, objective: str) -> float:
 
 def broken_judge(messages: Any, meta: Any, answer: str, objective: str) -> float:
     raise KeyError(objective)
+
+
+def flaky_judge(messages: Any, meta: str, answer: str, objective: str) -> float:
+    """Fails always at prompts whose meta says `never`, and once where it names a file that is not there yet."""
+    told = json.loads(meta)
+    if told.get("never"):
+        raise RuntimeError("never")
+    if "once" in told and not Path(told["once"]).exists():
+        Path(told["once"]).touch()
+        raise RuntimeError("not yet")
+    return 5.0

@@ -100,3 +100,36 @@ def test_training_beside_trl_follows_one_loss_curve() -> None:
     assert printed["largest_loss_difference"] < 1e-5
     assert max(ours["loss"]) - min(ours["loss"]) > 1e-3  # so that other pairs in a step would show
     assert printed["speed_ratio"] == pytest.approx(ours["median_pairs_per_s"] / trl["median_pairs_per_s"])
+
+
+TOY_WORLD = ("sampling.max_tokens=12", "refine.max_tokens=12", "sampling.resample_duplicates=false")
+
+
+@pytest.mark.engine
+def test_generation_asks_as_many_requests_on_every_side() -> None:
+    printed = run("generation.py", "--prompts", "6", "--repeats", "1", "--concurrency", "4", "--set", *TOY_WORLD)
+    assert_where(printed)
+    sides = ("spa_ray", "coroutines", "raw", "processors")
+    for side in sides:
+        (ran,) = printed[side]["runs"]
+        assert (ran["prompts"], ran["requests"]) == (6, 6 * (5 + 10 + 1 + 2))
+        assert ran["seconds"] > 0
+        assert ran["startup_seconds"] > 0
+        assert printed[side]["median_requests_per_s"] == pytest.approx(ran["requests"] / ran["seconds"])
+    rates = {side: printed[side]["median_requests_per_s"] for side in sides}
+    assert printed["over_raw"]["of_medians"] == pytest.approx(rates["spa_ray"] / rates["raw"])
+    assert printed["over_processors"]["by_run"] == [pytest.approx(rates["spa_ray"] / rates["processors"])]
+    (raw,) = printed["raw"]["runs"]
+    assert set(raw["stage_seconds"]) == {"sample", "score", "refine", "rescore"}
+    assert sum(raw["stage_seconds"].values()) == pytest.approx(raw["seconds"], abs=0.01)
+
+
+@pytest.mark.engine
+def test_generation_compares_the_bytes_of_episodes_in_different_company() -> None:
+    printed = run("generation.py", "--determinism", "--prompts", "4", "--in-flight", "3", "--set", *TOY_WORLD)
+    again, reversed_, shared = printed["companies"]
+    assert [c["engines"] for c in (again, reversed_, shared)] == [1, 1, 2]
+    assert reversed_["order"] == "reversed"
+    for company in (again, reversed_, shared):
+        assert company["prompts"] == 4
+        assert 0 <= company["same_episodes"] <= company["same_candidates"] <= 1

@@ -44,6 +44,8 @@ def config(tmp_path: Path, tiny_model: Path) -> Any:
             "run_dir": str(tmp_path / "run"),
             "model": {"path": str(tiny_model)},
             "prompts": {"source": str(prompts)},
+            "sampling": {"max_tokens": 64},  # the tiny model's context has no room for the defaults
+            "refine": {"max_tokens": 64},
             **changes,
         }
         path = tmp_path / "config.yaml"
@@ -184,13 +186,15 @@ def test_clean_deletes_only_what_no_arm_uses(spa: Any, tmp_path: Path) -> None:
         ("tracking.backends=[tensorbord]", ["tracking.backends"]),
         ("model.engine=foo:bar", ["model.engine", "foo"]),
         ("model.max_model_len=64", ["max_tokens", "64"]),
+        ("refine.max_tokens=1024", ["refine.max_tokens", "context of 1024"]),
         ("evaluation.prompts.source=none.jsonl", ["none.jsonl"]),
     ],
 )
 def test_what_would_fail_late_is_refused_before_anything_is_written(
     spa: Any, config: Any, tmp_path: Path, override: str, parts: list[str]
 ) -> None:
-    path = config(evaluation={"prompts": {"source": str(tmp_path / "prompts.jsonl")}})
+    held_out = {"prompts": {"source": str(tmp_path / "prompts.jsonl")}, "sampling": {"max_tokens": 64}}
+    path = config(evaluation=held_out)
     refused(spa("run", path, override), *parts)
     assert not (tmp_path / "run").exists()
 

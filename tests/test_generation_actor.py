@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,20 +14,52 @@ import pytest
 
 from spa_ray.config.models import Config
 from spa_ray.data.schemas import EPISODES, PROMPTS
-from spa_ray.engine import Completion
+from spa_ray.engine import Completion, EngineDeadError
 from spa_ray.errors import InputError, RunError
+from spa_ray.generation import actor as actors
 from spa_ray.generation import stage
+from spa_ray.generation.actor import EpisodeActor, Pass, RefinedAnswers
+from spa_ray.generation.ledger import FRUITLESS_STARTS, SUSPECT_TRIES, Ledger
 from spa_ray.generation.setup import Task, check_generation
-from spa_ray.generation.stage import EpisodeActor, RefinedAnswers, count_rows
+from spa_ray.generation.stage import count_rows
 from tests.scripted import WEIGHTS, play, prompt, scripted_config, scripted_episodes
 from tests.tiny_model import build_tiny_tokenizer
 
+NOTHING = Ledger().counts()
 
-def actor(config: Config, folder: Path, task: Task | None = None, **changes: Any) -> EpisodeActor:
-    options = {"earlier": None, "tally": None, **changes}
-    return EpisodeActor(
-        config, task or Task(), WEIGHTS, options["earlier"], folder / "words", options["tally"], verbose=False
-    )
+
+class HereLine:
+    """The line to a ledger in this process."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+
+    def ask(self, method: str, *args: Any) -> Any:
+        return getattr(self.ledger, method)(*args)
+
+    async def asked(self, method: str, *args: Any) -> Any:
+        return self.ask(method, *args)
+
+    tell = ask
+
+
+class Exited(BaseException):
+    """The process would have ended here."""
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(status: int) -> None:
+        assert status == 1
+        raise Exited
+
+    monkeypatch.setattr(actors, "who_am_i", lambda: ("A7", "N1"))
+    monkeypatch.setattr(actors.os, "_exit", leave)
+    monkeypatch.setattr(actors.WorkerLog, "start", lambda self, **more: None)
+
+
+def actor(config: Config, task: Task | None = None, line: HereLine | None = None, **changes: Any) -> EpisodeActor:
+    return EpisodeActor(Pass(config, task or Task(), WEIGHTS, **changes), line or HereLine())  # type: ignore[arg-type]
 
 
 def block(*texts: str) -> pa.Table:
@@ -35,14 +68,14 @@ def block(*texts: str) -> pa.Table:
 
 def test_a_block_of_prompts_becomes_a_block_of_episodes_in_its_order(tmp_path: Path) -> None:
     config = scripted_config({"jitter": 0.01})
-    table = asyncio.run(actor(config, tmp_path)(block("one?", "two?", "three?")))
+    table = asyncio.run(actor(config)(block("one?", "two?", "three?")))
     assert table.schema.equals(EPISODES)
     assert table.to_pylist() == [play(scripted_config(), text) for text in ("one?", "two?", "three?")]
 
 
 def test_no_more_prompts_are_in_flight_than_allowed(tmp_path: Path) -> None:
     config = scripted_config({"jitter": 0.01}, resources={"concurrency": 2})
-    here = actor(config, tmp_path)
+    here = actor(config)
     inside, most = 0, 0
     run = here._episodes.run
 
@@ -61,42 +94,122 @@ def test_no_more_prompts_are_in_flight_than_allowed(tmp_path: Path) -> None:
 
 def test_answers_are_scored_row_by_row(tmp_path: Path) -> None:
     config = scripted_config()
-    answered = asyncio.run(actor(config, tmp_path, Task(kind="answer", judge="none"))(block("one?")))
-    scored = asyncio.run(actor(config, tmp_path, Task(kind="score"))(answered)).to_pylist()[0]
+    answered = asyncio.run(actor(config, Task(kind="answer", judge="none"))(block("one?")))
+    scored = asyncio.run(actor(config, Task(kind="score"))(answered)).to_pylist()[0]
     assert all(score is not None for score in scored["scores"][0])
 
 
-def test_an_engines_death_is_written_down_and_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Exited(BaseException):
-        pass
+def test_an_engines_death_is_written_down_and_ends_the_process() -> None:
+    line = HereLine()
+    with pytest.raises(Exited):
+        asyncio.run(actor(scripted_config({"die": "two"}), line=line)(block("one?", "two?")))
+    explained = stage.explained(RuntimeError("Ray's own text"), line.ledger.last_word())
+    assert isinstance(explained, RunError)
+    assert str(explained).startswith("generate: scripted: the engine is dead (engine actor A7 on node ")
+    assert "its log /" in str(explained)
+    assert line.ledger.begin("A7", ["one?", "two?", "three?"]) == {"one?": 1, "two?": 1}
+
+
+def test_a_prompt_that_no_engine_survives_is_left_out_with_its_cause_and_the_others_are_answered() -> None:
+    line, config = HereLine(), scripted_config({"die": "two"}, resources={"concurrency": 8})
+    texts = [f"question {k}?" for k in range(20)] + ["two?"]
+    deaths = 0
+    while True:
+        try:
+            table = asyncio.run(actor(config, line=line)(block(*texts)))
+            break
+        except Exited:
+            deaths += 1
+    assert deaths == SUSPECT_TRIES
+    errors = dict(zip(texts, table["error"].to_pylist(), strict=True))
+    assert errors.pop("two?") == f"engine_died: {SUSPECT_TRIES} engines died with this prompt in them"
+    assert set(errors.values()) == {None}
+
+
+def test_an_engine_that_never_answers_gives_up_after_a_few_starts_and_says_why() -> None:
+    line = HereLine()
+    for _ in range(FRUITLESS_STARTS):
+        line.ledger.born("A7", "N1", "log")
+        line.ledger.died("A7", [], "the device is gone")
+    with pytest.raises(EngineDeadError):
+        asyncio.run(actor(scripted_config(), line=line)(block("one?")))
+    explained = stage.explained(RuntimeError("Ray's own text"), line.ledger.last_word())
+    assert isinstance(explained, RunError)
+    assert f"an engine started {FRUITLESS_STARTS + 1} times" in str(explained)
+    assert "the device is gone" in str(explained)
+
+
+def test_an_engine_that_does_not_start_ends_the_process_and_a_mistake_of_the_user_does_not(tmp_path: Path) -> None:
+    line, gone = HereLine(), tmp_path / "gone"
+    gone.touch()
+    with pytest.raises(Exited):
+        actor(scripted_config({"dead_on_arrival": str(gone)}), line=line)
+    assert "the engine did not start: RuntimeError: scripted: dead on arrival" in str(line.ledger.last_word())
+
+
+def test_a_prompt_whose_episode_takes_too_long_becomes_an_error_row_and_the_others_go_on() -> None:
+    config = scripted_config({"hang": "two"}, generation={"prompt_timeout_s": 0.5})
+    table = asyncio.run(actor(config)(block("one?", "two?")))
+    assert table["error"].to_pylist()[1] == "timeout: no episode within generation.prompt_timeout_s 0.5"
+
+
+def test_an_engine_that_stalls_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    line, ended = HereLine(), threading.Event()
 
     def leave(status: int) -> None:
-        assert status == 1
-        raise Exited
+        ended.set()
+        threading.Event().wait()  # what ends is a thread here, not the process
 
-    monkeypatch.setattr(stage.os, "_exit", leave)
-    monkeypatch.setattr(stage.ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: "A7"))
-    with pytest.raises(Exited):
-        asyncio.run(actor(scripted_config({"die": "two"}), tmp_path)(block("one?", "two?")))
-    explained = stage._explained(RuntimeError("Ray's own text"), tmp_path / "words")
-    assert isinstance(explained, RunError)
-    assert str(explained).startswith("generate: scripted: the engine is dead (engine actor A7, its log")
+    monkeypatch.setattr(actors.os, "_exit", leave)
+    config = scripted_config({"hang": "two"}, generation={"stall_timeout_s": 0.4, "prompt_timeout_s": 3})
+    asyncio.run(actor(config, line=line)(block("one?", "two?")))
+    assert ended.is_set()
+    assert "the engine finished no step for" in str(line.ledger.last_word())
+    assert line.ledger.begin("A7", ["two?"])["two?"] >= 1
 
 
-def test_a_users_mistake_is_raised_with_the_first_block_and_stays_one(tmp_path: Path) -> None:
-    here = actor(scripted_config(scoring={"mode": "expected"}), tmp_path)
+def test_a_second_try_draws_other_seeds_and_says_which_it_is() -> None:
+    config = scripted_config()
+    first = asyncio.run(actor(config)(block("one?"))).to_pylist()[0]
+    second = asyncio.run(actor(config, part=1)(block("one?"))).to_pylist()[0]
+    assert (first["attempt"], second["attempt"]) == (0, 1)
+    assert not {r["seed"] for r in first["responses"]} & {r["seed"] for r in second["responses"]}
+
+
+def test_a_users_mistake_is_raised_with_the_first_block_and_stays_one() -> None:
+    line = HereLine()
+    here = actor(scripted_config(scoring={"mode": "expected"}), line=line)
     with pytest.raises(InputError, match="one-token labels") as raised:
         asyncio.run(here(block("one?")))
-    explained = stage._explained(RuntimeError("Ray's own text"), tmp_path / "words")
+    explained = stage.explained(RuntimeError("Ray's own text"), line.ledger.last_word())
     assert isinstance(explained, InputError)
     assert str(explained) == str(raised.value)
 
 
-def test_every_finished_episode_is_tallied(tmp_path: Path) -> None:
-    told: list[tuple[bool, int]] = []
-    tally = SimpleNamespace(add=SimpleNamespace(remote=lambda failed, tokens: told.append((failed, tokens))))
-    table = asyncio.run(actor(scripted_config({"refuse": "two"}), tmp_path, tally=tally)(block("one?", "two?")))
-    assert sorted(told) == sorted((row["error"] is not None, row["generated_tokens"]) for row in table.to_pylist())
+def test_every_finished_episode_is_counted_and_the_display_hears_what_became_of_it() -> None:
+    line = HereLine()
+
+    def observe(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        return ["error" if row["error"] else None for row in rows]
+
+    here = actor(scripted_config({"refuse": "two"}), line=line, observe=observe)
+    rows = asyncio.run(here(block("one?", "two?"))).to_pylist()
+    counts = line.ledger.counts()
+    assert (counts.rows, counts.errors, counts.engines, counts.deaths) == (2, 1, 1, 0)
+    assert counts.generated_tokens == sum(row["generated_tokens"] for row in rows)
+    assert counts.reasons == {"passed": 1, "error": 1}
+    assert counts.requests >= 5 + 10 + 1 + 2
+
+
+def test_an_actor_that_comes_back_suspects_what_it_held_but_not_after_the_loss_of_its_node() -> None:
+    ledger = Ledger()
+    ledger.born("A", "N1", "log")
+    ledger.begin("A", ["p", "q"])
+    ledger.finished("A", ["q"], {"rows": 1}, {}, fruit=True)
+    assert ledger.born("A", "N1", "log") == 1  # it had answered one
+    assert ledger.begin("A", ["p", "q"]) == {"p": 1}
+    assert ledger.born("A", "N2", "log") == 2
+    assert ledger.begin("A", ["p", "q"]) == {"p": 1}
 
 
 def test_refined_answers_are_found_by_prompt_id_in_any_number_of_files(tmp_path: Path) -> None:
@@ -118,7 +231,7 @@ def test_an_actor_hands_the_earlier_answer_to_its_prompt(tmp_path: Path) -> None
     folder.mkdir()
     before = play(scripted_config(), "one?")
     pq.write_table(pa.Table.from_pylist([before], schema=EPISODES), folder / "part.parquet")
-    table = asyncio.run(actor(scripted_config(), tmp_path, Task(iteration=2), earlier=folder)(block("one?", "two?")))
+    table = asyncio.run(actor(scripted_config(), Task(iteration=2), earlier=folder)(block("one?", "two?")))
     one, two = table.to_pylist()
     assert one["responses"][5]["text"] == before["responses"][-1]["text"]
     assert (len(one["responses"]), len(two["responses"])) == (7, 6)
@@ -127,7 +240,7 @@ def test_an_actor_hands_the_earlier_answer_to_its_prompt(tmp_path: Path) -> None
 def test_counts_are_those_of_the_written_rows(tmp_path: Path) -> None:
     rows = [play(scripted_config(), "one?"), play(scripted_config({"refuse": "two"}), "two?")]
     pq.write_table(pa.Table.from_pylist(rows, schema=EPISODES), tmp_path / "part.parquet")
-    counts = count_rows(tmp_path, seconds=1.234)
+    counts = count_rows(tmp_path, seconds=1.234, worked=NOTHING)
     assert (counts.rows, counts.errors, counts.seconds) == (2, 1, 1.23)
     assert counts.first_error == rows[1]["error"]
     assert counts.prompt_tokens == sum(row["prompt_tokens"] for row in rows)
@@ -144,7 +257,7 @@ def test_missing_rows_and_too_many_failed_ones_end_the_run(
     rows = [play(scripted_config(), "one?"), play(scripted_config({"refuse": "two"}), "two?")]
     pq.write_table(pa.Table.from_pylist(rows, schema=EPISODES), tmp_path / "part.parquet")
     config = scripted_config(generation={"max_error_fraction": fraction})
-    counts = count_rows(tmp_path, seconds=0)
+    counts = count_rows(tmp_path, seconds=0, worked=NOTHING)
     if message is None:
         stage._check_counts(counts, total, config, tmp_path)
     else:
@@ -152,12 +265,25 @@ def test_missing_rows_and_too_many_failed_ones_end_the_run(
             stage._check_counts(counts, total, config, tmp_path)
 
 
-def test_an_error_without_an_actors_last_word_becomes_one_line(tmp_path: Path) -> None:
+def test_the_last_word_of_an_engine_that_was_replaced_hides_no_other_failure() -> None:
+    from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayTaskError
+
+    word = ("death", "scripted: the engine is dead (engine actor A7)")
+    full = RayTaskError("Write", "traceback\nOSError: [Errno 28] No space left on device", OSError(28, "full"))
+    assert "No space left on device" in str(stage.explained(full, word))
+    still = ExecutionTimeoutError("no progress for 9 s\nIf this is expected, raise the timeout")
+    assert "no progress for 9 s" in str(stage.explained(still, word))
+    own = RayTaskError("MapBatches", f"traceback\nEngineDeadError: {word[1]}", RuntimeError(word[1]))
+    assert str(stage.explained(own, word)) == f"generate: {word[1]}"
+
+
+def test_an_error_without_an_actors_last_word_becomes_one_line() -> None:
     for error in (RuntimeError("first\nlast line\n"), RuntimeError("")):
-        explained = stage._explained(error, tmp_path / "none")
+        explained = stage.explained(error, None)
         assert isinstance(explained, RunError)
         assert "\n" not in str(explained)
-    assert "RuntimeError: last line;" in str(stage._explained(RuntimeError("first\nlast line\n"), tmp_path / "none"))
+    assert "RuntimeError: last line;" in str(stage.explained(RuntimeError("first\nlast line\n"), None))
 
 
 @pytest.mark.parametrize(("scale", "refused"), [([1, 10], False), ([1, 100], True)])

@@ -53,7 +53,7 @@ def run(config: Config, prompts: Path, folder: Path) -> pa.Table:
 
 
 def committed(folder: Path) -> set[str]:
-    files = [f for f in (folder / "checkpoint").glob("*.parquet") if ".pending" not in f.name]
+    files = [f for f in (folder / "checkpoint" / "part=0").glob("*.parquet") if ".pending" not in f.name]
     return {row for f in files for row in pq.read_table(f)["prompt_id"].to_pylist()}
 
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
 from spa_ray.config.models import Config
+from spa_ray.data.episodes import EpisodeFolder, part_folder
+from spa_ray.data.files import parquet_dataset
 from spa_ray.data.schemas import EPISODES, PROMPTS, canonical, objectives_of
 from spa_ray.errors import InputError, RunError
+from spa_ray.generation.ledger import SUSPECT_TRIES, Ledger
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import PassCounts, count_rows, generate
-from tests.scripted import scripted_config, scripted_episodes
+from tests.scripted import WEIGHTS, scripted_config, scripted_episodes
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
 
 PROMPT_COUNT = 30
-WEIGHTS = Path("weights")
+
 POISON = "question 17?"  # the text of one prompt
 
 
@@ -61,7 +63,7 @@ def play(config: Config, prompts: Path, folder: Path, **changes: Any) -> PassCou
 
 
 def episodes(folder: Path, name: str = "episodes") -> pa.Table:
-    return pds.dataset(folder / name, format="parquet").to_table()
+    return EpisodeFolder(folder / name).table()
 
 
 def bytes_of(folder: Path) -> bytes:
@@ -131,30 +133,79 @@ def test_an_engine_that_dies_once_is_replaced_within_the_pass(whole: Whole, prom
     assert bytes_of(tmp_path) == bytes_of(whole.folder)
 
 
-def test_an_engine_that_always_dies_ends_the_pass_and_the_next_pass_asks_only_what_is_left(
+def test_a_prompt_that_no_engine_survives_is_recorded_and_every_other_row_is_as_if_it_had_not_been_there(
     whole: Whole, prompts: Path, tmp_path: Path
 ) -> None:
-    started = time.monotonic()
+    counts = play(config({"die": POISON}, rows=8, concurrency=16, max_attempts=1), prompts, tmp_path)
+    assert (counts.errors, counts.engine_deaths) == (1, SUSPECT_TRIES)
+    assert counts.first_error == f"engine_died: {SUSPECT_TRIES} engines died with this prompt in them"
+    poisoned = {row["prompt_id"]: row for row in episodes(tmp_path).to_pylist()}
+    fine = {row["prompt_id"]: row for row in episodes(whole.folder).to_pylist()}
+    assert {key for key in fine if poisoned[key] != fine[key]} == {"p17"}
+
+
+def test_an_engine_that_never_answers_ends_the_pass_and_the_next_one_goes_on(
+    whole: Whole, prompts: Path, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.touch()
     with pytest.raises(
-        RunError, match=r"generate: scripted: the engine is dead \(engine actor \w+, its log /.*worker"
-    ) as caught:
-        play(config({"die": POISON}, rows=2, concurrency=2, max_attempts=2), prompts, tmp_path)
-    assert time.monotonic() - started < 120
-    assert "\n" not in str(caught.value)
-    done = set(pds.dataset(tmp_path / "checkpoint", format="parquet").to_table()["prompt_id"].to_pylist())
-    assert 0 < len(done) < PROMPT_COUNT
-
-    log, told = tmp_path / "log", []
-    play(config({"log": str(log)}, rows=5), prompts, tmp_path, on_progress=told.append)
+        RunError, match=r"an engine started \d+ times without answering one prompt.*dead on arrival.*log /"
+    ):
+        play(config({"dead_on_arrival": str(gone)}), prompts, tmp_path)
+    gone.unlink()
+    log = tmp_path / "log"
+    assert play(config({"log": str(log)}), prompts, tmp_path).rows == PROMPT_COUNT
     assert bytes_of(tmp_path) == bytes_of(whole.folder)
-    of_the_others = [line for line in whole.asked if line in set(log_of(log))]
-    assert sorted(log_of(log)) == sorted(of_the_others)
-    assert 18 * (PROMPT_COUNT - len(done)) <= len(of_the_others) < len(whole.asked)
-    assert all(update["done"] >= len(done) for update in told)
-
     asked = len(log_of(log))
     assert play(config({"log": str(log)}), prompts, tmp_path).rows == PROMPT_COUNT  # everything is there already
     assert len(log_of(log)) == asked
+
+
+def test_a_stalled_engine_is_replaced_within_its_deadline(whole: Whole, prompts: Path, tmp_path: Path) -> None:
+    script = {"hang": POISON, "hang_once": str(tmp_path / "hung")}
+    counts = play(config(script, stall_timeout_s=2), prompts, tmp_path)
+    assert (counts.errors, counts.engine_deaths) == (0, 1)
+    assert bytes_of(tmp_path) == bytes_of(whole.folder)
+
+
+@pytest.mark.parametrize("shard_rows", [PROMPT_COUNT, 18])  # the second puts the two failures into different shards
+def test_failures_that_may_pass_are_asked_again_in_parts_and_readers_take_the_last(
+    prompts: Path, tmp_path: Path, shard_rows: int
+) -> None:
+    table, told = pq.read_table(prompts), [{} for _ in range(PROMPT_COUNT)]
+    told[17], told[18] = {"never": True}, {"once": str(tmp_path / "failed")}
+    meta = pa.array([json.dumps(one) for one in told])
+    pq.write_table(table.set_column(2, "meta", meta), tmp_path / "prompts.parquet")
+    task = Task(kind="answer", judge="tests.scripted:flaky_judge")
+    failing = config(max_attempts=2)
+    counts = play(failing, tmp_path / "prompts.parquet", tmp_path, task=task, shard_rows=shard_rows)
+    assert (counts.rows, counts.retried, counts.errors) == (PROMPT_COUNT, 2, 1)
+    parts = {part: parquet_dataset(part_folder(tmp_path / "episodes", part)).to_table() for part in (0, 1)}
+    assert sorted(parts[1]["prompt_id"].to_pylist()) == ["p17", "p18"]
+    assert set(parts[1]["attempt"].to_pylist()) == {1}
+    current = {row["prompt_id"]: row for row in EpisodeFolder(tmp_path / "episodes").table().to_pylist()}
+    assert len(current) == PROMPT_COUNT
+    assert current["p18"]["error"] is None
+    assert current["p17"]["error"].startswith("internal: RuntimeError")
+    assert not part_folder(tmp_path / "episodes", 2).exists()
+
+
+def test_prompts_too_many_for_one_pass_run_in_shards_and_those_that_are_done_are_not_asked_again(
+    whole: Whole, prompts: Path, tmp_path: Path
+) -> None:
+    gone, log = tmp_path / "gone", tmp_path / "log"
+    fatal = {"die": POISON, "die_once": str(gone), "dead_on_arrival": str(gone)}
+    with pytest.raises(RunError, match="dead on arrival"):  # question 17 is in the second of three shards
+        play(config(fatal), prompts, tmp_path, shard_rows=12)
+    shards = [tmp_path / "checkpoint" / "part=0" / f"shard={k}" for k in range(3)]
+    assert set(parquet_dataset(shards[0]).to_table()["prompt_id"].to_pylist()) == {f"p{k:02d}" for k in range(12)}
+    assert not shards[2].exists()
+    gone.unlink()
+    assert play(config({"log": str(log)}), prompts, tmp_path, shard_rows=12).rows == PROMPT_COUNT
+    assert bytes_of(tmp_path) == bytes_of(whole.folder)
+    assert [parquet_dataset(shard).count_rows() for shard in shards] == [12, 12, 6]
+    assert len(log_of(log)) <= 18 * (18 + 5)  # of 18 prompts; a repeated candidate is drawn once more
 
 
 def test_rows_that_fail_are_recorded_and_counted_and_too_many_of_them_end_the_run(
@@ -162,7 +213,7 @@ def test_rows_that_fail_are_recorded_and_counted_and_too_many_of_them_end_the_ru
 ) -> None:
     with pytest.raises(RunError, match=r"1 of 30 prompts failed.*max_error_fraction 0\.01.*scripted refusal"):
         play(config({"refuse": POISON}, max_error_fraction=0.01), prompts, tmp_path)
-    counts = count_rows(tmp_path / "episodes", seconds=0)
+    counts = count_rows(tmp_path / "episodes", seconds=0, worked=Ledger().counts())
     assert (counts.rows, counts.errors) == (PROMPT_COUNT, 1)
     failed = {row["prompt_id"]: row for row in episodes(tmp_path).to_pylist()}
     fine = {row["prompt_id"]: row for row in episodes(whole.folder).to_pylist()}
@@ -177,20 +228,22 @@ def test_a_users_mistake_that_only_the_actor_can_see_reaches_the_driver_as_one(p
     with pytest.raises(InputError, match="one-token labels") as caught:
         play(wrong, prompts, tmp_path)
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "episodes").glob("*.parquet"))
+    assert not list((tmp_path / "episodes").rglob("*.parquet"))
 
 
 def test_rows_may_name_their_model_and_a_second_pass_scores_given_answers(prompts: Path, tmp_path: Path) -> None:
     table, models = pq.read_table(prompts), ("first", "second")
+    for model in models:
+        (tmp_path / model).mkdir()
     parts = []
     for model in models:
         ids = pa.array([f"{model}-{name}" for name in table["prompt_id"].to_pylist()])
         part = table.set_column(0, "prompt_id", ids)
-        parts.append(part.append_column("model", pa.array([model] * len(part))))
+        parts.append(part.append_column("model", pa.array([str(tmp_path / model)] * len(part))))
     pq.write_table(pa.concat_tables(parts), tmp_path / "rows.parquet")
     task = Task(kind="answer", judge="none")
     play(config(), tmp_path / "rows.parquet", tmp_path / "answers", task=task)
-    play(config(), tmp_path / "answers" / "episodes", tmp_path / "scored", task=Task(kind="score"))
+    play(config(), part_folder(tmp_path / "answers" / "episodes", 0), tmp_path / "scored", task=Task(kind="score"))
 
     answers = {row["prompt_id"]: row for row in episodes(tmp_path / "answers").to_pylist()}
     assert len(answers) == len(models) * PROMPT_COUNT

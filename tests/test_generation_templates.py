@@ -113,3 +113,17 @@ def test_the_sampling_system_prompt_stands_in_for_the_conversations_own():
     decode = ScriptedTokenizer().decode
     assert decode(chat.prompt_ids(turns, "sampled"), skip_special_tokens=False).startswith("<system>sampled<end><user>")
     assert decode(chat.prompt_ids(turns), skip_special_tokens=False).startswith("<system>own<end><user>")
+
+
+@pytest.mark.parametrize("limit", [None, 8])
+@pytest.mark.parametrize("text", ["", "hi", "  two\n\n words ", "ümläut 中文 🙂", "<|end|> <|user|>", "word " * 200])
+def test_prompt_ids_are_those_of_transformers_whatever_truncation_the_tokenizers_file_asks_for(
+    text: str, limit: int | None
+) -> None:
+    tokenizer = build_tiny_tokenizer()
+    turns = [{"role": "user", "content": text}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if limit:
+        tokenizer.backend_tokenizer.enable_truncation(limit)
+        tokenizer.backend_tokenizer.enable_padding()
+    assert Chat(tokenizer, model="m").prompt_ids(turns) == expected

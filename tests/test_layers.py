@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "spa_ray"
 # A room imports only from rooms that stand before it, and from itself.
 ROOMS = (
     "errors",
+    "logs",
     "config",
     "objectives",
     "data",
@@ -36,6 +37,7 @@ ROOMS = (
 MODELS = {"torch", "transformers", "vllm", "deepspeed", "peft"}
 BARRED = {  # room -> what never enters it although the order would allow it
     "errors": MODELS | {"ray"},
+    "logs": MODELS,
     "config": MODELS | {"ray"},
     "objectives": MODELS | {"ray"},
     "data": MODELS,

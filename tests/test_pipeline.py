@@ -18,6 +18,7 @@ from spa_ray.errors import InputError
 from spa_ray.runs.commands import run_config
 from spa_ray.runs.folder import open_run
 from spa_ray.runs.inspect import story
+from spa_ray.runs.plan_compare import compare_run
 
 pytestmark = pytest.mark.engine
 
@@ -100,12 +101,36 @@ def test_the_second_iteration_takes_the_last_refined_answer_as_a_candidate(finis
         assert row["responses"][5]["text"] == before[row["prompt_id"]]
 
 
+def test_the_drivers_log_tells_of_stages_in_json_lines(finished: dict[str, Any]) -> None:
+    lines = (Path(finished["run_dir"]) / "logs" / "driver.jsonl").read_text().split("\n")[:-1]
+    told = [json.loads(line) for line in lines]
+    assert all({"time", "level", "logger", "message", "run"} <= line.keys() for line in told)
+    made = [line for line in told if line["message"] == "stage finished"]
+    assert {line["stage"] for line in made} >= {"prompts", "generate", "train"}
+    assert {line["facts"]["rows"] for line in made if line["stage"] == "generate"} == {96}
+
+
 def test_metrics_name_vanilla_and_every_arm(finished: dict[str, Any]) -> None:
     metrics = json.loads((Path(finished["run_dir"]) / "metrics.json").read_text())
     assert list(metrics["test"]) == ["vanilla", "sft", "two"]
     for arm in metrics["test"].values():
         assert arm["n"] == 40
         assert arm["means"]["harmless"]["low"] <= arm["means"]["harmless"]["mean"] <= arm["means"]["harmless"]["high"]
+
+
+def test_the_manifest_holds_the_plan_beside_what_happened(finished: dict[str, Any]) -> None:
+    run_dir = Path(finished["run_dir"])
+    compared = compare_run(run_dir)
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["plan"] == {key: compared[key] for key in ("stages", "total")}
+    assert {stage["status"] for stage in compared["stages"]} == {"done"}
+    generate = compared["stages"][0]
+    assert generate["planned"]["requests"] == 96 * 18
+    assert 1 <= generate["ratio"]["requests"] < 1.2  # a repeated answer is sampled once more
+    assert generate["actual"]["engine_busy"] > 0
+    evaluated = [stage for stage in compared["stages"] if stage["stage"] == "evaluate"]
+    assert [stage["actual"]["requests"] for stage in evaluated] == [40, 40, 40]
+    assert all(0.2 < stage["ratio"]["prompt_tokens"] < 5 for stage in (generate, *evaluated))
 
 
 def test_a_second_call_asks_and_trains_nothing_again(finished: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from spa_ray.cli.main import main
 from spa_ray.errors import InputError, RunError
-from spa_ray.training import checkpoint, comm, convert
+from spa_ray.training import checkpoint, comm, convert, hashes
 from spa_ray.training.export import export_model
 from spa_ray.training.job import TrainJob, write_job
 from spa_ray.training.policy import make_engine
@@ -84,6 +85,13 @@ def trained(shared: Path, tiny_model: Path, one_process: None) -> Any:
     return get
 
 
+def moved_work(done: Trained, to: Path) -> Path:
+    """A copy of a job's work folder, and of the record beside it."""
+    shutil.copytree(done.work, to)
+    shutil.copytree(done.work.with_name(f"{done.work.name}.checkpoints"), to.with_name(f"{to.name}.checkpoints"))
+    return to
+
+
 def weights_of(model: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -141,8 +149,7 @@ def test_a_checkpoint_is_found_in_the_stage_the_work_folder_and_by_itself(traine
 @pytest.mark.engine
 def test_a_job_whose_model_moved_is_given_its_base(trained: Any, tmp_path: Path, tiny_model: Path) -> None:
     done = trained("lora2")
-    moved = tmp_path / "work"
-    shutil.copytree(done.work, moved)
+    moved = moved_work(done, tmp_path / "work")
     write_job(replace(done.job, work=moved, model=tmp_path / "gone"))
     with pytest.raises(InputError, match="gone"):
         convert.export(moved, tmp_path / "out")
@@ -163,14 +170,57 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained: Any, tmp_path:
 
 
 @pytest.mark.engine
-def test_a_damaged_checkpoint_is_named(trained: Any, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    shutil.copytree(trained("zero2").work, work)
-    for file in (work / "checkpoints" / "step_00000002" / checkpoint.TAG).glob("*optim_states.pt"):
+def test_a_damaged_checkpoint_is_named_and_never_read(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = moved_work(trained("zero2"), tmp_path / "work")
+    newest = work / "checkpoints" / "step_00000002"
+    for file in (newest / checkpoint.TAG).glob("*optim_states.pt"):
         file.write_bytes(file.read_bytes()[:1000])
+    with monkeypatch.context() as m:
+        m.setattr(torch, "load", lambda *a, **k: pytest.fail("was read"))
+        with pytest.raises(InputError, match=r"step_00000002: not as the job wrote it \(state/"):
+            convert.export(work, tmp_path / "out")
+    hashes.write_record(newest, hashes.hash_files(newest))  # damaged before it was recorded
     with pytest.raises(RunError, match=r"step_00000002: the checkpoint cannot be read"):
         convert.export(work, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.engine
+def test_a_checkpoint_without_its_jobs_record_is_refused_with_the_mend(spa: Any, trained: Any, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(trained("zero2").work, work)
+    status, _, err = spa(work, "--out", tmp_path / "out")
+    assert status == 2
+    assert "it is not known whether this job wrote it" in err
+    assert "export where the job ran, or bring" in err
+    assert not (tmp_path / "out").exists()
+
+
+class Trap:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["zero0", "zero2"])
+def test_a_checkpoint_that_hides_code_runs_none_even_with_a_forged_record(
+    trained: Any, tmp_path: Path, kind: str
+) -> None:
+    work = moved_work(trained(kind), tmp_path / "work")
+    newest = work / "checkpoints" / "step_00000002"
+    for file in (newest / checkpoint.TAG).glob("*_states.pt"):
+        torch.save(Trap(tmp_path / "trapped"), file)
+    hashes.write_record(newest, hashes.hash_files(newest))
+    with pytest.raises(RunError, match=r"the checkpoint cannot be read \(Weights only load failed"):
+        convert.export(work, tmp_path / "out")
+    assert not (tmp_path / "trapped").exists()
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------

@@ -111,6 +111,17 @@ def test_progress_names_every_step_of_every_job_once(runs: Runs) -> None:
     assert steps == Counter((name, step) for name in JOBS for step in (1, 2, 3))
 
 
+def test_what_workers_log_stands_as_json_lines_in_rays_log_folder(runs: Runs) -> None:
+    import ray
+
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    texts = [line for path in logs.glob("worker-*.out") for line in path.read_text().split("\n")]
+    told = [json.loads(line) for line in texts if line.startswith('{"time"')]
+    ends = [line for line in told if line["message"] == "job ends" and line["run"] == "arms"]
+    assert [line["job"] for line in sorted(ends, key=lambda line: line["time"])] == list(JOBS)
+    assert {(line["level"], line["stage"], line["rank"], line["step"]) for line in ends} == {("INFO", "train", 0, 3)}
+
+
 def test_a_bad_job_fails_in_one_line_after_the_good_ones_are_skipped(runs: Runs, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.parquet", [{**pair_rows(1)[0], "chosen_ids": [9999]}])
     bad = replace(runs.two["zero2"], name="bad", pairs=pairs, out=tmp_path / "out", work=tmp_path / "work")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spa_ray.errors import InputError, RunError
-from spa_ray.training import checkpoint, loop, policy
+from spa_ray.training import checkpoint, hashes, loop, policy
 from spa_ray.training.batches import Plan
 from spa_ray.training.job import TrainJob
 from spa_ray.training.loop import run_job
@@ -325,6 +325,68 @@ def test_a_half_written_checkpoint_is_never_taken(tmp_path: Path, tiny_model: Pa
     found = checkpoint.newest(job.work / "checkpoints")
     assert found is not None
     assert found[0].name == "step_00000001"
+
+
+def test_a_checkpoint_that_was_changed_or_is_nobodys_ends_the_run_and_is_never_read(
+    tmp_path: Path, reference_run: TrainJob, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, tiny_model, pairs, save_every_steps=1)
+    run_until(job, step=3)
+    newest = job.work / "checkpoints" / "step_00000002"
+    record = hashes.record_of(newest)
+    text = record.read_text()
+    shard = next(newest.glob("state/*optim_states.pt"))
+    held = shard.read_bytes()
+    with monkeypatch.context() as m:
+        m.setattr(torch, "load", lambda *a, **k: pytest.fail("was read"))
+        shard.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+        with pytest.raises(RunError, match=r"not as the job wrote it \(state/\S*optim_states.pt has changed\); delete"):
+            run_job(job)
+        shard.write_bytes(held)
+        record.unlink()
+        with pytest.raises(
+            RunError, match=r"not known whether this job wrote it .*; delete \S*step_00000002 to resume"
+        ):
+            run_job(job)
+    assert not job.out.exists()
+    record.write_text(text)
+    assert run_job(job).resumed_at == 2
+    assert_same_weights(job.out, reference_run.out)
+
+
+@pytest.mark.parametrize("when", ["before it is hashed", "before it has its name"])
+def test_a_checkpoint_whose_writing_was_killed_does_not_count_and_the_one_before_does(
+    tmp_path: Path, reference_run: TrainJob, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    job = make_job(tmp_path, tiny_model, pairs, save_every_steps=1)
+    write = hashes.write_record
+
+    def die(checkpoint: Path, found: dict[str, str]) -> None:
+        if checkpoint.name.endswith("2"):
+            if when == "before it has its name":
+                write(checkpoint, found)
+            raise WorkerDeathError
+        write(checkpoint, found)
+
+    with monkeypatch.context() as m:
+        m.setattr(hashes, "write_record", die)
+        with pytest.raises(WorkerDeathError):
+            run_job(job)
+    assert run_job(job).resumed_at == 1
+    assert_same_weights(job.out, reference_run.out)
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": s} for s in range(4)] + [{"offload": True}], ids=str)
+def test_bfloat16_and_offloaded_checkpoints_resume_as_tensors_and_plain_values(
+    tmp_path: Path, tiny_model: Path, pairs: Path, settings: dict[str, Any]
+) -> None:
+    settings = {"dtype": "bfloat16", "save_every_steps": 2, **settings}
+    undisturbed = make_job(tmp_path, tiny_model, pairs, name="undisturbed", **settings)
+    killed = make_job(tmp_path, tiny_model, pairs, name="killed", **settings)
+    run_job(undisturbed)
+    run_until(killed, step=3)
+    assert run_job(killed).resumed_at == 2
+    assert_same_weights(killed.out, undisturbed.out, atol=1e-6)
 
 
 def test_a_finished_job_is_handed_back_and_a_strange_folder_is_not_overwritten(

@@ -306,7 +306,7 @@ def test_warnings_of_a_row_are_said_and_are_kept_in_the_result() -> None:
     report({"job": "spa", "step": 1, "steps": 2, "warnings": ["a", "b"]})
     report({"job": "spa", "step": 2, "steps": 2})
     assert said == ["warning: train spa: a", "warning: train spa: b"]
-    result = TrainResult("spa", Path("m"), 2, 8, {}, {"loss": 1.0}, 3.0, warnings=["a"])
+    result = TrainResult("spa", Path("/m"), 2, 8, {}, {"loss": 1.0}, 3.0, warnings=["a"])
     assert TrainResult.from_dict(result.to_dict()) == result
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import time
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from spa_ray.config import Config, arm_configs
+from spa_ray.data.files import as_path, read_json
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import MAIN_FAMILY
 from spa_ray.runs.commands import print_funnel, print_metrics
 from spa_ray.runs.examples import before_after, print_examples
 from spa_ray.runs.study import write_study
+
+if TYPE_CHECKING:
+    from spa_ray.runs.pipeline import Pipeline
 
 WORLD = "spa_ray.microworld"
 
@@ -41,18 +44,23 @@ def run_demo(overrides: list[str], *, full: bool, seeds: int, verbose: bool) -> 
         for pipeline in pipelines:
             pipeline.check()
         with connected(verbose=verbose):
-            results = [pipeline.run() for pipeline in pipelines]
+            results = [run_locked(pipeline) for pipeline in pipelines]
     finally:
         progress.close()
     for result in results:
         show(result)
     study = {}
     if full or seeds > 1:
-        base = Path(next(iter(arms.values())).run_dir).absolute()
-        path = write_study([Path(r["run_dir"]) for r in results], base.with_name(f"{base.name}-study.md"))
+        base = as_path(next(iter(arms.values())).run_dir)
+        path = write_study([as_path(r["run_dir"]) for r in results], base.with_name(f"{base.name}-study.md"))
         print(f"study: {path}")
         study = {"study": str(path)}
     return {**summary(results), **study, "seconds": round(time.time() - started, 1)}
+
+
+def run_locked(pipeline: Pipeline) -> dict[str, Any]:
+    with pipeline.lock():
+        return pipeline.run()
 
 
 def of_seed(arms: dict[str, Config], number: int) -> dict[str, Config]:
@@ -88,11 +96,11 @@ def _read(name: str) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Funnels, metric tables, three examples, the path."""
-    run_dir = Path(result["run_dir"])
+    run_dir = as_path(result["run_dir"])
     funnels = {json.dumps(arm["iterations"][0]["funnel"]): name for name, arm in reversed(result["arms"].items())}
     for text, name in reversed(funnels.items()):
         print_funnel(json.loads(text), name)
-    print_metrics(json.loads((run_dir / "metrics.json").read_text(encoding="utf-8")))
+    print_metrics(read_json(run_dir / "metrics.json"))
     print_examples(before_after(run_dir, arm="spa"))
     print(f"run folder: {run_dir}")
 

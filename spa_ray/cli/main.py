@@ -15,7 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+from spa_ray.data.files import as_path, client_error
 from spa_ray.errors import InputError, RunError
+from spa_ray.logs import printable, printable_json, redact
 
 app = typer.Typer(
     help="Self-priority alignment on Ray: a model makes itself trustworthy first, then helpful, without a label.",
@@ -31,7 +33,11 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML config", show_default=Fal
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Ray's and vLLM's own logs too")]
-Out = Annotated[Path, typer.Option("--out", help="folder to write", show_default=False)]
+Out = Annotated[Any, typer.Option("--out", parser=as_path, metavar="PATH", help="folder to write", show_default=False)]
+Episodes = Annotated[Any, typer.Argument(parser=as_path, metavar="EPISODES", help="their folder", show_default=False)]
+Pairs = Annotated[Any, typer.Argument(parser=as_path, metavar="PAIRS", help="their folder", show_default=False)]
+Model = Annotated[Any, typer.Argument(parser=as_path, metavar="MODEL", help="its folder", show_default=False)]
+Run = Annotated[Any, typer.Argument(parser=as_path, metavar="RUN", help="run folder or its URI", show_default=False)]
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML config", show_default=False)]
 
 
@@ -45,6 +51,11 @@ def main() -> None:
         fail(str(e), 1)
     except OSError as e:  # a disk that is full, a folder that may not be written
         fail(f"{type(e).__name__}: {e}; what was finished stays, run the same command again", 1)
+    except Exception as e:
+        line = client_error(e)
+        if line is None:
+            raise
+        fail(f"{line}; check the endpoint and the keys in the environment, and run the same command again", 1)
     except SystemExit as e:
         if e.code == INTERRUPTED:  # typer turns Ctrl-C into it without a word
             fail("stopped; run the same command again and it goes on where it was", INTERRUPTED)
@@ -52,14 +63,15 @@ def main() -> None:
 
 
 def fail(message: str, status: int) -> None:
-    print(f"spa: {' '.join(message.split())}", file=sys.stderr)
+    """One line, whatever text of models, data or the environment the message quotes."""
+    print(f"spa: {printable(redact(' '.join(message.split())))}", file=sys.stderr)
     sys.exit(status)
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:
     """The result as stdout's last line."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(printable_json(result), flush=True)
 
 
 @app.command()
@@ -100,13 +112,31 @@ def preview(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What would happen: stages, requests, tokens, memory, GPU-hours. Starts nothing."""
-    from spa_ray.config import load_config
-    from spa_ray.runs.plan import make_plan, print_plan
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="YAML config", show_default=False)] = None,
+    overrides: Overrides = None,
+    compare: Annotated[
+        Any, typer.Option(parser=as_path, metavar="RUN", help="a run's plan beside what it did", show_default=False)
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="of a GPU-hour", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What would happen: stages, requests, tokens, memory, time, GPU-hours, cost. Starts nothing."""
+    from spa_ray.runs.plan_print import print_comparison, print_plan
 
-    result = make_plan(load_config(config, overrides or []))
-    print_plan(result)
+    if (config is None) == (compare is None):
+        raise InputError("spa plan: give a CONFIG, or --compare and a run folder")
+    if compare is not None:
+        from spa_ray.runs.plan_compare import compare_run
+
+        result = compare_run(compare)
+        print_comparison(result)
+    else:
+        from spa_ray.config import load_config
+        from spa_ray.runs.plan import check_price, make_plan
+
+        result = make_plan(load_config(str(config), overrides or []), price=check_price(price))
+        print_plan(result)
     emit(result, as_json)
 
 
@@ -127,7 +157,9 @@ def generate(
 
 @app.command()
 def build(
-    episodes: Annotated[Path, typer.Argument(help="folder of episodes", show_default=False)],
+    episodes: Annotated[
+        Any, typer.Argument(parser=as_path, metavar="EPISODES", help="folder of episodes", show_default=False)
+    ],
     out: Out,
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML config", show_default=False)] = None,
@@ -142,7 +174,7 @@ def build(
 
 @app.command()
 def train(
-    pairs: Annotated[Path, typer.Argument(help="folder of pairs", show_default=False)],
+    pairs: Pairs,
     out: Out,
     config: ConfigOption,
     overrides: Overrides = None,
@@ -155,7 +187,7 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="model folder", show_default=False)],
+    model: Model,
     out: Out,
     config: ConfigOption,
     overrides: Overrides = None,
@@ -199,7 +231,7 @@ def export(
 
 @app.command()
 def inspect(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
+    run_dir: Run,
     prompt_id: Annotated[str, typer.Argument(help="the prompt's id, or its beginning", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
@@ -213,16 +245,13 @@ def inspect(
 
 @app.command()
 def clean(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
+    run_dir: Run,
     as_json: AsJson = False,
 ) -> None:
     """Delete the stages of a run that no arm refers to any more."""
-    from spa_ray.runs.folder import open_run
+    from spa_ray.runs.commands import clean_run
 
-    deleted = [str(path) for path in open_run(run_dir).clean()]
-    for path in deleted:
-        print(f"deleted {path}")
-    emit({"deleted": deleted}, as_json)
+    emit(clean_run(run_dir), as_json)
 
 
 @app.command()

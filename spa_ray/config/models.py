@@ -18,6 +18,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+# vLLM's ways of loading weights that read safetensors, or nothing.
+SAFE_LOAD_FORMATS = (
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "mistral",
+    "runai_streamer",
+    "runai_streamer_sharded",
+    "sharded_state",
+    "dummy",
+)
+
+
 class Model(Section):
     """The policy that samples, judges, refines and is trained."""
 
@@ -29,6 +42,14 @@ class Model(Section):
     trust_remote_code: bool = Field(False, description="run Python code that lies in the model folder")
     engine: str = Field("vllm", description="`vllm`, or the dotted path `module:factory` of another engine")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's EngineArgs as they are")
+
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _reads_no_pickles(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if given.get("load_format", "safetensors") not in SAFE_LOAD_FORMATS:
+            known = ", ".join(SAFE_LOAD_FORMATS)
+            raise ValueError(f"load_format {given['load_format']!r} can read pickles, which run code; one of {known}")
+        return given
 
 
 class Prompts(Section):
@@ -203,6 +224,7 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO")
     offload: bool = Field(False, description="optimizer state in CPU memory")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    liger: bool = Field(False, description="Liger's GPU kernels for norms, rotary embedding and MLP")
     save_every_steps: int | None = Field(None, ge=1, description="checkpoint; null: none in the middle")
     save_every_minutes: float | None = Field(None, gt=0, description="checkpoint by the clock as well; null: not")
     keep_checkpoints: int = Field(2, ge=1, description="the newest ones")
@@ -249,9 +271,14 @@ class Tracking(Section):
 class Generation(Section):
     """How the generation stage treats rows."""
 
-    max_attempts: int = Field(3, ge=1, description="tries of a block of prompts when engines die under it")
+    max_attempts: int = Field(
+        3, ge=1, description="passes over the prompts whose last row has an error that another try may not meet"
+    )
     max_error_fraction: float = Field(0.1, ge=0, le=1, description="more failed prompts than this fail the stage")
     rows_per_block: int = Field(32, ge=1, description="rows committed together; also the grain of a resume")
+    start_timeout_s: float = Field(1800, gt=0, description="for loading one engine; then it is replaced")
+    stall_timeout_s: float = Field(300, gt=0, description="without a step of an engine that has work; then likewise")
+    prompt_timeout_s: float = Field(3600, gt=0, description="for one prompt's whole episode; then it is an error row")
 
 
 class Iterations(Section):
@@ -281,6 +308,9 @@ class Resources(Section):
     train_workers: int = Field(1, ge=1, description="ranks")
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 on a GPU cluster, else 0")
     cpus_per_worker: float = Field(1, gt=0, description="logical CPUs")
+    node_wait_s: float = Field(900, gt=0, description="for an autoscaling cluster to bring the nodes that a run needs")
+    gpu_memory_gib: float | None = Field(None, gt=0, description="of one GPU, for plans; null: 80")
+    price_per_gpu_hour: float | None = Field(None, ge=0, description="for plans, in any currency; null: no prices")
 
 
 class EvalSampling(Section):
@@ -306,7 +336,7 @@ class Config(Section):
     """One arm's whole config. `name`, `seed` and `run_dir` belong to the run."""
 
     name: str = Field(description="the run's name; the file's stem unless given")
-    run_dir: str = Field(description="runs/NAME unless given")
+    run_dir: str = Field(description="a path or a URI (`s3://…`); runs/NAME unless given")
     seed: int = 0
     profile: Literal["paper", "robust"] = Field(
         "paper", description="named defaults, see below; single keys override it"

@@ -25,9 +25,11 @@ from spa_ray.config.models import Prompts
 from spa_ray.data.readers import Row, read_rows
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
+from spa_ray.logs import printable
 
 ROLES = ("system", "user", "assistant")
 ROWS_PER_GROUP = 1024
+LONGEST_MESSAGE = 600  # characters: a column's name, a role or an id can be a whole document
 
 Message = dict[str, str]
 Prompt = dict[str, Any]  # prompt_id: str, messages: list[Message], meta: str
@@ -65,7 +67,7 @@ def read_prompts(
             prompt = to_prompt(row, prompts.columns)
             new = seen.add(prompt)
         except BadRowError as e:
-            message = f"{row.place}: {e}"
+            message = _brief(f"{row.place}: {e}")
             if prompts.on_bad_row == "error":
                 raise InputError(f"{message} (or leave such rows out with prompts.on_bad_row=skip)") from e
             if left == 0:
@@ -112,6 +114,12 @@ def _nothing_left(prompts: Prompts, counts: PromptCounts, where: str, skip: int)
         )
     why = f"; {counts.bad} bad rows, the first: {counts.first_bad}" if counts.bad else ""
     return f"{where}.source: {prompts.source}: no prompt in it{why}"
+
+
+def _brief(message: str) -> str:
+    """One line that can be shown and kept, however long or strange the row is that it quotes."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 1]}…"
 
 
 @dataclass
@@ -235,9 +243,13 @@ def _prompt_id(value: Any) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadRowError(f"prompt_id is a {type(value).__name__}; an id is text or a whole number")
-    if not str(value).strip():
+    try:
+        text = str(value)
+    except ValueError as e:  # a whole number of more digits than Python writes
+        raise BadRowError(f"prompt_id cannot be written ({e})") from e
+    if not text.strip():
         raise BadRowError("prompt_id is empty; give each row one, or none for all")
-    return _encodable(str(value), "prompt_id")
+    return _encodable(text, "prompt_id")
 
 
 def _meta(values: Mapping[str, Any]) -> str:
@@ -246,6 +258,8 @@ def _meta(values: Mapping[str, Any]) -> str:
         text = json.dumps(_jsonable(values), ensure_ascii=False, sort_keys=True, allow_nan=False)
     except RecursionError as e:
         raise BadRowError("a further column is nested too deeply to be kept in `meta`") from e
+    except ValueError as e:  # a whole number of more digits than Python writes
+        raise BadRowError(f"a further column cannot be kept in `meta` ({e})") from e
     return _encodable(text, "a further column")
 
 

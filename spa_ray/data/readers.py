@@ -12,7 +12,7 @@ import inspect
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
@@ -232,9 +232,7 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
         header = next(reader, [])
     except csv.Error as e:
         raise InputError(f"{path}:1: not CSV ({e}); the first line names the columns") from e
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise InputError(f"{path}:1: the column {twice[0]!r} stands twice in the header; rename one")
+    _refuse_twins(header, f"{path}:1")
     return header
 
 
@@ -244,13 +242,44 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as file:
+            _refuse_twins(file.schema_arrow.names, f"{path}")
             number = 0
             for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                for values in batch.to_pylist():
+                for row in _rows_of_batch(batch, path, number):
                     number += 1
-                    yield _row(f"{path}: row {number}", values)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as e:
-        raise InputError(f"{path}: not a Parquet file that can be read ({str(e).splitlines()[0]})") from e
+                    yield row
+    except (pa.ArrowException, OSError) as e:
+        raise InputError(f"{path}: not a Parquet file that can be read ({_first_line(e)})") from e
+
+
+def _rows_of_batch(batch: Any, path: Path, before: int) -> Iterator[Row]:
+    """A value that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) costs its row alone."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = None
+    for number in range(batch.num_rows):
+        place = f"{path}: row {before + number + 1}"
+        if rows is not None:
+            yield _row(place, rows[number])
+            continue
+        try:
+            values = batch.slice(number, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as e:
+            yield Row(place, problem=f"a value cannot be read ({_first_line(e)}); mend it or leave its column out")
+            continue
+        yield _row(place, values)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _refuse_twins(names: Sequence[str], place: str) -> None:
+    """Raises: InputError for two columns of one name, of which a row could hold only one."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{place}: the column {twice[0]!r} stands twice in the header; rename one")
 
 
 def _open(path: Path) -> BinaryIO:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from spa_ray.config.models import Model
 from spa_ray.data.dotted import load_dotted
-from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
+from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, EngineStats, Request
 
-__all__ = ["Completion", "Engine", "EngineDeadError", "Request", "create_engine"]
+__all__ = ["Completion", "Engine", "EngineDeadError", "EngineStats", "Request", "create_engine"]
 
 
 def create_engine(model: Model, folder: Path, *, verbose: bool = False) -> Engine:

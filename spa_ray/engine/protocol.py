@@ -46,11 +46,25 @@ class Completion:
     label_logprobs: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """Since the engine was loaded. `stalled` is how many seconds it has had work and finished no step of it."""
+
+    requests: int
+    busy: float  # seconds at work
+    alive: float  # seconds since the first request
+    stalled: float
+
+
 class Engine(Protocol):
     """One model, loaded once."""
 
     tokenizer: Any
     max_model_len: int
+
+    def stats(self) -> EngineStats:
+        """Cheap, and from any thread."""
+        ...
 
     async def generate(self, request: Request) -> Completion:
         """Answer a request. Raises: EngineDeadError; ValueError when prompt and max_tokens exceed `max_model_len`."""

@@ -10,13 +10,14 @@ import asyncio
 import hashlib
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Model
-from spa_ray.engine.protocol import Completion, EngineDeadError, Request
+from spa_ray.engine.protocol import Completion, EngineDeadError, EngineStats, Request
 
 ROLES = ("system", "user", "assistant")
 END = 256 + len(ROLES)  # the end-of-turn token, after the bytes and one mark a role
@@ -35,6 +36,12 @@ class Script:
     refuse: str | None = None  # requests whose prompt holds this text raise ValueError
     die: str | None = None  # the engine dies at the first prompt that holds this text
     die_once: str | None = None  # a file that remembers the death: with it there is only one
+    hang: str | None = None  # the engine stalls at the first prompt that holds this text, and answers nothing more
+    hang_once: str | None = None  # as die_once
+    dead_on_arrival: str | None = None  # a file; while it stands, engines die at their start
+    latency: float = 0.0  # seconds before an answer's first token
+    token_latency: float = 0.0  # seconds a token, with nothing else in the engine
+    batch_latency: float = 0.0  # seconds a token more for every other request in the engine
     jitter: float = 0.0  # seconds: each answer takes a hashed share of this, so that the order of completion varies
     log: str | None = None  # a file that gets one line a request: its prompt's hash and its seed
     judge_mark: str = "Rating: [[k]]"  # prompts that hold it are judgements in free text
@@ -78,7 +85,12 @@ class ScriptedEngine:
         self.max_model_len = model.max_model_len or MAX_MODEL_LEN
         self.served = 0
         self._script, self._weights = Script(**script), folder.name
-        self._dead = False
+        self._dead = self._hung = False
+        self._inside = 0
+        self._busy = 0.0  # seconds with a request inside, up to the last change of `_inside`
+        self._first = self._changed = time.monotonic()
+        if self._script.dead_on_arrival is not None and Path(self._script.dead_on_arrival).exists():
+            raise RuntimeError("scripted: dead on arrival")
 
     async def generate(self, request: Request) -> Completion:
         script = self._script
@@ -91,10 +103,38 @@ class ScriptedEngine:
         if script.log is not None:
             with open(script.log, "a", encoding="utf-8") as log:
                 log.write(f"{_hash(request.prompt_ids):x} {request.seed}\n")
-        if script.jitter:
-            await asyncio.sleep(script.jitter * self._share("jitter", request))
-        self.served += 1
+        self._enter(1)
+        try:
+            await self._wait(request)
+        finally:
+            self._enter(-1)
         return self._answer(prompt, request)
+
+    def stats(self) -> EngineStats:
+        now = time.monotonic()
+        since = now - self._changed
+        busy = self._busy + (since if self._inside else 0.0)
+        return EngineStats(self.served, busy, now - self._first if self.served else 0.0, since if self._hung else 0.0)
+
+    def _enter(self, change: int) -> None:
+        now = time.monotonic()
+        if not self.served and not self._inside:
+            self._first = now
+        self._busy += now - self._changed if self._inside else 0.0
+        self._inside, self._changed = self._inside + change, now
+        self.served += change < 0
+
+    async def _wait(self, request: Request) -> None:
+        """The time that the script gives this answer: a share of `jitter`, or the measured law of a real engine."""
+        script = self._script
+        if self._hung:
+            await asyncio.Event().wait()
+        seconds = script.jitter * self._share("jitter", request) if script.jitter else 0.0
+        if script.latency or script.token_latency:
+            token = script.token_latency + script.batch_latency * (self._inside - 1)
+            seconds += script.latency + token * len(self._answer("", request).token_ids)
+        if seconds:
+            await asyncio.sleep(seconds)
 
     async def load_weights(self, model: Path) -> None:
         self._weights = model.name
@@ -104,12 +144,8 @@ class ScriptedEngine:
 
     def _maybe_die(self, prompt: str) -> None:
         script = self._script
-        if script.die is not None and script.die in prompt:
-            memory = Path(script.die_once) if script.die_once else None
-            if memory is None or not memory.exists():
-                if memory is not None:
-                    memory.touch()
-                self._dead = True
+        self._dead = self._dead or _struck(script.die, script.die_once, prompt)
+        self._hung = self._hung or _struck(script.hang, script.hang_once, prompt)
         if self._dead:
             raise EngineDeadError("scripted: the engine is dead")
 
@@ -157,6 +193,17 @@ class ScriptedEngine:
 
     def _share(self, what: str, request: Request) -> float:
         return _hash([what, self._weights, request.prompt_ids, request.seed]) / 2**64
+
+
+def _struck(text: str | None, once: str | None, prompt: str) -> bool:
+    """Whether the prompt holds the text, and, with a file `once`, for the first time."""
+    if text is None or text not in prompt:
+        return False
+    if once is None:
+        return True
+    known = Path(once).exists()
+    Path(once).touch()
+    return not known
 
 
 def _hash(what: Any) -> int:

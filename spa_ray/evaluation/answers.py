@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset as pds
 
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.files import AnyPath
 from spa_ray.evaluation.refusals import is_refusal
 from spa_ray.evaluation.repetition import repetition
 from spa_ray.evaluation.tables import Answers
@@ -49,11 +49,11 @@ class _Rows:
     errors: int = 0
 
 
-def read_answers(episodes: Path) -> dict[str, FamilyAnswers]:
+def read_answers(episodes: AnyPath) -> dict[str, FamilyAnswers]:
     """Family -> its answers, sorted by prompt_id so that every model's arrays line up."""
     families: dict[str, _Rows] = {}
     columns = ["prompt_id", "meta", "responses", "error"]
-    table = pds.dataset(episodes, format="parquet").to_table(columns=columns).sort_by("prompt_id")
+    table = EpisodeFolder(episodes).table(columns).sort_by("prompt_id")
     for row in table.to_pylist():
         meta = json.loads(row["meta"])
         rows = families.setdefault(meta["family"], _Rows())

@@ -5,7 +5,8 @@ A template that refuses a system role gets the system text in front of the first
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -25,8 +26,11 @@ class Chat:
                 f"model {model}: its tokenizer has no chat template; add chat_template.jinja to its folder"
             )
         self._tokenizer = tokenizer
+        self._fast = _fast_encoder(tokenizer)
+        probe = [{"role": "user", "content": "What is 12 × 7?\n\nSay  why."}]
         try:
-            self._encode([{"role": "user", "content": "?"}])
+            if self._encode(probe) != self._encode_slowly(probe):
+                self._fast = None
         except TemplateError as e:
             raise InputError(f"model {model}: its chat template refuses a user message ({e})") from e
         self.knows_system = self._try_system()
@@ -50,6 +54,12 @@ class Chat:
             raise ValueError(f"the chat template refuses this conversation: {e}") from e
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
+        if self._fast is None:
+            return self._encode_slowly(messages)
+        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return self._fast(text)
+
+    def _encode_slowly(self, messages: Sequence[Message]) -> list[int]:
         ids = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
@@ -66,3 +76,15 @@ class Chat:
         except TemplateError:
             return False
         return marker in with_system
+
+
+def _fast_encoder(tokenizer: Any) -> Callable[[str], list[int]] | None:
+    """Text to ids by the library under a transformers tokenizer, without what transformers does around it (as much
+    again; at a prompt for every judgement it is felt). None where there is no such library."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    own = copy.deepcopy(backend)  # its settings are its own, whoever uses the tokenizer besides
+    own.no_truncation()
+    own.no_padding()
+    return lambda text: list(own.encode(text, add_special_tokens=False).ids)

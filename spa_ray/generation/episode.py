@@ -2,8 +2,8 @@
 
 Comes in: a row of PROMPTS. Goes out: a row of EPISODES. Each candidate is scored as soon as it is settled (its text
 and those of the candidates before it are known). What goes wrong with one prompt is recorded in its `error` as
-`KIND: what`, the kinds being `prompt_too_long`, `refused` (by engine or template) and `internal` (anything else);
-only the engine's death is raised.
+`KIND: what`: `prompt_too_long`, `refused` (by engine or template), and, worth another try, `internal` (anything else),
+`timeout` and `engine_died` (recorded by the actor). Only the engine's death is raised.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from spa_ray.generation.chat import Chat
 from spa_ray.generation.judging import Judge, Judgement
 from spa_ray.generation.seeds import seed_for
 from spa_ray.generation.templates import Templates
+from spa_ray.logs import printable
 from spa_ray.objectives import Objective
 
 Row = dict[str, Any]
 T = TypeVar("T")
+
+
+RETRYABLE = ("internal", "timeout", "engine_died")  # kinds of error that another try may not meet
 
 
 class PromptTooLongError(ValueError):
@@ -96,11 +100,12 @@ class Episodes:
         episode = _Episode(self, prompt, attempt)
         return episode.row(await _error_of(episode.play(earlier)))
 
-    async def score(self, answered: Mapping[str, Any]) -> Row:
-        """The same row with its responses scored anew (by another model than the one that answered)."""
+    async def score(self, answered: Mapping[str, Any], *, part: int = 0) -> Row:
+        """The same row with its responses scored anew (by another model than the one that answered); `part` counts the
+        tries of that."""
         if answered["error"] is not None:
             return dict(answered)
-        episode = _Episode(self, answered, answered["attempt"])
+        episode = _Episode(self, answered, answered["attempt"] + part)
         episode.responses = [_given(response) for response in answered["responses"]]
         episode.prompt_tokens, episode.generated_tokens = answered["prompt_tokens"], answered["generated_tokens"]
         return episode.row(await _error_of(episode.score_all()))
@@ -111,8 +116,8 @@ class _Episode:
 
     def __init__(self, house: Episodes, prompt: Mapping[str, Any], attempt: int) -> None:
         self.house, self.recipe = house, house._recipe
-        self.prompt_id, self.messages, self.meta = prompt["prompt_id"], prompt["messages"], prompt["meta"]
-        self.seed_id = prompt.get("seed_id") or self.prompt_id  # the same for a prompt that several models answer
+        self.prompt, self.messages, self.meta = prompt, prompt["messages"], prompt["meta"]
+        self.seed_id = prompt.get("seed_id") or prompt["prompt_id"]  # the same for a prompt that several models answer
         self.attempt = attempt
         self.responses: list[_Response] = []
         self.prompt_tokens = self.generated_tokens = 0
@@ -137,18 +142,12 @@ class _Episode:
             await self._refine(recipe.refine)
 
     def row(self, error: str | None) -> Row:
-        responses = [response.row() for response in self.responses] if error is None else []
-        return {
-            "prompt_id": self.prompt_id,
-            "messages": self.messages,
-            "meta": self.meta,
-            "responses": responses,
-            "scores": [response["scores"] for response in responses],
-            "error": error,
-            "attempt": self.attempt,
-            "prompt_tokens": self.prompt_tokens,
-            "generated_tokens": self.generated_tokens,
-        }
+        spent = {"prompt_tokens": self.prompt_tokens, "generated_tokens": self.generated_tokens}
+        if error is not None:
+            return {**error_row(self.prompt, error, self.attempt), **spent}
+        responses = [response.row() for response in self.responses]
+        scores = [response["scores"] for response in responses]
+        return {**error_row(self.prompt, None, self.attempt), "responses": responses, "scores": scores, **spent}
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
@@ -240,6 +239,21 @@ class _Episode:
                     f"the context of {self.house._engine.max_model_len}"
                 )
             left.remove(min(left, key=lambda c: tuple(c["scores"][name] for name in names)))
+
+
+def error_row(prompt: Mapping[str, Any], error: str | None, attempt: int) -> Row:
+    """A row of EPISODES without responses."""
+    return {
+        "prompt_id": prompt["prompt_id"],
+        "messages": prompt["messages"],
+        "meta": prompt["meta"],
+        "responses": [],
+        "scores": [],
+        "error": None if error is None else printable(error),  # a user's exception may hold what Arrow cannot
+        "attempt": attempt,
+        "prompt_tokens": 0,
+        "generated_tokens": 0,
+    }
 
 
 async def _error_of(work: Awaitable[None]) -> str | None:

@@ -21,6 +21,7 @@ from spa_ray.generation.templates import Templates
 from spa_ray.objectives import Objective
 
 Message = Mapping[str, str]
+SLACK = 1e-3  # by which rounding may leave a probability, or its logarithm, above its bound
 SeedOf = Callable[[int, int], int]  # (draw, attempt) -> seed
 
 
@@ -104,9 +105,12 @@ def expected_score(logprobs: Sequence[float], scale: Sequence[int]) -> Reading:
 
     `logprobs`: of the labels low..high, over the whole vocabulary.
     """
+    for value in logprobs:
+        if not value <= SLACK:  # NaN as well
+            return ParseFailure(f"a label's log-probability is {value:g}")
     masses = [math.exp(value) for value in logprobs]
     total = math.fsum(masses)
-    if not math.isfinite(total) or total <= 0 or total > 1 + 1e-3:
+    if not math.isfinite(total) or total <= 0 or total > 1 + SLACK:
         return ParseFailure(f"label probabilities sum to {total:g}")
     labels = range(scale[0], scale[1] + 1)
     mean = math.fsum(m * k for m, k in zip(masses, labels, strict=True)) / total

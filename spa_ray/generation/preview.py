@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.engine import Completion, Engine, Request, create_engine
+from spa_ray.engine import Completion, Engine, EngineStats, Request, create_engine
 from spa_ray.generation.setup import Task, check_generation, make_episodes
 
 
@@ -27,6 +27,9 @@ class Recorder:
 
     async def load_weights(self, model: Path) -> None:
         await self._engine.load_weights(model)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     def shutdown(self) -> None:
         self._engine.shutdown()

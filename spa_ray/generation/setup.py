@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
 from spa_ray.generation.chat import Chat
@@ -35,10 +36,11 @@ class Task:
 
 def make_episodes(config: Config, task: Task, engine: Engine, model: Path) -> Episodes:
     """Everything that runs on one engine. Raises: InputError for templates, scales and judges that do not fit."""
+    checked = CheckedEngine(engine)
     objectives = load_objectives(config)
     chat = Chat(engine.tokenizer, model=str(model))
     templates = Templates(config, objectives)
-    return Episodes(engine, chat, templates, make_judge(config, task, engine, chat, templates), recipe(config, task))
+    return Episodes(checked, chat, templates, make_judge(config, task, checked, chat, templates), recipe(config, task))
 
 
 def make_judge(config: Config, task: Task, engine: Engine, chat: Chat, templates: Templates) -> Judge | None:

@@ -1,51 +1,72 @@
-"""The generation stage: one Ray Data pass, prompts in, episodes out, in a pool of actors with one engine each.
+"""The generation stage: prompts in, episodes out, by Ray Data passes over a pool of actors with one engine each.
 
-Comes in: a Parquet file of PROMPTS (or, for several models at once, rows that name their model). Goes out: Parquet part
-files of EPISODES, committed block by block; rows that a former, killed pass committed are not asked again.
+Comes in: a Parquet file of PROMPTS (or, for several models at once, rows that name their model). Goes out: Parquet
+files of EPISODES under `part=K`, committed block by block; rows that a killed pass committed are not asked again.
+Part 0 holds every prompt; part K those whose row of part K - 1 has an error that another try may not meet. A part of
+more than a million prompts is run shard by shard. Never: anything on the driver that grows with the number of prompts
+beyond one shard's ids and one shard's failed prompts.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
+import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
+from ray.data.exceptions import ExecutionTimeoutError
 
-from spa_ray.config.models import Config, Resources
+from spa_ray.config.models import Config
+from spa_ray.data.episodes import EpisodeFolder, part_folder, shard_folder
+from spa_ray.data.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
 from spa_ray.data.schemas import EPISODES, with_metadata
-from spa_ray.engine import Completion, EngineDeadError, create_engine
+from spa_ray.data.token import Token
+from spa_ray.engine.placement import engine_resources
 from spa_ray.errors import InputError, RunError
-from spa_ray.generation.gate import ModelGate
-from spa_ray.generation.setup import Task, make_episodes
+from spa_ray.generation.actor import EpisodeActor, Observe, Pass
+from spa_ray.generation.commits import settle
+from spa_ray.generation.episode import RETRYABLE
+from spa_ray.generation.follow import Line, OnProgress, followed
+from spa_ray.generation.ledger import Counts
+from spa_ray.generation.pool import growing_pool
+from spa_ray.generation.setup import Task
+from spa_ray.generation.shards import SHARD_ROWS, shards
+from spa_ray.logs import WorkerLog
 from spa_ray.objectives import load_objectives
 
-OnProgress = Callable[[Mapping[str, Any]], None]
+START_DEATHS = 2  # engine processes that may be killed at their start, one after the other, before the pass ends
 
 
 @dataclass(frozen=True)
 class PassCounts:
-    """What a finished pass holds, over all attempts. Seconds are of this call."""
+    """What a finished stage holds, over all its passes and attempts; from `seconds` on: of this call alone.
+
+    `engine_busy`: the engines' seconds at work over their seconds since the first request. `tokens_per_second`:
+    generated tokens over `seconds`, start-up included.
+    """
 
     rows: int
     errors: int
+    retried: int
     prompt_tokens: int
     generated_tokens: int
-    seconds: float
     first_error: str | None
+    seconds: float
+    requests: int
+    engines: int
+    engine_deaths: int
+    engine_busy: float | None
+    tokens_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,144 +76,143 @@ def generate(
     config: Config,
     task: Task,
     *,
-    prompts: Path,
-    out: Path,
-    checkpoint: Path,
-    model: Path,
+    prompts: AnyPath,
+    out: AnyPath,
+    checkpoint: AnyPath,
+    model: AnyPath,
     config_hash: str,
-    earlier: Path | None = None,
+    earlier: AnyPath | None = None,
+    observe: Observe | None = None,
     on_progress: OnProgress | None = None,
     verbose: bool = False,
+    shard_rows: int = SHARD_ROWS,
 ) -> PassCounts:
-    """Run the pass to its end. Rows that fail are written with their error.
+    """Ask every prompt, and those that failed for a passing reason again, up to `generation.max_attempts` times.
 
     `model` is loaded first; a row's optional column `model` names another folder of the same architecture, to which the
     engine then changes, and `seed_id` what its seeds are drawn from instead of its prompt_id. `earlier` holds the last
-    iteration's episodes whose refined answers join the candidates.
+    iteration's episodes whose refined answers join the candidates. `observe` says of finished rows what the display
+    counts. `checkpoint` keeps what a resume needs. A pass has at most `shard_rows` prompts, the same in a resumed run.
     Raises: InputError as the engine does; RunError when the pass dies or too many rows failed.
     """
     started = time.monotonic()
-    total = pds.dataset(prompts, format="parquet").count_rows()
-    out.mkdir(parents=True, exist_ok=True)
     names = [o.name for o in load_objectives(config)]
     schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
-    last_words = out.with_name("last_words.log")
-    last_words.unlink(missing_ok=True)
-    with _row_checkpoint(checkpoint), _tally(out, total, on_progress) as tally:
-        arguments = (config, task, model, earlier, last_words, tally, verbose)
-        data = ray.data.read_parquet(str(prompts))
-        data = data.repartition(target_num_rows_per_block=config.generation.rows_per_block)
-        data = data.map_batches(
-            EpisodeActor,
-            fn_constructor_args=arguments,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=_pool(config),
-            max_task_retries=config.generation.max_attempts - 1,  # else a prompt that kills engines kills them for ever
-            **_engine_resources(config),
-        )
-        try:
-            data.write_parquet(str(out), schema=schema)
-        except Exception as e:
-            raise _explained(e, last_words) from e
-    counts = count_rows(out, seconds=time.monotonic() - started)
-    if on_progress is not None:
-        on_progress({"done": counts.rows, "total": total, **({"errors": counts.errors} if counts.errors else {})})
+    total = parquet_dataset(prompts).count_rows()
+    log = WorkerLog.of(run=out.parent.name, stage=task.kind, verbose=verbose)
+    make_folder(checkpoint)
+    with Token.left(checkpoint) as token, followed(lambda: finished_rows(out), total, on_progress) as ledger:
+        source = prompts
+        for part in range(config.generation.max_attempts):
+            work = Pass(config, task, model, earlier, part, observe, verbose, log, token)
+            pieces = shards(source, checkpoint / f"shards-{part}", shard_rows)
+            again = checkpoint / f"retry-{part + 1}"
+            failed = 0
+            for shard, piece in enumerate(pieces):
+                where = shard_folder(part_folder(out, part), shard, len(pieces))
+                _run_pass(
+                    work, piece, where, shard_folder(checkpoint / f"part={part}", shard, len(pieces)), ledger, schema
+                )
+                _check_pass(piece, where, stage=out.parent)
+                failed += _write_failed(piece, where, again / f"{shard:05d}.parquet")
+            if not failed:
+                break
+            source = again
+        worked = ledger.ask("counts")
+    counts = count_rows(out, seconds=time.monotonic() - started, worked=worked)
     _check_counts(counts, total, config, out)
     return counts
 
 
-class EpisodeActor:
-    """One engine and the episodes in flight on it.
+def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, ledger: Line, schema: pa.Schema) -> None:
+    """One pass of Ray Data. Nothing is started where every row is there already."""
+    config = work.config
+    settle(out, checkpoint)
+    if finished_rows(out) == parquet_dataset(prompts).count_rows():
+        return
+    make_folder(out)
+    make_folder(checkpoint)
+    files, source = arrow_filesystem(prompts)
+    out_files, target = arrow_filesystem(out)
+    with _row_checkpoint(checkpoint), growing_pool(), _patience(config):
+        data = ray.data.read_parquet(source, filesystem=files)
+        data = data.repartition(target_num_rows_per_block=config.generation.rows_per_block)
+        data = data.map_batches(
+            EpisodeActor,
+            fn_constructor_args=(work, ledger),
+            batch_size=config.generation.rows_per_block,  # a whole block; where engines have GPUs, Ray wants it said
+            batch_format="pyarrow",
+            compute=_pool(config),
+            **engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0)),
+        )
+        try:
+            data.write_parquet(target, filesystem=out_files, schema=schema)
+        except Exception as e:
+            raise explained(e, ledger.ask("last_word")) from e
 
-    What ends it is written to the file `last_words`: Ray carries errors to the driver as text, without their type.
+
+def finished_rows(out: AnyPath) -> int:
+    """Prompts that have a row under `out`, in whichever part."""
+    try:
+        return EpisodeFolder(out).count()
+    except FileNotFoundError:
+        return 0
+
+
+def _write_failed(prompts: AnyPath, out: AnyPath, again: AnyPath) -> int:
+    """Write the file of those of a pass's prompts whose row has an error that may pass; none where there are none.
+
+    It is written once, when the pass is complete, and found again by a resumed run. Returns: how many there are.
     """
-
-    def __init__(
-        self, config: Config, task: Task, model: Path, earlier: Path | None, last_words: Path, tally: Any, verbose: bool
-    ) -> None:
-        self._task, self._last_words, self._tally = task, last_words, tally
-        self._refused: InputError | None = None
-        try:
-            self._engine = create_engine(config.model, model, verbose=verbose)
-            self._episodes = make_episodes(config, task, self._engine, model)
-        except InputError as e:  # raised by the first block: here Ray would try and report it several times over
-            self._refused = e
-            return
-        self._gate = ModelGate(self._engine, model)
-        self._in_flight = asyncio.Semaphore(config.resources.concurrency)
-        self._earlier = RefinedAnswers(earlier) if earlier else None
-
-    async def __call__(self, batch: pa.Table) -> pa.Table:
-        if self._refused:
-            self._leave_word("input", str(self._refused))
-            raise self._refused
-        try:
-            rows = await asyncio.gather(*(self._run(row) for row in batch.to_pylist()))
-        except EngineDeadError as e:
-            actor = ray.get_runtime_context().get_actor_id()
-            self._leave_word("death", f"{e} (engine actor {actor}, its log {_own_log()})")
-            os._exit(1)  # so that Ray replaces this actor and its engine and runs the block again
-        return pa.Table.from_pylist(rows, schema=EPISODES)
-
-    def _leave_word(self, kind: str, why: str) -> None:
-        with self._last_words.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "why": why}) + "\n")
-
-    async def _run(self, row: dict[str, Any]) -> dict[str, Any]:
-        async with self._gate.using(Path(row["model"]) if row.get("model") else None), self._in_flight:
-            if self._task.kind == "score":
-                episode = await self._episodes.score(row)
-            else:
-                earlier = self._earlier.get(row["prompt_id"]) if self._earlier else None
-                episode = await self._episodes.run(row, earlier=earlier)
-        if self._tally is not None:
-            self._tally.add.remote(episode["error"] is not None, episode["generated_tokens"])
-        return episode
+    failed = EpisodeFolder(out).table(["prompt_id", "error"], ~pds.field("error").is_null())
+    kinds = pc.list_element(pc.split_pattern(failed["error"], ":", max_splits=1), 0)
+    ids = failed["prompt_id"].filter(pc.is_in(kinds, value_set=pa.array(RETRYABLE))).combine_chunks()
+    if len(ids) and kind(again) is None:
+        whole = pa.BufferOutputStream()
+        pq.write_table(parquet_dataset(prompts).to_table(filter=pds.field("prompt_id").isin(ids)), whole)
+        write_bytes(again, whole.getvalue().to_pybytes())
+    return len(ids)
 
 
-def _own_log() -> str:
-    """Where Ray sends this process's output."""
-    output = Path("/proc/self/fd/1")
-    return str(output.resolve()) if output.exists() else "in Ray's log folder"
-
-
-class RefinedAnswers:
-    """The refined answers of an earlier iteration by prompt_id, read once, held as Arrow columns (a few KB each)."""
-
-    def __init__(self, episodes: Path) -> None:
-        kept = []
-        for batch in pds.dataset(episodes, format="parquet").to_batches(columns=["prompt_id", "responses"]):
-            responses = pc.list_flatten(batch["responses"])
-            owners = batch["prompt_id"].take(pc.list_parent_indices(batch["responses"]))
-            fields = [pc.struct_field(responses, name) for name in ("text", "token_ids", "finish_reason")]
-            columns = pa.table([owners, *fields], names=["prompt_id", "text", "token_ids", "finish_reason"])
-            kept.append(columns.filter(pc.equal(pc.struct_field(responses, "kind"), "refined")))
-        table = pa.concat_tables(kept)
-        self._rows = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
-        self._answers = table.drop_columns(["prompt_id"]).combine_chunks()
-
-    def get(self, prompt_id: str) -> Completion | None:
-        row = self._rows.get(prompt_id)
-        return None if row is None else Completion(**self._answers.slice(row, 1).to_pylist()[0])
-
-
-def count_rows(out: Path, *, seconds: float) -> PassCounts:
-    """What the written episodes say of themselves."""
-    columns = ["error", "prompt_tokens", "generated_tokens"]
-    table = pds.dataset(out, format="parquet", schema=EPISODES).to_table(columns=columns)
-    errors = table["error"].drop_null()
+def count_rows(out: AnyPath, *, seconds: float, worked: Counts) -> PassCounts:
+    """What the written episodes say of themselves, and what this call did for it."""
+    folder = EpisodeFolder(out)
+    sums: Counter[str] = Counter()
+    first_error = None
+    for batch in folder.batches(["error", "prompt_tokens", "generated_tokens"]):
+        errors = batch["error"].drop_null()
+        sums.update(rows=batch.num_rows, errors=len(errors))
+        sums.update({name: pc.sum(batch[name]).as_py() or 0 for name in ("prompt_tokens", "generated_tokens")})
+        if first_error is None and len(errors):
+            first_error = errors[0].as_py()
     return PassCounts(
-        rows=table.num_rows,
-        errors=len(errors),
-        prompt_tokens=pc.sum(table["prompt_tokens"]).as_py() or 0,
-        generated_tokens=pc.sum(table["generated_tokens"]).as_py() or 0,
+        rows=sums["rows"],
+        errors=sums["errors"],
+        retried=len(folder.retried.ids),
+        prompt_tokens=sums["prompt_tokens"],
+        generated_tokens=sums["generated_tokens"],
+        first_error=first_error,
         seconds=round(seconds, 2),
-        first_error=errors[0].as_py() if len(errors) else None,
+        requests=worked.requests,
+        engines=worked.engines,
+        engine_deaths=worked.deaths,
+        engine_busy=None if worked.busy is None else round(worked.busy, 4),
+        tokens_per_second=round(worked.generated_tokens / seconds, 1) if seconds else 0.0,
     )
 
 
-def _check_counts(counts: PassCounts, total: int, config: Config, out: Path) -> None:
+def _check_pass(prompts: AnyPath, out: AnyPath, *, stage: AnyPath) -> None:
+    """Every prompt of the pass once. Raises: RunError."""
+    asked = parquet_dataset(prompts).count_rows()
+    ids = parquet_dataset(out).to_table(columns=["prompt_id"])["prompt_id"]
+    if len(ids) != asked or pc.count_distinct(ids).as_py() != asked:
+        raise RunError(
+            f"generate: {len(ids)} rows of {pc.count_distinct(ids).as_py()} prompts were written to {out} for {asked} "
+            f"prompts; run the same command again to mend that, or remove {stage} to ask all again"
+        )
+
+
+def _check_counts(counts: PassCounts, total: int, config: Config, out: AnyPath) -> None:
     if counts.rows != total:
         raise RunError(f"generate: {counts.rows} episodes were written for {total} prompts; run the command again")
     if counts.errors > config.generation.max_error_fraction * total:
@@ -206,7 +226,7 @@ def _check_counts(counts: PassCounts, total: int, config: Config, out: Path) -> 
 def _pool(config: Config) -> ActorPoolStrategy:
     engines = config.resources.engines
     # Blocks enough to keep `concurrency` prompts in flight while the last rows of one block are still on their way;
-    # the actor's semaphore holds it to that number.
+    # the actor's gate holds it to that number.
     calls = 1 + math.ceil(config.resources.concurrency / config.generation.rows_per_block)
     return ActorPoolStrategy(
         min_size=engines.min,
@@ -216,22 +236,14 @@ def _pool(config: Config) -> ActorPoolStrategy:
     )
 
 
-def _engine_resources(config: Config) -> dict[str, Any]:
-    resources: Resources = config.resources
-    gpus = resources.gpus_per_engine
-    if gpus is None:
-        on_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        gpus = float(config.model.tensor_parallel_size) if on_gpus else 0.0
-    return {"num_cpus": resources.cpus_per_engine, **({"num_gpus": gpus} if gpus else {})}
-
-
 @contextmanager
-def _row_checkpoint(folder: Path) -> Iterator[None]:
+def _row_checkpoint(folder: AnyPath) -> Iterator[None]:
     """Ray Data's row-level checkpoint for the pass; the context is the driver's, so it is put back afterwards."""
     context = DataContext.get_current()
     before = context.checkpoint_config
+    files, path = arrow_filesystem(folder)
     context.checkpoint_config = CheckpointConfig(
-        id_column="prompt_id", checkpoint_path=str(folder), delete_checkpoint_on_success=False
+        id_column="prompt_id", checkpoint_path=path, override_filesystem=files, delete_checkpoint_on_success=False
     )
     try:
         yield
@@ -239,54 +251,29 @@ def _row_checkpoint(folder: Path) -> Iterator[None]:
         context.checkpoint_config = before
 
 
-class Tally:
-    """Counts finished episodes as they come, for the progress display only."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.errors, self.tokens = rows, 0, 0
-
-    def add(self, failed: bool, tokens: int) -> None:
-        self.rows += 1
-        self.errors += failed
-        self.tokens += tokens
-
-    def read(self) -> tuple[int, int, int]:
-        return self.rows, self.errors, self.tokens
-
-
 @contextmanager
-def _tally(out: Path, total: int, on_progress: OnProgress | None) -> Iterator[Any]:
-    """A counting actor that is read once a second while the pass runs; it starts from the rows that are there."""
-    if on_progress is None:
-        yield None
-        return
-    before = pds.dataset(out, format="parquet").count_rows()
-    tally = ray.remote(Tally).options(num_cpus=0).remote(before)
-    done = threading.Event()
-
-    def follow() -> None:
-        started = time.monotonic()
-        while not done.wait(1.0):
-            rows, errors, tokens = ray.get(tally.read.remote(), timeout=60)
-            rate = tokens / (time.monotonic() - started)
-            done_rows = min(rows, total)  # an engine's death repeats rows
-            on_progress({"done": done_rows, "total": total, "tokens/s": rate, **({"errors": errors} if errors else {})})
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
+def _patience(config: Config) -> Iterator[None]:
+    """How long Ray Data may see nothing move, and how many engine processes may die at their start."""
+    context, limits = DataContext.get_current(), config.generation
+    before = context.execution_no_progress_timeout_s, context.max_consecutive_actor_init_deaths
+    context.execution_no_progress_timeout_s = limits.start_timeout_s + limits.prompt_timeout_s + limits.stall_timeout_s
+    context.max_consecutive_actor_init_deaths = START_DEATHS
     try:
-        yield tally
+        yield
     finally:
-        done.set()
-        thread.join()
-        ray.kill(tally)
+        context.execution_no_progress_timeout_s, context.max_consecutive_actor_init_deaths = before
 
 
-def _explained(error: BaseException, last_words: Path) -> Exception:
-    """An actor's own last word where there is one, else one line that says where to look."""
-    if last_words.exists():
-        word = json.loads(last_words.read_text(encoding="utf-8").splitlines()[-1])
-        return InputError(word["why"]) if word["kind"] == "input" else RunError(f"generate: {word['why']}")
-    last = [line for line in str(error).splitlines() if line.strip()]
-    what = last[-1] if last else ""
+def explained(error: BaseException, word: tuple[str, str] | None) -> Exception:
+    """An actor's own last word where that is what ended the pass, else one line that says where to look.
+
+    A word may be of an engine that was replaced since: an error that comes from a task (a full disk, say) or from
+    Ray Data's patience speaks for itself, unless it quotes the word.
+    """
+    itself = isinstance(error, (ray.exceptions.RayTaskError, ExecutionTimeoutError))
+    if word is not None and (not itself or word[1] in str(error)):
+        kind, why = word
+        return InputError(why) if kind == "input" else RunError(f"generate: {why}")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    what = lines[0] if isinstance(error, ExecutionTimeoutError) else lines[-1]
     return RunError(f"generate: {type(error).__name__}: {what}; --verbose shows the engine's log")

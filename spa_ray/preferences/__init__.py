@@ -5,9 +5,20 @@
 
 from spa_ray.preferences.denoising import DROP_REASONS, denoise, resolve_tau
 from spa_ray.preferences.funnel import ALL_REASONS, Funnel
+from spa_ray.preferences.live import LIVE_CLASSES, live_reason, live_reasons
 from spa_ray.preferences.pairing import build_pairs
 
-__all__ = ["ALL_REASONS", "DROP_REASONS", "Funnel", "build_pairs", "denoise", "resolve_tau"]
+__all__ = [
+    "ALL_REASONS",
+    "DROP_REASONS",
+    "LIVE_CLASSES",
+    "Funnel",
+    "build_pairs",
+    "denoise",
+    "live_reason",
+    "live_reasons",
+    "resolve_tau",
+]
 
 # Raise it when the same config and inputs would give another output than before.
 STAGE_VERSION = 1

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
-from spa_ray.preferences.scores import Bools, Floats, Ints, ScoreGrid, covariance_det, list_lengths, score_grid
+from spa_ray.preferences.scores import Bools, Floats, ScoreGrid, covariance_det, list_lengths, score_grid
 
 # In the order in which they are tested; `no_pair` follows in the funnel, once pairs are built.
 DROP_REASONS = ("duplicate", "error", "too_few_scores", "inconsistent", "zero_det", "high_det")
@@ -34,7 +34,8 @@ def resolve_tau(scores: Column | Iterable[Column], config: Config) -> float | No
 
     The column says neither kind nor error, so the answer in a row's last position is taken for the refined one, and
     rows with fewer answers than the longest row lack it and are left out, as are prompts with fewer than objectives + 1
-    scored candidates or an unscored refined answer. An iterable of pieces is read once, 16 bytes a prompt are kept.
+    scored candidates or an unscored refined answer. An iterable of pieces is read once. Kept are 8 bytes for every
+    prompt whose det counts; joining them at the end takes as much again.
     """
     rule = config.denoise
     if not rule.informativeness:
@@ -43,21 +44,20 @@ def resolve_tau(scores: Column | Iterable[Column], config: Config) -> float | No
         return rule.tau
     pieces = (scores,) if isinstance(scores, pa.Array | pa.ChunkedArray) else scores
     dets: list[Floats] = []
-    lengths: list[Ints] = []
+    longest = 0
     for piece in pieces:
         grid = score_grid(piece, len(config.objectives))
         refined = np.arange(len(grid.scored))[:, None] == grid.lengths - 1
         det = covariance_det(grid.values, grid.scored & ~refined, ddof=rule.ddof)
         usable = (grid.scored & refined).any(axis=0) & ~np.isnan(det)
-        dets.append(det[usable])
-        lengths.append(grid.lengths[usable])
-    if not dets:
+        length = int(grid.lengths[usable].max(initial=0))
+        if length > longest:  # what came so far lacks a refined answer
+            longest, dets = length, []
+        counts = usable & (grid.lengths == longest)
+        dets.append(det[counts & (det > 0) if rule.tau_over == "positive" else counts])
+    if not any(map(len, dets)):
         return None
-    det, length = np.concatenate(dets), np.concatenate(lengths)
-    det = det[length == length.max(initial=0)]
-    if rule.tau_over == "positive":
-        det = det[det > 0]
-    return float(np.quantile(det, rule.tau_quantile)) if det.size else None
+    return float(np.quantile(np.concatenate(dets), rule.tau_quantile, overwrite_input=True))
 
 
 def denoise(episodes: pa.Table, config: Config, *, tau: float | None) -> pa.Table:

@@ -1,100 +1,129 @@
 """The build stage: episodes to pairs and a funnel, Ray Data carrying the pure functions of `spa_ray.preferences`.
 
-Comes in: a folder of episodes. Goes out: a folder of pairs and their `Funnel`. Each write task writes one file whose
-name is its index, so a retried task overwrites its own file, and only successful tasks are counted.
+Comes in: a folder of episodes. Goes out: a folder of pairs and their `Funnel`. Ray carries names of files: each task
+reads its own and writes one whose name is its number, so a retried task overwrites its own file, and only successful
+tasks are counted.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-import shutil
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pds
-import pyarrow.parquet as pq
 import ray
 from ray.data import Datasink
 from ray.data.block import Block, BlockAccessor
 
 from spa_ray.config.models import Config
-from spa_ray.data.schemas import EPISODES, PAIRS
+from spa_ray.data.episodes import EpisodeFolder, Retried
+from spa_ray.data.files import AnyPath, arrow_filesystem, delete_tree, make_folder, write_json
+from spa_ray.data.schemas import EPISODES
 from spa_ray.errors import InputError, RunError
-from spa_ray.preferences import Funnel, build_pairs, denoise, resolve_tau
-from spa_ray.runs.folder import Stage, write_json
+from spa_ray.preferences import Funnel, resolve_tau
+from spa_ray.runs.build_files import from_text, pair_task, plan_tasks, to_text
+from spa_ray.runs.folder import Stage
+
+TAU_ROWS = 2**16  # whose scores are looked at together
 
 
-def data_set_tau(episodes: Path, config: Config) -> float | None:
-    """τ over the whole data set, from the narrow `scores` column alone, file by file.
+def data_set_tau(episodes: AnyPath, config: Config) -> float | None:
+    """τ over the whole data set, from the narrow `scores` column alone, batch by batch.
 
     Raises: InputError when the folder holds no episodes.
     """
-    return resolve_tau(_score_columns(episodes), config)
+    batches = open_episodes(episodes).batches(["scores"])
+    return resolve_tau(_joined(batch.column(0) for batch in batches), config)
 
 
-def _score_columns(episodes: Path) -> Iterator[pa.Array]:
-    for batch in open_episodes(episodes).to_batches(columns=["scores"]):
-        yield batch.column("scores")
+def _joined(columns: Iterable[pa.Array]) -> Iterator[pa.ChunkedArray]:
+    """Small columns together: a file may hold a few rows only."""
+    held: list[pa.Array] = []
+    rows = 0
+    for column in columns:
+        held.append(column)
+        rows += len(column)
+        if rows >= TAU_ROWS:
+            yield pa.chunked_array(held)
+            held, rows = [], 0
+    if held:
+        yield pa.chunked_array(held)
 
 
-def open_episodes(folder: Path) -> pds.Dataset:
-    """The Parquet data set of a folder of episodes. Raises: InputError when it is not one."""
-    if not any(folder.glob("*.parquet")) and not folder.is_file():
-        raise InputError(f"{folder}: no *.parquet in it; give the episodes folder that `spa generate` wrote")
-    data = pds.dataset(folder, format="parquet")
+def open_episodes(folder: AnyPath) -> EpisodeFolder:
+    """The episodes of a folder. Raises: InputError when it holds none."""
+    try:
+        data = EpisodeFolder(folder)
+    except FileNotFoundError as e:
+        raise InputError(f"{folder}: no *.parquet in it; give the episodes folder that `spa generate` wrote") from e
     missing = set(EPISODES.names) - set(data.schema.names)
     if missing:
         raise InputError(f"{folder}: no column {sorted(missing)[0]!r}; these are not episodes")
-    if not data.count_rows():
+    if not data.data.count_rows():
         raise InputError(f"{folder}: no row in it; generate episodes first")
     return data
 
 
-def build(episodes: Path, out: Path, config: Config, *, tau: float | None) -> Funnel:
+def build(episodes: AnyPath, out: AnyPath, config: Config, *, tau: float | None) -> Funnel:
     """Denoise every episode and write all pairs under `out`. `tau` comes from `data_set_tau` (or an earlier iteration).
 
-    Raises: InputError for a folder without episodes; RunError when a write task fails for good.
+    Raises: InputError for a folder without episodes or with a damaged file; RunError when a task fails for good.
     """
-    metadata = open_episodes(episodes).schema.metadata
-    out.mkdir(parents=True, exist_ok=True)
-    sink = _PairsSink(out, config, tau, metadata)
+    found = open_episodes(episodes)
+    make_folder(out)
+    tasks = plan_tasks(found.sizes, arrow_filesystem(episodes)[1], found.filesystem)
+    items = [{"name": f"{number:06d}", "pieces": to_text(task)} for number, task in enumerate(tasks)]
+    sink = _PairsSink(out, config, tau, found)
     try:
-        ray.data.read_parquet(str(episodes)).write_datasink(sink)
+        ray.data.from_items(items, override_num_blocks=len(items)).write_datasink(sink)
     except ray.exceptions.RayError as e:
+        cause = getattr(e, "cause", None)
+        if isinstance(cause, InputError):
+            raise cause from e
         lines = [line for line in str(e).splitlines() if line.strip()]
         raise RunError(f"build: {type(e).__name__}: {lines[-1] if lines else ''}; --verbose shows Ray's log") from e
     return functools.reduce(operator.add, sink.funnels)
 
 
-def build_into(stage: Stage, episodes: Path, config: Config, *, frozen_tau: float | None) -> None:
+def build_into(stage: Stage, episodes: AnyPath, config: Config, *, frozen_tau: float | None) -> None:
     """The whole stage: `pairs/`, `funnel.json`, and `stage.json` last. `frozen_tau` is an earlier iteration's τ."""
     started = time.time()
     tau = data_set_tau(episodes, config) if frozen_tau is None else frozen_tau
-    shutil.rmtree(stage.folder / "pairs", ignore_errors=True)  # cheap to build anew: no half of it is kept
+    delete_tree(stage.folder / "pairs")  # cheap to build anew: no half of it is kept
     funnel = build(episodes, stage.folder / "pairs", config, tau=tau).to_dict()
     write_json(stage.folder / "funnel.json", funnel)
     stage.finish(started, funnel=funnel)
 
 
 class _PairsSink(Datasink[Funnel]):
-    """Writes the pairs of a task's episodes; the task's return value is their funnel."""
+    """Reads a task's episodes and writes their pairs; the task's return value is the funnel."""
 
-    def __init__(self, out: Path, config: Config, tau: float | None, metadata: dict[bytes, bytes] | None) -> None:
-        self.out, self.config, self.tau, self.metadata = out, config, tau, metadata
+    def __init__(self, out: AnyPath, config: Config, tau: float | None, episodes: EpisodeFolder) -> None:
+        self.out, self.config, self.tau = out, config, tau
+        self.filesystem, self.metadata = episodes.filesystem, episodes.schema.metadata
+        self.retried: Retried | None = episodes.retried if len(episodes.retried.ids) else None
         self.funnels: list[Funnel] = []
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> Funnel:
-        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
-        table = pa.concat_tables(tables).cast(EPISODES).replace_schema_metadata(self.metadata)
-        denoised = denoise(table, self.config, tau=self.tau)
-        pairs = build_pairs(denoised, self.config)
-        schema = PAIRS.with_metadata(self.metadata)
-        pq.write_table(pairs.cast(schema), self.out / f"{ctx.task_idx:06d}.parquet")
-        return Funnel.of(denoised, pairs, self.config, tau=self.tau)
+        target, root = arrow_filesystem(self.out)
+        rows = [row for block in blocks for row in BlockAccessor.for_block(block).to_arrow().to_pylist()]
+        funnels = [
+            pair_task(
+                from_text(row["pieces"]),
+                f"{root}/{row['name']}.parquet",
+                self.config,
+                tau=self.tau,
+                filesystem=self.filesystem,
+                target=target,
+                metadata=self.metadata,
+                retried=self.retried,
+            )
+            for row in rows
+        ]
+        return functools.reduce(operator.add, funnels)
 
     def on_write_complete(self, write_result: Any) -> None:
         self.funnels = list(write_result.write_returns)

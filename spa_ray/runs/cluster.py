@@ -11,6 +11,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from spa_ray.data.files import STORAGE_VARIABLES
+
+FOOTER_READERS = 2
 MIN_LOCAL_CPUS = 4  # logical: with fewer, a resumed pass waits behind its own checkpoint actors
 
 
@@ -19,6 +22,8 @@ def connected(*, verbose: bool) -> Iterator[None]:
     """Ray for the duration; a local Ray that was started here is shut down at the end."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Reading Parquet starts this many processes to read footers, each time; by default 32, on any machine.
+    os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", str(FOOTER_READERS))
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core's warnings, on everybody's stderr
         os.environ.setdefault("RAY_LOG_TO_DRIVER_EVENT_LEVEL", "FATAL")
@@ -29,15 +34,46 @@ def connected(*, verbose: bool) -> Iterator[None]:
         return
     level = logging.INFO if verbose else logging.ERROR
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
-        ray.init(logging_level=level, log_to_driver=verbose)
+        storage = {key: os.environ[key] for key in STORAGE_VARIABLES if key in os.environ}
+        there = {"env_vars": storage} if storage else None  # its nodes know their keys, not the driver's endpoint
+        # A job that was submitted with these variables is no conflict: here they came from there.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+        ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there)
     else:
         cpus = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose)
+        with _loopback():
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose
+            )
     quiet_ray_data(verbose)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+# Despite its name: whether Ray takes this machine's address on the network for its own, on any system.
+ON_NETWORK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that starts in this block, and its processes, listen on the loopback address alone.
+
+    Else its ports, by which code can be run, are open to the network; the variable set to 1 leaves them so.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER  # read off the environment when Ray was imported
+    given = os.environ.get(ON_NETWORK)
+    os.environ.setdefault(ON_NETWORK, "0")
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ[ON_NETWORK] != "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if given is None:
+            del os.environ[ON_NETWORK]
 
 
 def quiet_ray_data(verbose: bool) -> None:

@@ -5,24 +5,30 @@ Comes in: arm configs and paths. Goes out: JSON-like results (DESIGN, «Command 
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 import time
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
+from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, kind, read_json, write_json
+from spa_ray.data.node_cache import local_folder
 from spa_ray.errors import InputError
+from spa_ray.logs import printable
+from spa_ray.preferences import live_reasons
 from spa_ray.runs import stages as address
 from spa_ray.runs.cluster import connected
-from spa_ray.runs.folder import MARKER, claim, write_json
-from spa_ray.runs.hashing import file_hash, folder_hash, model_hash
-from spa_ray.runs.models import check_model_folder, fetch_model
+from spa_ray.runs.folder import CLAIM, MARKER, Stage, check_claim, claim, open_run
+from spa_ray.runs.hashing import file_hash, model_hash, parquet_hash
+from spa_ray.runs.lock import RunLock
+from spa_ray.runs.models import check_model_folder, fetch_model, shared_model
 from spa_ray.runs.pipeline import Pipeline, train_counter
+from spa_ray.runs.preflight_cluster import check_cluster
 from spa_ray.runs.progress import Progress
+from spa_ray.runs.shared_folder import check_shared
 
 
 def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[str, Any]:
@@ -31,13 +37,14 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
     pipeline = Pipeline(arms, progress=progress, until=until, verbose=verbose)
     pipeline.check()
     try:
-        with connected(verbose=verbose):
+        with pipeline.lock(), connected(verbose=verbose):
             result = pipeline.run()
     finally:
         progress.close()
     print_result(result)
-    if (pipeline.folder.path / "metrics.json").is_file() and until == "evaluate":
-        print_metrics(json.loads((pipeline.folder.path / "metrics.json").read_text(encoding="utf-8")))
+    metrics = pipeline.folder.path / "metrics.json"
+    if until == "evaluate" and is_file(metrics):
+        print_metrics(read_json(metrics))
     return result
 
 
@@ -68,7 +75,31 @@ def print_funnel(funnel: dict[str, Any], title: str) -> None:
     Console().print(table)
 
 
-def generate_stage(config: Config, *, out: Path, verbose: bool) -> dict[str, Any]:
+@contextmanager
+def claimed(out: AnyPath, name: str, digest: str) -> Iterator[Stage]:
+    """The stage that the folder `out` is to become, under a lock unless it is finished.
+
+    Raises: InputError for a folder that is something else, or in use.
+    """
+    stage, _ = check_claim(as_path(out), name, digest)
+    if stage.done:
+        yield stage
+        return
+    with RunLock(stage.folder):
+        yield claim(stage.folder, name, digest)
+
+
+def clean_run(run_dir: AnyPath) -> dict[str, Any]:
+    """`spa clean`: delete the stages that no arm refers to."""
+    run = open_run(run_dir)
+    with RunLock(run.path):
+        deleted = [str(path) for path in run.clean()]
+    for path in deleted:
+        print(f"deleted {path}")
+    return {"deleted": deleted}
+
+
+def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, Any]:
     """`spa generate`: prompts to `out/episodes/`."""
     from spa_ray.data.prompts import write_prompts
     from spa_ray.generation.setup import Task
@@ -83,29 +114,31 @@ def generate_stage(config: Config, *, out: Path, verbose: bool) -> dict[str, Any
         digest = address.generate_hash(
             config, iteration=1, prompts=file_hash(fresh), model=model_hash(model), earlier=None
         )
-        stage = claim(out, "generate", digest)
-        if not stage.done:
-            shutil.copyfile(fresh, stage.folder / "prompts.parquet")
-    if not stage.done:
-        progress, started = Progress(), time.time()
-        with closing(progress), connected(verbose=verbose):
-            counts = generate(
-                config,
-                Task(),
-                prompts=stage.folder / "prompts.parquet",
-                out=stage.folder / "episodes",
-                checkpoint=stage.folder / "checkpoint",
-                model=model,
-                config_hash=digest,
-                on_progress=progress.counter("generate"),
-                verbose=verbose,
-            )
-        stage.finish(started, **counts.to_dict())
+        with claimed(out, "generate", digest) as stage:
+            if not stage.done:
+                copy_file(fresh, stage.folder / "prompts.parquet")
+                progress, started = Progress(), time.time()
+                with closing(progress), connected(verbose=verbose):
+                    check_shared(stage.folder)
+                    check_cluster(config, stages=["generate"], say=progress.say)
+                    counts = generate(
+                        config,
+                        Task(),
+                        prompts=stage.folder / "prompts.parquet",
+                        out=stage.folder / "episodes",
+                        checkpoint=stage.folder / "checkpoint",
+                        model=shared_model(config.model, model),
+                        config_hash=digest,
+                        on_progress=progress.counter("generate"),
+                        observe=partial(live_reasons, config=config),
+                        verbose=verbose,
+                    )
+                stage.finish(started, **counts.to_dict())
     return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
 
 
 def build_stage(
-    episodes: Path, out: Path, config: Path | None, overrides: Iterable[str], *, verbose: bool
+    episodes: AnyPath, out: AnyPath, config: Path | None, overrides: Iterable[str], *, verbose: bool
 ) -> dict[str, Any]:
     """`spa build`: episodes to `out/pairs/` and `out/funnel.json`.
 
@@ -118,10 +151,12 @@ def build_stage(
     arms = load_config(config, overrides) if config else _bare_config(data.schema, overrides)
     arm = next(iter(arms.values()))
     check_objectives(data.schema, arm)
-    stage = claim(out, "build", address.build_hash(arm, episodes=folder_hash(folder), frozen_tau=None))
-    if not stage.done:
-        with connected(verbose=verbose):
-            build_into(stage, folder, arm, frozen_tau=None)
+    digest = address.build_hash(arm, episodes=parquet_hash(folder), frozen_tau=None)
+    with claimed(out, "build", digest) as stage:
+        if not stage.done:
+            with connected(verbose=verbose):
+                check_shared(stage.folder)
+                build_into(stage, folder, arm, frozen_tau=None)
     funnel = stage.facts()["funnel"]
     print_funnel(funnel, str(episodes))
     return {"pairs": str(stage.folder / "pairs"), "funnel": funnel}
@@ -147,78 +182,86 @@ def _bare_config(schema: Any, overrides: Iterable[str]) -> dict[str, Config]:
     return arm_configs(raw, overrides, where="spa build", stem="build")
 
 
-def train_stage(config: Config, *, pairs: Path, out: Path, verbose: bool) -> dict[str, Any]:
+def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) -> dict[str, Any]:
     """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands."""
-    from spa_ray.training.job import RESULT, TrainJob
+    from spa_ray.training.job import RESULT
     from spa_ray.training.launch import train_jobs
+    from spa_ray.training.stored import train_job
     from spa_ray.training.trackers import check_backends
 
     check_backends(config.tracking.backends)
-    folder, model = inside(pairs, "pairs"), fetch_model(config.model)
+    folder, out, model = inside(pairs, "pairs"), as_path(out), fetch_model(config.model)
     if not any(folder.glob("*.parquet")):
         raise InputError(f"{folder}: no *.parquet in it; give the pairs folder that `spa build` wrote")
-    digest = address.train_hash(config, pairs=folder_hash(folder), model=model_hash(model))
-    work = claim(out.with_name(f"{out.name}.work"), "train", digest)
-    job_folder = work.folder / "job"
-    # A model with a result beside it is the job's own, or the job says that it is not.
-    if out.exists() and not work.done and not (job_folder / RESULT).is_file():
-        raise InputError(f"{out}: stands already; give another --out or remove it")
-    if not work.done:
-        job = TrainJob(
-            name=out.name,
-            pairs=folder,
-            model=model,
-            out=out.absolute(),
-            train=config.train.resolved(),
-            seed=config.seed,
-            work=job_folder,
-            trust_remote_code=config.model.trust_remote_code,
-            tracking=config.tracking,
-        )
-        progress, started = Progress(), time.time()
-        with closing(progress), connected(verbose=verbose):
-            (result,) = train_jobs(
-                [job],
-                config.resources,
-                storage=work.folder / "ray_train",
-                name=f"train-{digest}",
-                verbose=verbose,
-                on_progress=train_counter(progress),
+    digest = address.train_hash(config, pairs=parquet_hash(folder), model=model_hash(model))
+    with claimed(out.with_name(f"{out.name}.work"), "train", digest) as work:
+        job_folder = work.folder / "job"
+        # A model with a result beside it is the job's own, or the job says that it is not.
+        if not work.done and children(out) and not is_file(job_folder / RESULT):
+            raise InputError(f"{out}: stands already; give another --out or remove it")
+        if not work.done:
+            job = train_job(
+                name=out.name,
+                pairs=folder,
+                model=shared_model(config.model, model),
+                out=out,
+                train=config.train.resolved(),
+                seed=config.seed,
+                work=job_folder,
+                trust_remote_code=config.model.trust_remote_code,
+                tracking=config.tracking,
             )
-        work.finish(started, **result.to_dict())
-    return {"model": str(out.absolute()), **work.facts()}
+            progress, started = Progress(), time.time()
+            with closing(progress), connected(verbose=verbose):
+                check_shared(work.folder)
+                check_cluster(config, stages=["train"], say=progress.say)
+                (result,) = train_jobs(
+                    [job],
+                    config.resources,
+                    storage=work.folder / "ray_train",
+                    name=f"train-{digest}",
+                    verbose=verbose,
+                    on_progress=train_counter(progress),
+                )
+            work.finish(started, **result.to_dict())
+    return {"model": str(out), **work.facts()}
 
 
-def evaluate_stage(config: Config, *, model: Path, out: Path, verbose: bool) -> dict[str, Any]:
+def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: bool) -> dict[str, Any]:
     """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
     from spa_ray.evaluation.prompts import write_eval_prompts
     from spa_ray.runs.evaluate import Subject, evaluate, run_metrics
     from spa_ray.runs.preflight import check_evaluation, check_settings, judge_folder
 
+    source, model = as_path(model), local_folder(as_path(model))
     check_model_folder(model)
     check_settings(config, model)
     check_evaluation(config, model)
-    judge = judge_folder(config, fetch_model(config.model) if config.evaluation.judge == "base" else model)
+    base = fetch_model(config.model) if config.evaluation.judge == "base" else model
+    judge = judge_folder(config, base)
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
         write_eval_prompts(config.evaluation, fresh)
         hashes = {"model": model_hash(model), "judge": model_hash(judge) if judge else ""}
-        stage = claim(out, "eval", address.evaluate_hash(config, prompts=file_hash(fresh), **hashes))
-        progress = Progress()
-        if not stage.done:
-            with closing(progress), connected(verbose=verbose):
-                evaluate(
-                    config,
-                    [Subject(model.absolute(), stage)],
-                    base=model.absolute(),
-                    judge=judge,
-                    prompts=fresh,
-                    work=stage.folder,
-                    on_progress=progress.counter("evaluate"),
-                    verbose=verbose,
-                )
-    metrics = run_metrics(config, {"model": stage}, baseline=None)
-    write_json(stage.folder / "metrics.json", metrics)
+        digest = address.evaluate_hash(config, prompts=file_hash(fresh), **hashes)
+        with claimed(out, "eval", digest) as stage:
+            progress = Progress()
+            if not stage.done:
+                with closing(progress), connected(verbose=verbose):
+                    check_shared(stage.folder)
+                    check_cluster(config, stages=["evaluate"], say=progress.say)
+                    evaluate(
+                        config,
+                        [Subject(source, stage)],
+                        base=source,
+                        judge=shared_model(config.model, base) if judge == base else judge,
+                        prompts=fresh,
+                        work=stage.folder,
+                        on_progress=progress.counter("evaluate"),
+                        verbose=verbose,
+                    )
+            metrics = run_metrics(config, {"model": stage}, baseline=None)
+            write_json(stage.folder / "metrics.json", metrics)
     print_metrics(metrics)
     return {"episodes": str(stage.folder / "episodes"), "metrics": {f: arms["model"] for f, arms in metrics.items()}}
 
@@ -239,13 +282,14 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         console.print(table)
 
 
-def inside(path: Path, name: str) -> Path:
+def inside(path: AnyPath, name: str) -> AnyPath:
     """The folder `name` inside `path` where there is one, else `path` itself. Raises: InputError without any."""
-    if not path.exists():
+    path = as_path(path)
+    if kind(path) is None:
         raise InputError(f"{path}: no such folder")
-    if (path / ".stage").is_file() and not (path / MARKER).is_file():
+    if is_file(path / CLAIM) and not is_file(path / MARKER):
         raise InputError(f"{path}: unfinished (no {MARKER}); run the command that made it again")
-    return path / name if (path / name).is_dir() else path
+    return path / name if kind(path / name) == "directory" else path
 
 
 def preview_prompts(config: Config, *, verbose: bool, count: int = 3) -> dict[str, Any]:
@@ -260,7 +304,8 @@ def preview_prompts(config: Config, *, verbose: bool, count: int = 3) -> dict[st
     rows = list(islice(read_prompts(config.prompts), count))
     shown = asyncio.run(preview(config, model, rows, verbose=verbose))
     for prompt in shown:
-        print(f"=== {prompt['episode']['prompt_id']}")
+        print(printable(f"=== {prompt['episode']['prompt_id']}"))
         for call in prompt["calls"]:
-            print(f"--- sent ({len(call['prompt_ids'])} tokens):\n{call['prompt']}\n--- answered: {call['text']}")
+            sent = f"--- sent ({len(call['prompt_ids'])} tokens):\n{call['prompt']}"
+            print(printable(f"{sent}\n--- answered: {call['text']}"))
     return {"prompts": shown}

@@ -7,7 +7,6 @@ serves all models that lack answers: its rows name their model and the engine ch
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +15,16 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
 from spa_ray.config.models import Config
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder
 from spa_ray.data.schemas import EPISODES, PROMPTS
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
 from spa_ray.generation.setup import Task
-from spa_ray.generation.stage import OnProgress, generate
+from spa_ray.generation.stage import OnProgress, PassCounts, generate
 from spa_ray.runs.folder import Stage
 from spa_ray.runs.hashing import digest
 from spa_ray.runs.preflight import eval_config
@@ -36,7 +36,7 @@ SEPARATOR = "::"  # between a model's hash and a prompt_id, in a pass over sever
 class Subject:
     """A model to evaluate and the stage folder that holds its answers."""
 
-    model: Path
+    model: AnyPath
     stage: Stage
 
 
@@ -44,10 +44,10 @@ def evaluate(
     config: Config,
     subjects: list[Subject],
     *,
-    base: Path,
-    judge: Path | None,
-    prompts: Path,
-    work: Path,
+    base: AnyPath,
+    judge: AnyPath | None,
+    prompts: AnyPath,
+    work: AnyPath,
     on_progress: OnProgress | None,
     verbose: bool,
 ) -> None:
@@ -64,33 +64,60 @@ def evaluate(
     task = Task(kind="answer", judge="none" if judge else config.evaluation.judge)
     shared: dict[str, Any] = {"config_hash": name, "verbose": verbose, "on_progress": on_progress}
     answers = folder / "answers"
-    generate(config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=base, **shared)
+    passes = [generate(config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=base, **shared)]
     if judge:
-        scored = folder / "scored"
-        generate(
-            config, Task(kind="score"), prompts=answers, out=scored, checkpoint=folder / "checkpoint-scored",
+        answered, scored = folder / "answered.parquet", folder / "scored"
+        if not is_file(answered):
+            write_table(EpisodeFolder(answers).table(), answered)
+        judged = generate(
+            config, Task(kind="score"), prompts=answered, out=scored, checkpoint=folder / "checkpoint-scored",
             model=judge, **shared,
         )  # fmt: skip
+        passes.append(judged)
         answers = scored
-    table = pds.dataset(answers, format="parquet").to_table()
+    table = EpisodeFolder(answers).table()
     for subject in subjects:
         mine = split_rows(table, subject)
-        (subject.stage.folder / "episodes").mkdir(exist_ok=True)
-        pq.write_table(mine, subject.stage.folder / "episodes" / "part.parquet")
-        subject.stage.finish(started, rows=mine.num_rows, errors=mine.num_rows - mine["error"].null_count)
-    shutil.rmtree(folder)
+        write_table(mine, subject.stage.folder / "episodes" / "part.parquet")
+        share = mine.num_rows / table.num_rows
+        subject.stage.finish(started, **_facts(mine, passes, share=share, seconds=time.time() - started))
+    delete_tree(folder)
 
 
-def write_rows(prompts: Path, subjects: list[Subject], out: Path) -> None:
+def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float, seconds: float) -> dict[str, Any]:
+    """What a subject's stage says of itself. Requests and seconds are its share of the passes that it had part in."""
+    return {
+        "rows": mine.num_rows,
+        "errors": mine.num_rows - mine["error"].null_count,
+        "requests": round(share * sum(counts.requests for counts in passes)),
+        "prompt_tokens": pc.sum(mine["prompt_tokens"]).as_py() or 0,
+        "generated_tokens": pc.sum(mine["generated_tokens"]).as_py() or 0,
+        "seconds": round(share * seconds, 2),
+    }
+
+
+def write_rows(prompts: AnyPath, subjects: list[Subject], out: AnyPath) -> None:
     """Every prompt once a model, the models one after the other; ids are made unique by the model's stage."""
-    table = pq.read_table(prompts).cast(PROMPTS)
+    filesystem, source = arrow_filesystem(prompts)
+    table = pq.read_table(source, filesystem=filesystem).cast(PROMPTS)
     parts = []
     for subject in subjects:
         ids = pc.binary_join_element_wise(pa.scalar(subject.stage.hash), table["prompt_id"], SEPARATOR)
         part = table.set_column(0, "prompt_id", ids).append_column("seed_id", table["prompt_id"])
         parts.append(part.append_column("model", pa.array([str(subject.model)] * len(table))))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.concat_tables(parts), out)
+    write_table(pa.concat_tables(parts), out)
+
+
+def write_table(table: pa.Table, out: AnyPath) -> None:
+    """Write one Parquet file, by rename on a disk; on an object store it appears with its last request."""
+    make_folder(out.parent)
+    if isinstance(out, Path):
+        partial = out.with_name(f".{out.name}.part")
+        pq.write_table(table, partial)
+        partial.replace(out)
+        return
+    filesystem, target = arrow_filesystem(out)
+    pq.write_table(table, target, filesystem=filesystem)
 
 
 def split_rows(table: pa.Table, subject: Subject) -> pa.Table:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as pds
-
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.files import AnyPath, as_path, read_json
+from spa_ray.logs import printable
 from spa_ray.runs.folder import open_run
 
 
@@ -26,12 +26,12 @@ class Example:
     scores_after: list[float | None]
 
 
-def before_after(run_dir: Path, *, arm: str, count: int = 3) -> list[Example]:
+def before_after(run_dir: AnyPath, *, arm: str, count: int = 3) -> list[Example]:
     """At most `count` examples, one a category first. Raises: InputError for a folder that is no run."""
-    record = json.loads((open_run(run_dir).path / "evaluation.json").read_text(encoding="utf-8"))["answers"]
+    record = read_json(open_run(run_dir).path / "evaluation.json")["answers"]
     if arm not in record:
         return []
-    before, after = (_rows(Path(record[name])) for name in ("vanilla", arm))
+    before, after = (_rows(as_path(record[name])) for name in ("vanilla", arm))
     both = [i for i in before if i in after]
     by_category: dict[str, list[str]] = {}
     for prompt_id in both:
@@ -40,9 +40,9 @@ def before_after(run_dir: Path, *, arm: str, count: int = 3) -> list[Example]:
     return [_example(before[i], after[i]) for i in turns[:count]]
 
 
-def _rows(episodes: Path) -> dict[str, dict[str, Any]]:
+def _rows(episodes: AnyPath) -> dict[str, dict[str, Any]]:
     columns = ["prompt_id", "messages", "meta", "responses", "error"]
-    table = pds.dataset(episodes, format="parquet").to_table(columns=columns).sort_by("prompt_id")
+    table = EpisodeFolder(episodes).table(columns).sort_by("prompt_id")
     rows = {row["prompt_id"]: row for row in table.to_pylist() if row["error"] is None}
     for row in rows.values():
         row["category"] = str(json.loads(row["meta"]).get("category", ""))
@@ -63,9 +63,9 @@ def _example(before: dict[str, Any], after: dict[str, Any]) -> Example:
 
 def print_examples(examples: list[Example]) -> None:
     for example in examples:
-        print(f"\n[{example.category}] {example.question}")
-        print(f"  before {_marks(example.scores_before)}: {example.before}")
-        print(f"  after  {_marks(example.scores_after)}: {example.after}")
+        print(printable(f"\n[{example.category}] {example.question}"))
+        print(printable(f"  before {_marks(example.scores_before)}: {example.before}"))
+        print(printable(f"  after  {_marks(example.scores_after)}: {example.after}"))
     if examples:
         print()
 

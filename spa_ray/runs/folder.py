@@ -1,36 +1,32 @@
-"""The run folder on disk: stages that count only once their `stage.json` stands, arms, atomic small files.
+"""The run folder, on a disk or an object store: stages that count only once their `stage.json` stands, and arms.
 
-Comes in: a path. Goes out: stage folders. Never: what a stage computes. A stage folder without `stage.json` is
+Comes in: a path or a URI. Goes out: stage folders. Never: what a stage computes. A stage folder without `stage.json` is
 unfinished: its own stage resumes it and every reader refuses it. Nothing is deleted here but by `clean`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from spa_ray.data.files import (
+    AnyPath,
+    as_path,
+    children,
+    delete_tree,
+    is_file,
+    make_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from spa_ray.errors import InputError
 
 MARKER = "stage.json"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file by rename, so that a reader sees the old one or the new one."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file by rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+CLAIM = ".stage"  # in a folder that a user named: whose output it is to become
+LOCKS = "lock"  # a folder in the run folder, or in one that a user named
 
 
 @dataclass(frozen=True)
@@ -39,17 +35,17 @@ class Stage:
 
     name: str
     hash: str
-    folder: Path
+    folder: AnyPath
 
     @property
     def done(self) -> bool:
-        return (self.folder / MARKER).is_file()
+        return is_file(self.folder / MARKER)
 
     def facts(self) -> dict[str, Any]:
         """What the stage wrote about itself. Raises: InputError when it is unfinished."""
         if not self.done:
             raise InputError(f"{self.folder}: unfinished (no {MARKER}); run the same command again to finish it")
-        return json.loads((self.folder / MARKER).read_text(encoding="utf-8"))
+        return read_json(self.folder / MARKER)
 
     def finish(self, started: float, **facts: Any) -> dict[str, Any]:
         """Write `stage.json`, last of all. `started` is a `time.time()`."""
@@ -62,59 +58,78 @@ class Stage:
 class RunFolder:
     """`runs/NAME/` (DESIGN, «Files»)."""
 
-    path: Path
+    path: AnyPath
 
     def stage(self, name: str, digest: str) -> Stage:
         """The stage's folder, made if need be."""
         folder = self.path / "stages" / f"{name}-{digest}"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return Stage(name, digest, folder)
 
-    def arm_file(self, arm: str, iteration: int) -> Path:
+    def arm_file(self, arm: str, iteration: int) -> AnyPath:
         return self.path / "arms" / arm / f"iter_{iteration}.json"
 
-    def stages(self) -> Iterator[Path]:
+    def arm_files(self) -> list[AnyPath]:
+        """Every arm's records, by name."""
+        return sorted(self.path.glob("arms/*/iter_*.json"), key=str)
+
+    def stages(self) -> Iterator[AnyPath]:
         """Every stage folder, finished or not, by name."""
-        yield from sorted(p for p in (self.path / "stages").glob("*-*") if p.is_dir())
+        for child in children(self.path / "stages"):
+            if "-" in child.name and not child.name.startswith("."):
+                yield child
 
     def used(self) -> set[str]:
         """Names of the stage folders that an arm's iteration or the evaluation refers to."""
         names: set[str] = set()
-        for file in (*self.path.glob("arms/*/iter_*.json"), *self.path.glob("evaluation.json")):
-            names.update(json.loads(file.read_text(encoding="utf-8"))["stages"].values())
+        evaluation = self.path / "evaluation.json"
+        for file in (*self.arm_files(), *([evaluation] if is_file(evaluation) else [])):
+            names.update(read_json(file)["stages"].values())
         return names
 
-    def clean(self) -> list[Path]:
+    def clean(self) -> list[AnyPath]:
         """Delete the stage folders that no arm refers to. Returns: what was deleted."""
         used = self.used()
         stray = [p for p in self.stages() if p.name not in used]
         for folder in stray:
-            shutil.rmtree(folder)
+            delete_tree(folder)
         return stray
 
 
-def claim(out: Path, name: str, digest: str) -> Stage:
+def claim(out: AnyPath, name: str, digest: str) -> Stage:
     """A folder that the user named as one stage's output: new, unfinished by the same settings, or finished by them.
 
     Raises: InputError when it holds anything else, so that nothing is mixed or overwritten.
     """
-    stage, note = Stage(name, digest, out.absolute()), out / ".stage"
-    if stage.done:
-        if stage.facts()["hash"] != digest:
-            raise InputError(f"{out}: finished with other settings or input; give another --out or remove it")
-    elif note.is_file():
-        if note.read_text(encoding="utf-8") != digest:
-            raise InputError(f"{out}: begun with other settings or input; give another --out or remove it")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: stands already and is not an output of `spa {name}`; give another --out")
-    else:
-        write_text(note, digest)
+    out = as_path(out)
+    stage, fresh = check_claim(out, name, digest)
+    if fresh:
+        write_text(out / CLAIM, digest)
     return stage
 
 
-def open_run(path: str | Path) -> RunFolder:
+def check_claim(out: AnyPath, name: str, digest: str) -> tuple[Stage, bool]:
+    """The stage that `claim` would give, and whether nobody has claimed the folder yet. Nothing is written.
+
+    Raises: InputError as `claim` does.
+    """
+    stage, note = Stage(name, digest, out), out / CLAIM
+    if stage.done:
+        if stage.facts()["hash"] != digest:
+            raise InputError(f"{out}: finished with other settings or input; give another --out or remove it")
+        return stage, False
+    if is_file(note):
+        if note.read_text(encoding="utf-8") != digest:
+            raise InputError(f"{out}: begun with other settings or input; give another --out or remove it")
+        return stage, False
+    if is_file(out) or any(child.name != LOCKS for child in children(out)):
+        raise InputError(f"{out}: stands already and is not an output of `spa {name}`; give another --out")
+    return stage, True
+
+
+def open_run(path: str | AnyPath) -> RunFolder:
     """An existing run. Raises: InputError when the folder is not one."""
-    folder = Path(path)
-    if not (folder / "config.yaml").is_file():
+    folder = as_path(path)
+    if not is_file(folder / "config.yaml"):
         raise InputError(f"{folder}: not a run folder (no config.yaml); give the path that `spa run` printed")
     return RunFolder(folder)

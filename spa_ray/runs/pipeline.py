@@ -6,24 +6,37 @@ share what is equal and a second call resumes. Never: what a stage computes.
 
 from __future__ import annotations
 
-import os
+import logging
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
+from spa_ray.data.files import AnyPath, as_path, copy_file, write_json, write_text
 from spa_ray.errors import InputError, RunError
+from spa_ray.logs import driver_log, redact_tree
+from spa_ray.preferences import live_reasons
 from spa_ray.runs import stages as address
-from spa_ray.runs.folder import RunFolder, Stage, write_json, write_text
+from spa_ray.runs.folder import RunFolder, Stage
 from spa_ray.runs.hashing import digest, file_hash, model_hash, stage_hash
+from spa_ray.runs.lock import RunLock
 from spa_ray.runs.manifest import write_manifest
-from spa_ray.runs.models import fetch_model
+from spa_ray.runs.models import fetch_model, shared_model
+from spa_ray.runs.plan import make_plan
+from spa_ray.runs.plan_compare import PLAN, compare
 from spa_ray.runs.preflight import check_run, has_evaluation, judge_folder
+from spa_ray.runs.preflight_cluster import check_cluster
+from spa_ray.runs.preflight_files import disk_warning
 from spa_ray.runs.progress import Progress
+from spa_ray.runs.shared_folder import check_shared
 
+LOG = Path("logs") / "driver.jsonl"
 STAGES = ("generate", "build", "train", "evaluate")
 
 
@@ -33,7 +46,7 @@ class ArmState:
 
     name: str
     config: Config
-    model: Path
+    model: AnyPath  # as every node of the cluster is told
     model_hash: str
     tau: float | None = None
     episodes: Stage | None = None
@@ -48,14 +61,27 @@ class Pipeline:
         if until not in STAGES:
             raise InputError(f"--until {until}: no such stage; one of {', '.join(STAGES)}")
         self.arms, self.until, self.progress, self.verbose = arms, until, progress, verbose
-        self.folder = RunFolder(Path(next(iter(arms.values())).run_dir).absolute())
-        self.base = fetch_model(next(iter(arms.values())).model)
+        first = next(iter(arms.values()))
+        self.folder = RunFolder(as_path(first.run_dir))
+        self.base = fetch_model(first.model)
+        self.shared_base = shared_model(first.model, self.base)
         self.base_hash = model_hash(self.base)
         self.used: dict[str, dict[str, Any]] = {}
         self.started = datetime.now(UTC)
+        self._checked = False
 
     def run(self) -> dict[str, Any]:
-        """Run or resume everything. Returns: DESIGN's `spa run --json` object. Raises: InputError, RunError."""
+        """Run or resume everything, on a Ray that is connected, under `lock()`.
+
+        Returns: DESIGN's `spa run --json` object. Raises: InputError, RunError.
+        """
+        check_shared(self.folder.path)
+        path, name = self.folder.path, next(iter(self.arms.values())).name
+        # An object store takes no appended lines: there the driver's log is what Ray's job log holds.
+        with driver_log(path / LOG, run=name, verbose=self.verbose) if isinstance(path, Path) else nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         states = self._begin()
         rounds = max(state.config.iterations.count for state in states.values())
         for iteration in range(1, rounds + 1):
@@ -64,18 +90,42 @@ class Pipeline:
             if self.until != "evaluate":
                 break
         metrics = self._evaluate(states) if self.until == "evaluate" else {}
-        write_manifest(self.folder, started=self.started, stages=self.used)
+        compared = compare(self.folder, self.plan)
+        write_manifest(self.folder, started=self.started, stages=self.used, compared=compared)
         arms = {name: {"iterations": s.iterations, "metrics": metrics.get(name, {})} for name, s in states.items()}
         vanilla = {"vanilla": {"metrics": metrics["vanilla"]}} if metrics else {}
         return {"run_dir": str(self.folder.path), "arms": arms, **vanilla}
 
+    def lock(self) -> RunLock:
+        """What `run` is to be called under: one driver a run folder."""
+        return RunLock(self.folder.path, say=self.progress.say)
+
     def _begin(self) -> dict[str, ArmState]:
         write_run_config(self.folder, self.arms)
-        return {name: ArmState(name, config, self.base, self.base_hash) for name, config in self.arms.items()}
+        write_json(self.folder.path / PLAN, self.plan)
+        return {name: ArmState(name, config, self.shared_base, self.base_hash) for name, config in self.arms.items()}
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """`spa plan`'s, made once."""
+        return make_plan(self.arms, folder=self.base)
 
     def check(self) -> None:
-        """What can be known before Ray starts or anything is written. Raises: InputError."""
-        check_run(self.arms, self.base)
+        """What can be known before Ray starts or anything is written; warnings are said. Raises: InputError."""
+        warnings = check_run(self.arms, self.base)
+        if isinstance(self.folder.path, Path):
+            sizes = self.plan["output_gib"]
+            full = disk_warning(self.folder.path, models_gib=sizes["models"], rest_gib=sizes["rest"])
+            warnings += [full] if full else []
+        for line in warnings:
+            self.progress.say(f"warning: {line}")
+
+    def _check_cluster(self) -> None:
+        """Once, before the first stage that is not done yet: what Ray has against what the run asks for."""
+        if not self._checked:
+            config = next(iter(self.arms.values()))
+            check_cluster(config, stages=STAGES[: STAGES.index(self.until) + 1], say=self.progress.say)
+            self._checked = True
 
     def _eval_prompts(self, config: Config) -> Stage:
         from spa_ray.evaluation.prompts import write_eval_prompts
@@ -114,7 +164,8 @@ class Pipeline:
 
     def _finish(self, stage: Stage, started: float, **facts: Any) -> None:
         self.progress.finished(stage.folder)
-        self.used[stage.folder.name] = stage.finish(started, **facts)
+        self.used[stage.folder.name] = record = stage.finish(started, **facts)
+        logging.getLogger(__name__).info("stage finished", extra={"stage": stage.name, "facts": record})
 
     # --- prompts and generate ---------------------------------------------------------------------------------------
 
@@ -126,15 +177,13 @@ class Pipeline:
     def _prompt_stage(self, name: str, write: Callable[[Path], Any]) -> Stage:
         """Prompts are read anew each time (a bad row must show at once); their contents are the stage's address."""
         started = time.time()
-        fresh = self.folder.path / "stages" / f".{name}.{os.getpid()}.parquet"
-        try:
+        with tempfile.TemporaryDirectory() as scratch:
+            fresh = Path(scratch) / "prompts.parquet"
             counts = write(fresh)
             stage = self.folder.stage(name, stage_hash(name, 1, {}, [file_hash(fresh)]))
             if not self._done(stage):
-                fresh.replace(stage.folder / "prompts.parquet")
+                copy_file(fresh, stage.folder / "prompts.parquet")
                 self._finish(stage, started, **vars(counts))
-        finally:
-            fresh.unlink(missing_ok=True)
         return stage
 
     def _generate(self, state: ArmState, iteration: int) -> Stage:
@@ -162,6 +211,7 @@ class Pipeline:
         )
         self._record(state, prompts=prompts, generate=stage)
         if not self._done(stage):
+            self._check_cluster()
             started = time.time()
             counts = generate(
                 config,
@@ -173,6 +223,7 @@ class Pipeline:
                 earlier=earlier.folder / "episodes" if earlier else None,
                 config_hash=stage.hash,
                 on_progress=self.progress.counter("generate"),
+                observe=partial(live_reasons, config=config),
                 verbose=self.verbose,
             )
             self._finish(stage, started, **counts.to_dict())
@@ -199,11 +250,11 @@ class Pipeline:
 
     def _train(self, states: dict[str, ArmState], builds: dict[str, Stage]) -> dict[str, Stage]:
         """Train what is not trained yet, all in one worker group; then every arm's policy is its new model."""
-        from spa_ray.training.job import TrainJob
-        from spa_ray.training.launch import train_jobs
+        from spa_ray.training.launch import Job, train_jobs
+        from spa_ray.training.stored import train_job
 
         trained: dict[str, Stage] = {}
-        jobs: dict[str, TrainJob] = {}
+        jobs: dict[str, Job] = {}
         for name, state in states.items():
             pairs = builds[name]
             check_pairs(name, pairs.facts()["funnel"], pairs.folder)
@@ -213,7 +264,7 @@ class Pipeline:
             trained[name] = stage
             self._record(state, train=stage)
             if stage.folder.name not in jobs and not self._done(stage):
-                jobs[stage.folder.name] = TrainJob(
+                jobs[stage.folder.name] = train_job(
                     name=name,
                     pairs=pairs.folder / "pairs",
                     model=state.model,
@@ -226,6 +277,7 @@ class Pipeline:
                     cache=self.folder.path / "cache",
                 )
         if jobs:
+            self._check_cluster()
             first = next(iter(states.values())).config
             results = train_jobs(
                 list(jobs.values()),
@@ -237,10 +289,11 @@ class Pipeline:
             )
             for (folder_name, _), result in zip(jobs.items(), results, strict=True):
                 stage = next(s for s in trained.values() if s.folder.name == folder_name)
-                self._finish(stage, time.time() - result.seconds, **result.to_dict())
+                hashed = model_hash(stage.folder / "model")
+                self._finish(stage, time.time() - result.seconds, **result.to_dict(), model_hash=hashed)
         for name, stage in trained.items():
             states[name].model = stage.folder / "model"
-            states[name].model_hash = model_hash(states[name].model)
+            states[name].model_hash = stage.facts().get("model_hash") or model_hash(states[name].model)
         return trained
 
     # --- evaluate ---------------------------------------------------------------------------------------------------
@@ -254,14 +307,14 @@ class Pipeline:
         if not has_evaluation(config):
             return {}
         prompts = self._eval_prompts(config)
-        judge = judge_folder(config, self.base)
-        models = {"vanilla": (self.base, self.base_hash)} | {n: (s.model, s.model_hash) for n, s in states.items()}
+        judge = judge_folder(config, self.shared_base)
+        models = {"vanilla": (self.shared_base, self.base_hash)}
+        models |= {name: (state.model, state.model_hash) for name, state in states.items()}
+        judge_hash = "" if judge is None else self.base_hash if judge == self.shared_base else model_hash(judge)
         stages: dict[str, Stage] = {}
         pending: dict[str, Subject] = {}
         for name, (model, hashed) in models.items():
-            address_of = address.evaluate_hash(
-                config, prompts=prompts.hash, model=hashed, judge=model_hash(judge) if judge else ""
-            )
+            address_of = address.evaluate_hash(config, prompts=prompts.hash, model=hashed, judge=judge_hash)
             stages[name] = stage = self.folder.stage("evaluate", address_of)
             if stage.folder.name not in pending and not self._done(stage):
                 pending[stage.folder.name] = Subject(model, stage)
@@ -269,10 +322,11 @@ class Pipeline:
         names = {"evalprompts": prompts.folder.name} | {name: stage.folder.name for name, stage in stages.items()}
         write_json(self.folder.path / "evaluation.json", {"answers": answers, "stages": names})
         if pending:
+            self._check_cluster()
             evaluate(
                 config,
                 list(pending.values()),
-                base=self.base,
+                base=self.shared_base,
                 judge=judge,
                 prompts=prompts.folder / "prompts.parquet",
                 work=self.folder.path / "stages",
@@ -285,7 +339,7 @@ class Pipeline:
         return {name: {family: arms[name] for family, arms in metrics.items()} for name in models}
 
 
-def check_pairs(arm: str, funnel: dict[str, Any], folder: Path) -> None:
+def check_pairs(arm: str, funnel: dict[str, Any], folder: AnyPath) -> None:
     """Raises: RunError when nothing is left to train on."""
     if funnel["pairs"]:
         return
@@ -310,8 +364,9 @@ def train_counter(progress: Progress) -> Callable[[Mapping[str, Any]], None]:
 
 
 def write_run_config(run: RunFolder, arms: dict[str, Config]) -> None:
-    """Write config.yaml: every arm's resolved config."""
+    """Write config.yaml: every arm's resolved config, without its secrets."""
     import yaml
 
     resolved = {name: config.model_dump(mode="json", exclude={"arms"}) for name, config in arms.items()}
-    write_text(run.path / "config.yaml", yaml.safe_dump({"arms": resolved}, sort_keys=False, allow_unicode=True))
+    shown = redact_tree({"arms": resolved})
+    write_text(run.path / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))

@@ -1,241 +1,235 @@
-"""`spa plan`: what a run would do and cost, from the config, at most 200 sampled prompts and the model's config alone.
+"""`spa plan`: what a run would do and cost, from the config, a few of its prompts and the model's headers alone.
 
-Comes in: arm configs. Goes out: a JSON-like plan and its printed form. Starts nothing and loads no weights; what could
-not be looked up is estimated and marked so, with the assumption beside it.
+Comes in: arm configs. Goes out: a JSON-like plan: every stage once, with requests, tokens, time, GPU-hours and, given a
+price, money; and their total. Starts nothing and loads no weights; what could not be looked up is assumed and said so.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-import struct
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Config, Prompts
-from spa_ray.data.prompts import read_prompts
+from spa_ray.config.models import Config
+from spa_ray.data.dotted import is_dotted
 from spa_ray.errors import InputError
-from spa_ray.runs.models import local_model
+from spa_ray.generation.chat import Chat
+from spa_ray.runs import plan_cost as cost
+from spa_ray.runs.plan_model import ModelFacts, model_facts
+from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
+from spa_ray.runs.plan_stages import PlannedStage, planned_stages
+from spa_ray.runs.plan_tokens import CHARS_PER_TOKEN, CharEncoder, Encoder, Work, answer_work, episode_work, mean_tokens
+from spa_ray.runs.preflight import eval_config, has_evaluation
 from spa_ray.training.guards import check_lr
 
-SAMPLED = 200
-CHARS_PER_TOKEN = 4.0
-ANSWER_SHARE = 0.5  # of max_tokens that an answer is assumed to use
-DECODE_FLOPS = 4.0e13  # per GPU and second, batched decoding of a vLLM engine: 2,500 tokens/s at 8 B parameters
-PREFILL_FLOPS = 4.0e14  # per GPU and second
-TRAIN_FLOPS = 3.0e14  # per GPU and second
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+Plan = dict[str, Any]
+SUMMED = ("requests", "prompt_tokens", "prefill_tokens", "generated_tokens", "seconds", "gpu_hours")
 
 
-def make_plan(arms: dict[str, Config]) -> dict[str, Any]:
-    """The plan of every arm. Raises: InputError where the config or a local model or prompt file is wrong."""
-    return {"arms": {name: plan_arm(config) for name, config in arms.items()}, "assumptions": assumptions()}
+def make_plan(arms: dict[str, Config], *, price: float | None = None, folder: Path | None = None) -> Plan:
+    """The plan of a run. `price` is of a GPU-hour and stands above `resources.price_per_gpu_hour`; `folder` is where
+    the model was fetched to, where it was.
 
-
-def assumptions() -> list[str]:
-    return [
-        f"an answer uses {ANSWER_SHARE:.0%} of its max_tokens; a refinement reads every candidate",
-        f"a GPU: {PREFILL_FLOPS:.0e} FLOP/s of prefill, {DECODE_FLOPS:.0e} of decoding, {TRAIN_FLOPS:.0e} of training",
-        "a sampled prompt's prefix is computed once and shared by its candidates, each score reads prompt and answer",
-        "half of the pairs that n + 1 answers can form pass δ, for one prompt in three",
-    ]
-
-
-def plan_arm(config: Config) -> dict[str, Any]:
-    """Stages, requests, tokens, memory and GPU-hours of one arm."""
-    model, notes = model_facts(config)
-    prompts = prompt_facts(config.prompts, config, notes, "prompts")
-    generation = generation_cost(config, prompts)
-    train = config.train.resolved()
-    pairs = round(prompts["count"] * config.sampling.n * (config.sampling.n + 1) / 2 * 0.5 / 3)
-    steps = math.ceil(pairs / train.batch_size * train.epochs)
-    pair_tokens = 2 * (prompts["tokens"] + ANSWER_SHARE * config.sampling.max_tokens)
-    gpus = config.resources.engines.max * max(1, config.model.tensor_parallel_size)
-    warning = check_lr(train, model["parameters"])
-    notes += [warning] if warning else []
-    flops = 2 * model["parameters"]
-    hours = {
-        "generate": flops
-        * (generation["prefill_tokens"] / PREFILL_FLOPS + generation["decode_tokens"] / DECODE_FLOPS)
-        / 3600,
-        "train": 3 * flops * pair_tokens * pairs * train.epochs / TRAIN_FLOPS / 3600,
-    }
+    Raises: InputError where the config, a local model or what is read of a prompt file is wrong.
+    """
+    first = next(iter(arms.values()))
+    price = first.resources.price_per_gpu_hour if price is None else price
+    look = _Lookup(first, folder)
+    graph = planned_stages(arms)
+    stages = _Costs(look, graph).all()
+    for stage in stages:
+        stage["cost"] = None if price is None else round(stage["gpu_hours"] * price, 2)
+    starts = _group_starts(graph, look.devices)
+    plan_arms = {name: _arm(name, config, look, stages) for name, config in arms.items()}
     return {
-        "stages": ["prompts", "generate", "build", "train"] + (["evaluate"] if config.evaluation.prompts else []),
-        "iterations": config.iterations.count,
-        "model": model,
-        "prompts": prompts,
-        "generate": generation,
-        "train": {
-            "method": train.method, "beta": train.beta, "gamma": train.gamma, "lr": train.lr, "gap": train.gap,
-            "pairs_estimated": pairs, "steps_estimated": min(steps, train.max_steps or steps),
-        },
-        "memory_gib": memory(config, model),
-        "gpu_hours": {stage: round(value * config.iterations.count, 3) for stage, value in hours.items()},
-        "gpus": {"engines": gpus, "train": config.resources.train_workers},
-        "notes": notes,
+        "arms": plan_arms,
+        "model": look.model.to_dict(),
+        "gpus": {"engines": look.devices.engines * look.devices.gpus_per_engine,
+                 "train": look.devices.workers * look.devices.gpus_per_worker},
+        "stages": stages,
+        "total": _total(stages, starts, price),
+        "price_per_gpu_hour": price,
+        "output_gib": _output(look, graph, stages),
+        "assumptions": cost.assumptions(first, look.devices),
+        "notes": list(dict.fromkeys([*look.notes, *(n for arm in plan_arms.values() for n in arm["notes"])])),
     }  # fmt: skip
 
 
-def model_facts(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Parameters and KV-cache bytes a token, read off the model folder or estimated from a hub id's name."""
-    notes: list[str] = []
-    folder = local_model(config.model)
-    if folder is None:
-        billions = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-zA-Z])", config.model.path)
-        size = float(billions.group(1)) if billions else 8.0
-        notes.append(f"model {config.model.path}: not on this machine; {size:g} B parameters estimated from its name")
-        return {
-            "path": config.model.path,
-            "parameters": size * 1e9,
-            "kv_bytes_per_token": None,
-            "estimated": True,
-        }, notes
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = settings.get("text_config", settings)
-    heads = settings.get("num_attention_heads")
-    layers, width = settings.get("num_hidden_layers"), settings.get("hidden_size")
-    kv = None
-    if heads and layers and width:
-        head = settings.get("head_dim") or width // heads
-        kv = 2 * layers * (settings.get("num_key_value_heads") or heads) * head * BYTES[config.model.dtype]
-    return {
-        "path": config.model.path, "parameters": parameters(folder), "kv_bytes_per_token": kv, "estimated": False
-    }, notes  # fmt: skip
+@dataclass
+class _Lookup:
+    """What was looked up, once a run: arms share the model; prompts and token counts are kept by their settings."""
 
+    first: Config
+    folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
 
-def parameters(folder: Path) -> float:
-    """Number of parameters, from the headers of the safetensors files."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as f:
-            size = struct.unpack("<Q", f.read(8))[0]
-            header = json.loads(f.read(size))
-        total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
-    return float(total)
+    def __post_init__(self) -> None:
+        self.model: ModelFacts = model_facts(self.first.model, self.notes, self.folder)
+        self.devices = cost.devices(self.first, self.model.parameters)
+        self.encoder: Encoder = self._encoder()
 
+    def _encoder(self) -> Encoder:
+        folder = self.model.folder
+        if folder is None or self.first.model.engine != "vllm":
+            why = "not on this machine" if folder is None else "the engine's own"
+            self.notes.append(f"tokenizer of {self.model.path}: {why}; {CHARS_PER_TOKEN} characters a token assumed")
+            return CharEncoder()
+        if not (folder / "tokenizer.json").is_file():
+            from spa_ray.generation.setup import load_tokenizer
 
-def prompt_facts(prompts: Prompts, config: Config, notes: list[str], where: str) -> dict[str, Any]:
-    """Count and mean tokens of the prompts, over at most 200 of them."""
-    if prompts.source is None:
-        raise InputError(f"{where}.source: missing; give a file, a folder, module:reader or a named data set")
-    try:
-        rows = list(islice(read_prompts(prompts, where=where), SAMPLED))
-    except InputError as e:
-        if not _named(prompts.source):
-            raise
-        notes.append(f"{where}: {e}; 60 tokens a prompt and {prompts.limit or 1000} prompts estimated")
-        return {"source": prompts.source, "count": prompts.limit or 1000, "tokens": 60.0, "estimated": True}
-    if not rows:
-        raise InputError(f"{where}.source: {prompts.source}: no prompt in it")
-    count, exact = _count(prompts, len(rows), where)
-    if not exact:
-        notes.append(f"{where}: the source was not counted; {count} prompts assumed (set {where}.limit)")
-    tokens = mean_tokens([row["messages"] for row in rows], config, notes)
-    return {"source": prompts.source, "count": count, "tokens": tokens, "sampled": len(rows), "estimated": not exact}
+            return Chat(load_tokenizer(self.first, folder), model=str(folder))
+        from transformers import PreTrainedTokenizerFast  # counts alike, and imports in a third of the time
 
+        return Chat(PreTrainedTokenizerFast.from_pretrained(folder), model=str(folder))
 
-def _named(source: str) -> bool:
-    return ":" not in source and not Path(source).expanduser().exists() and not Path(source).suffix
+    def prompts(self, config: Config) -> PromptFacts:
+        key = ["prompts", config.prompts.model_dump(mode="json")]
+        return self._once(key, lambda: prompt_facts(config.prompts, self.notes, "prompts"))
 
-
-def _count(prompts: Prompts, seen: int, where: str) -> tuple[int, bool]:
-    if seen < SAMPLED:
-        return seen, True
-    if prompts.limit:
-        return prompts.limit, True
-    return seen, False
-
-
-def mean_tokens(conversations: list[list[dict[str, str]]], config: Config, notes: list[str]) -> float:
-    """Mean tokens of a rendered prompt; characters / 4 where the tokenizer is not on this machine."""
-    folder = local_model(config.model)
-    if folder is None:
-        notes.append(
-            f"tokenizer of {config.model.path}: not on this machine; {CHARS_PER_TOKEN:g} characters a token estimated"
+    def held_out(self, config: Config) -> tuple[int, Work, Work]:
+        """Rows, and the work of answering and of scoring them."""
+        return self._once(
+            ["held out", config.model_dump(mode="json", exclude={"train"})], lambda: self._held_out(config)
         )
-        chars = sum(len(m["content"]) for messages in conversations for m in messages)
-        return round(chars / CHARS_PER_TOKEN / len(conversations) + 8, 1)
-    if (folder / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
 
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # counts alike, and imports in a third of the time
-    else:
-        from transformers import AutoTokenizer
+    def _held_out(self, config: Config) -> tuple[int, Work, Work]:
+        rows, answers, scores = 0, Work(), Work()
+        for facts in held_out_facts(config.evaluation, self.notes):
+            judged = not is_dotted(config.evaluation.judge)
+            answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
+            rows += facts.count
+            answers, scores = answers + answer.times(facts.count), scores + score.times(facts.count)
+        return rows, answers, scores
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-    if not tokenizer.chat_template:
-        raise InputError(f"{folder}: the tokenizer has no chat template; add chat_template.jinja to the model folder")
-    sizes = [
-        len(tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=True, return_dict=False))
-        for m in conversations
-    ]
-    return round(sum(sizes) / len(sizes), 1)
+    def tokens(self, config: Config) -> float:
+        """Mean tokens of a rendered prompt."""
+        key = ["tokens", config.prompts.model_dump(mode="json")]
+        return self._once(key, lambda: mean_tokens(self.prompts(config).sample, self.encoder))
 
+    def episode(self, config: Config, *, earlier: bool) -> Work:
+        sections = {"objectives", "constitution", "prompts", "sampling", "scoring", "refine"}
+        key = ["episode", earlier, config.model_dump(mode="json", include=sections)]
+        return self._once(
+            key,
+            lambda: episode_work(
+                config, self.prompts(config).sample, self.encoder, context=self.model.context, earlier=earlier
+            ),
+        )
 
-def generation_cost(config: Config, prompts: dict[str, Any]) -> dict[str, Any]:
-    """Requests and tokens of the generate stage, one iteration."""
-    n, k, draws = config.sampling.n, len(config.objectives), config.scoring.draws
-    count, tokens = prompts["count"], prompts["tokens"]
-    answer, refined = ANSWER_SHARE * config.sampling.max_tokens, ANSWER_SHARE * config.refine.max_tokens
-    scores = (n + 1) * k * draws
-    requests = n + scores + 1
-    judged = 1 if config.scoring.mode != "regex" else config.scoring.max_tokens
-    prefill = n * tokens + scores * (tokens + answer + 80) + (tokens + n * (answer + 12) + 120)
-    return {
-        "requests": round(count * requests),
-        "requests_per_prompt": requests,
-        "prefill_tokens": round(count * prefill),
-        "decode_tokens": round(count * (n * answer + scores * judged + refined)),
-    }
+    def _once(self, key: list[Any], find: Callable[[], Any]) -> Any:
+        text = json.dumps(key, sort_keys=True)
+        if text not in self.kept:
+            self.kept[text] = find()
+        return self.kept[text]
 
 
-def memory(config: Config, model: dict[str, Any]) -> dict[str, Any]:
-    """GiB per GPU: engine weights, KV cache of one full context, and the training state under ZeRO."""
-    gib = 1024**3
-    size, world = model["parameters"], config.resources.train_workers
-    train = config.train
-    trainable = size if train.lora is None else size * 0.01
-    weights = size * BYTES[train.dtype]
-    state = trainable * (12 if train.dtype == "bfloat16" else 8)  # master copy and two moments; fp32 needs no copy
-    gradients = trainable * BYTES[train.dtype]
-    shard = {0: (1, 1, 1), 1: (1, 1, world), 2: (1, world, world), 3: (world, world, world)}[train.zero_stage]
-    context = config.model.max_model_len or 8192
-    kv = model["kv_bytes_per_token"]
-    return {
-        "engine_weights": round(size * BYTES[config.model.dtype] / config.model.tensor_parallel_size / gib, 3),
-        "kv_cache_per_context": round(kv * context / config.model.tensor_parallel_size / gib, 3) if kv else None,
-        "training_state": round((weights / shard[0] + gradients / shard[1] + state / shard[2]) / gib, 3),
-    }
+class _Costs:
+    """The cost of every planned stage."""
 
+    def __init__(self, look: _Lookup, graph: list[PlannedStage]) -> None:
+        self.look, self.graph = look, graph
+        self.subjects = sum(stage.stage == "evaluate" for stage in graph)
 
-def print_plan(plan: dict[str, Any]) -> None:
-    """The plan as tables."""
-    from rich.console import Console
-    from rich.table import Table
+    def all(self) -> list[Plan]:
+        return [self._stage(stage) for stage in self.graph]
 
-    console = Console()
-    for name, arm in plan["arms"].items():
-        table = Table(title=f"arm {name}: {' → '.join(arm['stages'])}", show_header=False, title_justify="left")
-        mark = {True: " (estimated)", False: ""}
-        model, prompts, generation, train = arm["model"], arm["prompts"], arm["generate"], arm["train"]
-        rows = {
-            "model": f"{model['path']}, {model['parameters'] / 1e6:,.1f} M parameters{mark[model['estimated']]}",
-            "prompts": f"{prompts['count']:,} of {prompts['tokens']} tokens{mark[prompts['estimated']]}",
-            "requests": f"{generation['requests']:,} ({generation['requests_per_prompt']} a prompt)",
-            "tokens": f"{generation['prefill_tokens']:,} prefill, {generation['decode_tokens']:,} decoded",
-            "train": f"{train['method']}: β {train['beta']:g}, γ {train['gamma']:g}, lr {train['lr']:g}, "
-            f"gap {train['gap']}; about {train['pairs_estimated']:,} pairs, {train['steps_estimated']:,} steps",
-            "memory, GiB": ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in arm["memory_gib"].items()),
-            "GPU-hours": ", ".join(f"{key} {value}" for key, value in arm["gpu_hours"].items())
-            + (f" (× {arm['iterations']} iterations, included)" if arm["iterations"] > 1 else ""),
+    def _stage(self, stage: PlannedStage) -> Plan:
+        compute = {"generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate}
+        rows, work, seconds, gpus = compute[stage.stage](stage)
+        return {
+            "stage": stage.stage,
+            "arms": stage.arms,
+            "iteration": stage.iteration,
+            "rows": rows,
+            **work.rounded(),
+            "seconds": round(seconds, 1),
+            "gpus": gpus,
+            "gpu_hours": round(seconds * gpus / 3600, 3),
         }
-        for key, value in rows.items():
-            table.add_row(key, value)
-        console.print(table)
-        for note in arm["notes"]:
-            print(f"note: {note}")
-    for line in plan["assumptions"]:
-        print(f"assumed: {line}")
+
+    def _rows(self, stage: PlannedStage) -> int:
+        return self.look.prompts(stage.config).count
+
+    def _generate(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        rows, on = self._rows(stage), self.look.devices
+        earlier = stage.config.iterations.reuse_refined and stage.iteration > 1
+        work = self.look.episode(stage.config, earlier=earlier).times(rows)
+        return rows, work, cost.generate_seconds(work, self.look.model, on), on.engines * on.gpus_per_engine
+
+    def _build(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        return self._rows(stage), Work(), cost.build_seconds(self._rows(stage)), 0.0
+
+    def _train(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        config, on = stage.config, self.look.devices
+        job = cost.training(config, self.look.model, self._rows(stage), self.look.tokens(config), on)
+        return job.pairs, Work(), job.seconds, on.workers * on.gpus_per_worker
+
+    def _evaluate(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        """One model's part of the pass, or of the two passes, over all models."""
+        config, on, look = eval_config(stage.config), self.look.devices, self.look
+        rows, answers, scores = look.held_out(config)
+        judge = config.evaluation.judge
+        passes = 1 if is_dotted(judge) or judge == "self" else 2
+        gpus, size = on.gpus_per_engine, look.model.parameters
+        busy = sum(cost.compute_seconds(work, size, on.rates, gpus=gpus) for work in (answers, scores)) / on.engines
+        seconds = passes * cost.pass_seconds(look.model, on.rates) / self.subjects + busy
+        return rows, answers + scores, seconds, on.engines * gpus
+
+
+def _group_starts(graph: list[PlannedStage], on: cost.Devices) -> dict[str, float]:
+    """Training workers start once an iteration, for all arms together."""
+    rounds = len({stage.iteration for stage in graph if stage.stage == "train"})
+    seconds = rounds * on.train_rates.group_start
+    return {"seconds": seconds, "gpu_hours": seconds * on.workers * on.gpus_per_worker / 3600}
+
+
+def _total(stages: list[Plan], starts: dict[str, float], price: float | None) -> Plan:
+    """Every stage once, whoever shares it, and the starts of the training workers."""
+    total: Plan = {key: sum(stage[key] for stage in stages) + starts.get(key, 0) for key in SUMMED}
+    total |= {"seconds": round(total["seconds"], 1), "gpu_hours": round(total["gpu_hours"], 3)}
+    return total | {"cost": None if price is None else round(total["gpu_hours"] * price, 2)}
+
+
+def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
+    """What is the arm's own: its stages, method, pairs, memory, notes."""
+    mine = [stage for stage in stages if name in stage["arms"]]
+    first = {stage["stage"]: stage for stage in reversed(mine)}
+    prompts, train = look.prompts(config), config.train.resolved()
+    job = cost.training(config, look.model, prompts.count, look.tokens(config), look.devices)
+    memory = cost.memory(config, look.model, look.devices, prompt_tokens=look.tokens(config))
+    warning = check_lr(train, look.model.parameters)
+    generate = {key: first["generate"][key] for key in SUMMED[:4]}
+    return {
+        "stages": ["prompts", "generate", "build", "train"] + (["evaluate"] if has_evaluation(config) else []),
+        "iterations": config.iterations.count,
+        "prompts": {
+            "source": prompts.source, "count": prompts.count, "tokens": round(look.tokens(config), 1),
+            "sampled": len(prompts.sample), "estimated": prompts.estimated,
+        },
+        "generate": {**generate, "requests_per_prompt": generate["requests"] / prompts.count},
+        "train": {
+            "method": train.method, "beta": train.beta, "gamma": train.gamma, "lr": train.lr, "gap": train.gap,
+            "pairs_estimated": job.pairs, "steps_estimated": job.steps,
+        },
+        "memory_gib": memory,
+        "notes": [*cost.does_it_fit(config, memory), *([warning] if warning else [])],
+    }  # fmt: skip
+
+
+def _output(look: _Lookup, graph: list[PlannedStage], stages: list[Plan]) -> Plan:
+    """GiB that the run folder grows by: trained models, which is certain, and the rest, which is estimated."""
+    trained = [stage.config for stage in graph if stage.stage == "train"]
+    models = sum(cost.model_bytes(config, look.model) for config in trained)
+    checkpoints = max((cost.checkpoint_bytes(config, look.model) for config in trained), default=0.0)
+    written = sum(cost.stage_bytes(stage["rows"], stage["generated_tokens"]) for stage in stages)
+    return {"models": round(models / cost.GIB, 3), "rest": round((checkpoints + written) / cost.GIB, 3)}
+
+
+def check_price(price: float | None) -> float | None:
+    """Raises: InputError for a price that is none."""
+    if price is not None and not 0 <= price < float("inf"):
+        raise InputError(f"--price {price:g}: a GPU-hour costs 0 or more")
+    return price

@@ -1,28 +1,43 @@
-"""What can be known to be wrong before anything starts or is written: settings, model, prompts, judge.
+"""What can be known to be wrong before anything starts or is written: settings, model, prompts, judge, versions.
 
-Comes in: arm configs, the base model's folder. Goes out: nothing, or `InputError`. Never: Ray, engines, the run folder.
+Comes in: arm configs, the base model's folder. Goes out: warnings of one line, or `InputError`. Never: Ray, engines,
+the run folder. (Once Ray is there: `preflight_cluster`.)
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.data.files import AnyPath, as_path, is_file
 from spa_ray.data.prompts import write_prompts
+from spa_ray.engine.placement import check_placement
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import write_eval_prompts
-from spa_ray.generation.setup import check_generation
+from spa_ray.generation.chat import Chat
+from spa_ray.generation.setup import check_generation, load_tokenizer
 from spa_ray.objectives import load_objectives
+from spa_ray.runs.manifest import versions
+from spa_ray.runs.models import check_model_folder
+from spa_ray.runs.plan_model import context_of
+from spa_ray.runs.preflight_files import check_model_files, context_warning, find_too_long
+from spa_ray.runs.versions import untested
 from spa_ray.training.trackers import check_backends
 
 SHARED = ("model", "evaluation", "resources")  # one engine and one worker group serve all arms
 
 
-def check_run(arms: dict[str, Config], base: Path) -> None:
-    """Check every arm of a run. `base` is the folder of the model it starts from. Raises: InputError."""
+def check_run(arms: dict[str, Config], base: Path) -> list[str]:
+    """Check every arm of a run. `base` is the folder of the model it starts from.
+
+    Returns: warnings. Raises: InputError for what cannot work.
+    """
     first = next(iter(arms.values()))
+    warnings = untested(versions(), where="this machine")
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
         for arm, config in arms.items():
@@ -30,38 +45,83 @@ def check_run(arms: dict[str, Config], base: Path) -> None:
                 if getattr(config, section) != getattr(first, section):
                     raise InputError(f"arms: {arm}: {section} cannot differ between the arms of a run")
             check_settings(config, base)
+        lengths = Lengths(first, base)
         for config in {_prompts_key(c): c for c in arms.values()}.values():
-            check_prompts(config, fresh)
+            for _ in each_prompts(config, fresh):
+                warnings += lengths.of_prompts(fresh, config)
         if has_evaluation(first):
             check_evaluation(first, base)
             write_eval_prompts(first.evaluation, fresh)
+            warnings += lengths.of_held_out(fresh, first)
+    return list(dict.fromkeys(warnings))
+
+
+def context_length(config: Config, base: Path) -> int | None:
+    """`model.max_model_len`, or what the model's own config says; None where neither does."""
+    if config.model.max_model_len is not None or config.model.engine != "vllm":
+        return config.model.max_model_len
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return context_of(settings.get("text_config", settings))
+
+
+class Lengths:
+    """Rendered prompts against the context; nothing is said of engines that bring a tokenizer of their own."""
+
+    def __init__(self, config: Config, base: Path) -> None:
+        self.context = context_length(config, base)
+        self.known = config.model.engine == "vllm" and self.context is not None
+        if self.known:
+            self.chat = Chat(load_tokenizer(config, base), model=str(base))
+
+    def of_prompts(self, prompts: Path, config: Config) -> list[str]:
+        systems = list(dict.fromkeys(config.sampling.system_prompts[: config.sampling.n]))
+        return self._check(prompts, systems, config.sampling.max_tokens, "prompts")
+
+    def of_held_out(self, prompts: Path, config: Config) -> list[str]:
+        return self._check(prompts, [None], config.evaluation.sampling.max_tokens, "evaluation.prompts")
+
+    def _check(self, prompts: Path, systems: list[str | None], answer: int, where: str) -> list[str]:
+        if not self.known or self.context is None:
+            return []
+        found = find_too_long(prompts, self.chat, systems, room=self.context - answer)
+        warning = context_warning(found, context=self.context, answer=answer, where=where)
+        return [warning] if warning else []
 
 
 def check_settings(config: Config, base: Path) -> None:
-    """Templates, tokenizer, engine and lengths of one arm. Raises: InputError."""
+    """Templates, model files, tokenizer, engine and lengths of one arm. Raises: InputError."""
+    check_model_files(base)
     check_backends(config.tracking.backends)
+    check_placement(config.model, config.resources)
     if config.model.engine != "vllm":
         load_dotted(config.model.engine, where="model.engine")
-    context = config.model.max_model_len
+    context = context_length(config, base)
     for key, tokens in (
         ("sampling.max_tokens", config.sampling.max_tokens),
         ("refine.max_tokens", config.refine.max_tokens),
         ("evaluation.sampling.max_tokens", config.evaluation.sampling.max_tokens if has_evaluation(config) else 0),
     ):
         if context is not None and tokens >= context:
-            raise InputError(f"{key} is {tokens}, which leaves no room for a prompt in model.max_model_len {context}")
+            raise InputError(
+                f"{key} is {tokens}, which leaves no room for a prompt in the context of {context}; lower it, or set "
+                "model.max_model_len"
+            )
     check_generation(config, base)
 
 
 def _prompts_key(config: Config) -> str:
-    return config.prompts.model_dump_json() + config.iterations.model_dump_json()
+    """Arms alike in this are checked once."""
+    return config.model_dump_json(include={"prompts", "iterations", "sampling"})
 
 
-def check_prompts(config: Config, scratch: Path) -> None:
-    """Read the prompts of every iteration once. Raises: InputError for a bad row, and for too few."""
+def each_prompts(config: Config, scratch: Path) -> Iterator[int]:
+    """Write each iteration's prompts to `scratch`, one after the other, and yield their number.
+
+    Raises: InputError for a bad row, and for too few.
+    """
     rounds, limit = config.iterations.count, config.prompts.limit
     if rounds == 1 or config.iterations.prompts == "same":
-        write_prompts(config.prompts, scratch)
+        yield write_prompts(config.prompts, scratch).rows
         return
     if limit is None:
         raise InputError("iterations.prompts: diff needs prompts.limit, so that the next iteration can take the next")
@@ -72,6 +132,7 @@ def check_prompts(config: Config, scratch: Path) -> None:
                 f"prompts.source: {config.prompts.source}: iteration {iteration} would have {found} new prompts, not "
                 f"prompts.limit {limit}; give more prompts, a smaller limit or iterations.prompts=same"
             )
+        yield found
 
 
 def has_evaluation(config: Config) -> bool:
@@ -86,12 +147,17 @@ def eval_config(config: Config) -> Config:
 
 def check_evaluation(config: Config, base: Path) -> None:
     """The judge and the objectives of the evaluation. Raises: InputError."""
-    judge_folder(config, base)
+    judge = judge_folder(config, base)
+    if isinstance(judge, Path) and judge != base:
+        check_model_folder(judge)
+        check_model_files(judge)
+        if config.model.engine == "vllm":
+            Chat(load_tokenizer(config, judge), model=str(judge))
     if len(load_objectives(eval_config(config))) < 2:
         raise InputError("evaluation.objectives: one given, two or more are needed, highest priority first")
 
 
-def judge_folder(config: Config, base: Path) -> Path | None:
+def judge_folder(config: Config, base: AnyPath) -> AnyPath | None:
     """The model folder that judges in a pass of its own; None where the judge answers within the first pass.
 
     Raises: InputError for a judge that is neither known, nor a dotted path, nor a model folder.
@@ -99,8 +165,8 @@ def judge_folder(config: Config, base: Path) -> Path | None:
     judge = config.evaluation.judge
     if is_dotted(judge) or judge == "self":
         return None
-    folder = base if judge == "base" else Path(judge)
-    if not (folder / "config.json").is_file():
+    folder = base if judge == "base" else as_path(judge)
+    if not is_file(folder / "config.json"):
         raise InputError(
             f"evaluation.judge: {judge!r} is not `base`, `self`, a dotted path module:function or a model folder"
         )

@@ -6,20 +6,18 @@ the judge of the pairs is the one that the config names by dotted path.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import pyarrow.dataset as pds
 
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.files import AnyPath, is_file, parquet_dataset, read_json, write_json, write_text
 from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.study import ORDERED, PairOrder, SeedRun, build_study, pair_order, study_markdown
-from spa_ray.runs.folder import RunFolder, Stage, open_run, write_json, write_text
+from spa_ray.runs.folder import RunFolder, Stage, open_run
 from spa_ray.runs.inspect import run_configs
 
 Judge = Callable[[Sequence[dict[str, str]], str, str, str], float]
@@ -43,7 +41,7 @@ class _Run:
         arms = {name: config.model_dump(mode="json", exclude=OF_A_SEED) for name, config in self.configs.items()}
         return {"arms": arms, "evalprompts": self.stages["evalprompts"]}
 
-    def stage(self, folder_name: str) -> Path:
+    def stage(self, folder_name: str) -> AnyPath:
         """The folder of a finished stage. Raises: InputError when it is unfinished."""
         name, _, digest = folder_name.rpartition("-")
         stage = Stage(name, digest, self.folder.path / "stages" / folder_name)
@@ -51,7 +49,7 @@ class _Run:
         return stage.folder
 
 
-def write_study(run_dirs: Sequence[Path], out: Path) -> Path:
+def write_study(run_dirs: Sequence[AnyPath], out: AnyPath) -> AnyPath:
     """Write the Markdown to `out` and the JSON beside it (the same name, `.json`), each by rename.
 
     Raises: InputError when a run is unfinished, two have the same seed, or their settings or prompts differ.
@@ -71,12 +69,12 @@ def write_study(run_dirs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _open(path: Path) -> _Run:
+def _open(path: AnyPath) -> _Run:
     folder = open_run(path)
     record = folder.path / "evaluation.json"
-    if not record.is_file():
+    if not is_file(record):
         raise InputError(f"{path}: not evaluated yet (no {record.name}); run it to its end first")
-    run = _Run(folder, run_configs(folder), json.loads(record.read_text(encoding="utf-8"))["stages"])
+    run = _Run(folder, run_configs(folder), read_json(record)["stages"])
     if run.config.evaluation.prompts is None:
         raise InputError(f"{path}: evaluation.prompts.source was not given; a study compares answers to those prompts")
     return run
@@ -86,7 +84,7 @@ def check_comparable(runs: Sequence[_Run]) -> None:
     """Raises: InputError unless there are runs, each of another seed, that are alike in all else."""
     if not runs:
         raise InputError("a study needs at least one run folder")
-    seeds: dict[int, Path] = {}
+    seeds: dict[int, AnyPath] = {}
     for run in runs:
         path = run.folder.path
         if run.config.seed in seeds:
@@ -126,11 +124,10 @@ class _Scorer:
 
 def _judged(run: _Run, arm: str, score: _Scorer) -> Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]:
     """Every pair of the arm's first iteration: its prompt_id and both answers' scores."""
-    stages = json.loads(run.folder.arm_file(arm, 1).read_text(encoding="utf-8"))["stages"]
-    episodes = pds.dataset(run.stage(stages["generate"]) / "episodes", format="parquet")
-    ids = episodes.to_table(columns=["prompt_id", "meta"]).to_pydict()
+    stages = read_json(run.folder.arm_file(arm, 1))["stages"]
+    ids = EpisodeFolder(run.stage(stages["generate"]) / "episodes").table(["prompt_id", "meta"]).to_pydict()
     meta = dict(zip(ids["prompt_id"], ids["meta"], strict=True))
-    pairs = pds.dataset(run.stage(stages["build"]) / "pairs", format="parquet")
+    pairs = parquet_dataset(run.stage(stages["build"]) / "pairs")
     for batch in pairs.to_batches(columns=["prompt_id", "prompt", "chosen", "rejected"]):
         for pair in batch.to_pylist():
             asked = (pair["prompt_id"], pair["prompt"], meta[pair["prompt_id"]])

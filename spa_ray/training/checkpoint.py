@@ -1,12 +1,13 @@
 """Checkpoints of a running job: written whole or not at all, resumed exactly or refused.
 
-Comes in: a DeepSpeed engine, the job's fingerprint. Goes out: folders `step_N` under `work/checkpoints`. All ranks call
-`save` and `load` together. Never: a silent fresh start.
+Comes in: a DeepSpeed engine, the job's fingerprint. Goes out: folders `step_N` under `work/checkpoints`, their hashes
+beside `work`. All ranks call `save` and `load` together. Never: a silent fresh start, a file of somebody else's.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 
 from spa_ray.config.models import Train
 from spa_ray.errors import InputError, RunError
-from spa_ray.training import comm
+from spa_ray.training import comm, hashes
 
 TAG = "state"
 META = "meta.json"
@@ -73,12 +74,19 @@ class CheckpointMeta:
 
 
 def save(engine: Any, folder: Path, meta: CheckpointMeta, *, keep: int, frozen_excluded: bool) -> None:
-    """Write `folder/step_N` under another name, rename it, and delete all but the newest `keep`."""
+    """Write `folder/step_N` under another name, record its hashes, rename it, and delete all but the newest `keep`.
+
+    Whatever is killed in between, a checkpoint that has its name has its record.
+    """
     final = folder / f"step_{meta.step:08d}"
     partial = folder / f".partial_{meta.step:08d}"
     comm.on_rank_zero(lambda: _fresh(partial))
     engine.save_checkpoint(str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=frozen_excluded)
-    comm.on_rank_zero(lambda: _publish(partial, final, meta, keep))
+    comm.on_rank_zero(lambda: (partial / META).write_text(json.dumps(asdict(meta))))  # all have written, and see it
+    mine = hashes.hash_files(partial, rank=comm.rank(), ranks=comm.world_size())
+    found = comm.gather_lists([f"{digest} {name}" for name, digest in mine.items()])
+    recorded = {name: digest for digest, _, name in (line.partition(" ") for line in found)}
+    comm.on_rank_zero(lambda: _publish(partial, final, recorded, keep))
 
 
 def newest(folder: Path) -> tuple[Path, CheckpointMeta] | None:
@@ -100,7 +108,10 @@ def read_meta(path: Path) -> CheckpointMeta:
 
 
 def load(engine: Any, path: Path, found: CheckpointMeta, expected: CheckpointMeta, *, frozen_excluded: bool) -> None:
-    """Put the engine where the checkpoint left it. Raises: InputError when it belongs to another run."""
+    """Put the engine where the checkpoint left it, once every file is known to be the job's own.
+
+    Raises: InputError when it belongs to another run; RunError when a file is not as the job wrote it.
+    """
     if found.workers != expected.workers:
         raise InputError(
             f"{path}: written by {found.workers} workers, this run has {expected.workers}; "
@@ -108,7 +119,16 @@ def load(engine: Any, path: Path, found: CheckpointMeta, expected: CheckpointMet
         )
     if (found.fingerprint, found.zero_stage) != (expected.fingerprint, expected.zero_stage):
         raise InputError(f"{path}: of another model, data or config; delete {path.parent} to start over")
-    loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=not frozen_excluded)
+    mend = f"delete {path} to resume from the one before"
+    comm.on_rank_zero(lambda: _recorded(path, mend))
+    bad = comm.gather_lists(hashes.damage(path, rank=comm.rank(), ranks=comm.world_size()))
+    if bad:
+        raise RunError(f"{path}: not as the job wrote it ({bad[0]}); {mend}")
+    try:
+        with hashes.no_code():
+            loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=not frozen_excluded)
+    except pickle.UnpicklingError as e:
+        raise RunError(f"{path}: holds more than tensors and plain values ({str(e).splitlines()[0]}); {mend}") from e
     if loaded is None:
         raise RunError(f"{path}: DeepSpeed could not load this checkpoint; delete it to resume from the one before")
 
@@ -122,10 +142,18 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _publish(partial: Path, final: Path, meta: CheckpointMeta, keep: int) -> None:
-    (partial / META).write_text(json.dumps(asdict(meta)))
+def _recorded(path: Path, mend: str) -> None:
+    try:
+        hashes.read_record(path)
+    except RunError as e:
+        raise RunError(f"{e}; {mend}") from e
+
+
+def _publish(partial: Path, final: Path, recorded: dict[str, str], keep: int) -> None:
     if final.exists():
         shutil.rmtree(final)
+    hashes.write_record(final, recorded)
     partial.rename(final)
     for old in _complete(final.parent)[:-keep]:
         shutil.rmtree(old)
+    hashes.forget(final.parent)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from spa_ray.errors import InputError, RunError
+from spa_ray.training import hashes
 from spa_ray.training.checkpoint import META, TAG, newest, read_meta
 from spa_ray.training.export import POLICY, aside, merge_adapter, save_complete, write_model
 from spa_ray.training.job import JOB, TrainJob, read_job
@@ -24,6 +25,7 @@ from spa_ray.training.policy import DTYPES, add_lora, check_model_folder, load_p
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def export(
@@ -66,6 +68,11 @@ def merge(base: Path, adapter: Path, out: Path, *, trust_remote_code: bool = Fal
     check_model_folder(base)
     if not (adapter / ADAPTER).is_file():
         raise InputError(f"{adapter}: not an adapter ({ADAPTER} is missing); give the folder that PEFT wrote")
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise InputError(
+            f"{adapter}: no {ADAPTER_WEIGHTS} in it; only safetensors are read, and an adapter_model.bin is a pickle: "
+            "save it anew with PEFT's save_pretrained where you trust it"
+        )
     dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
     try:
         model = merge_adapter(base, adapter, dtype, trust_remote_code=trust_remote_code)
@@ -80,11 +87,12 @@ def merge(base: Path, adapter: Path, out: Path, *, trust_remote_code: bool = Fal
 def convert(checkpoint: Path, out: Path, *, base: Path | None = None) -> Path:
     """Write the policy as it stood at a checkpoint of any ZeRO stage and any number of ranks.
 
-    A checkpoint is made of pickles, which can run code when they are read: convert only what you wrote yourself.
-    Raises: InputError when the job is unknown or its model does not fit; RunError when the checkpoint is damaged.
+    Raises: InputError when the job is unknown, its model does not fit, or a file is not as the job wrote it; RunError
+    when the checkpoint cannot be read.
     """
     job = _job_of(checkpoint, out, base)
     check_model_folder(job.model)
+    check_own(checkpoint)
     found = gather(checkpoint, job)
     model = load_policy(job, DTYPES[job.train.dtype])
     lora = job.train.lora is not None
@@ -100,30 +108,49 @@ def convert(checkpoint: Path, out: Path, *, base: Path | None = None) -> Path:
     return out
 
 
+def check_own(checkpoint: Path) -> None:
+    """A checkpoint is made of pickles: it is read only with the hashes that the job recorded beside its work folder.
+
+    Raises: InputError otherwise.
+    """
+    record = hashes.record_of(checkpoint)
+    try:
+        bad = hashes.damage(checkpoint)
+    except RunError as e:
+        raise InputError(
+            f"{e}; export where the job ran, or bring {record} along from there; if it is yours and has no such file, "
+            "resume the job and export its next checkpoint"
+        ) from e
+    if bad:
+        raise InputError(f"{checkpoint}: not as the job wrote it ({bad[0]}, by {record}); take another --step")
+
+
 def gather(checkpoint: Path, job: TrainJob) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint by the model's own names, whole and in the job's dtype, on the CPU.
 
     Under ZeRO 1-3 they are read off the optimizer's float32 master weights, as DeepSpeed's `zero_to_fp32` does.
     """
-    import torch
-
     quiet_deepspeed()
-    from deepspeed.utils import zero_to_fp32
-
-    dtype = DTYPES[job.train.dtype]
     try:
-        if read_meta(checkpoint).zero_stage == 0:
-            path = checkpoint / TAG / "mp_rank_00_model_states.pt"
-            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
-        else:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints what it does
-                lazy = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
-                    str(checkpoint), TAG, exclude_frozen_parameters=job.train.lora is not None, lazy_mode=True
-                )
-                state = zero_to_fp32.to_torch_tensor(lazy, dtype=dtype)
+        with hashes.no_code():
+            state = _whole_state(checkpoint, job)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
         raise RunError(f"{checkpoint}: the checkpoint cannot be read ({_first_line(e)}); take another --step") from e
     return {name.removeprefix(POLICY): value for name, value in state.items()}
+
+
+def _whole_state(checkpoint: Path, job: TrainJob) -> dict[str, Tensor]:
+    import torch
+    from deepspeed.utils import zero_to_fp32
+
+    if read_meta(checkpoint).zero_stage == 0:
+        states = torch.load(checkpoint / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        return states["module"]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints what it does
+        lazy = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint), TAG, exclude_frozen_parameters=job.train.lora is not None, lazy_mode=True
+        )
+        return zero_to_fp32.to_torch_tensor(lazy, dtype=DTYPES[job.train.dtype])
 
 
 def find_checkpoint(source: Path, step: int | None) -> Path:

@@ -68,7 +68,9 @@ def merge_adapter(base: Path, adapter: Path, dtype: torch.dtype, *, trust_remote
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(dtype)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Tracking, Train
+from spa_ray.data.files import AnyPath, as_path
 from spa_ray.errors import InputError
 
 Progress = Callable[[dict[str, Any]], None]
@@ -74,7 +75,7 @@ class TrainResult:
     """
 
     name: str
-    model: Path
+    model: AnyPath
     steps: int
     pairs: int
     dropped: dict[str, int]
@@ -89,7 +90,7 @@ class TrainResult:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TrainResult:
-        return cls(**{**raw, "model": Path(raw["model"])})
+        return cls(**{**raw, "model": as_path(raw["model"])})
 
 
 def read_job(path: Path) -> TrainJob:

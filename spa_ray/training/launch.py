@@ -10,25 +10,30 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from spa_ray.config.gpus import gpus_wanted
 from spa_ray.config.models import Resources
+from spa_ray.data.files import STORAGE_VARIABLES, AnyPath, arrow_filesystem, is_local
 from spa_ray.errors import InputError, RunError
+from spa_ray.logs import WorkerLog, level_of
 from spa_ray.training.job import Progress, TrainJob, TrainResult
+from spa_ray.training.stored import LOOK_EVERY, StoredJob, run_stored
 
 # A worker group that dies is started again this often; the job resumes from its last checkpoint.
 MAX_RESTARTS = 2
 LOG = "train_log.jsonl"
+Job = TrainJob | StoredJob
 
 
 def train_jobs(
-    jobs: Sequence[TrainJob],
+    jobs: Sequence[Job],
     resources: Resources,
     *,
-    storage: Path,
+    storage: AnyPath,
     name: str,
     verbose: bool = False,
     on_progress: Progress | None = None,
@@ -36,35 +41,14 @@ def train_jobs(
     """Train all jobs, in order. `on_progress` is called on the driver with a job's name and each new row of its log.
 
     `name` should carry the jobs' hash: Ray Train resumes a run of the same name in the same storage.
+    Jobs of a run on an object store keep all ranks on one node, whose disk they work on.
     Raises: InputError and RunError as the workers raise them; RunError when the worker group dies for good.
     """
     if not jobs:
         return []
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    gpus = _gpus_per_worker(resources)
-    cold_start = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}  # importing torch on a busy machine takes a while
-    os.environ.update({k: os.environ.get(k, v) for k, v in cold_start.items()})
-    trainer = TorchTrainer(
-        _train_on_worker,
-        train_loop_config={"jobs": [job.to_dict() for job in jobs]},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=resources.train_workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(storage.absolute()),
-            failure_config=FailureConfig(max_failures=MAX_RESTARTS),
-            logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
-            worker_runtime_env={"env_vars": _worker_env()},
-        ),
-    )
+    trainer = _trainer(jobs, resources, storage=storage, name=name, verbose=verbose)
     try:
         with _following(jobs, on_progress):
             result = trainer.fit()
@@ -76,17 +60,81 @@ def train_jobs(
     return [TrainResult.from_dict(raw) for raw in outcome["results"]]
 
 
+def _trainer(jobs: Sequence[Job], resources: Resources, *, storage: AnyPath, name: str, verbose: bool) -> Any:
+    """Ray's trainer for these jobs, not started. Raises: InputError when no node has room for ranks that need one."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    gpus = _gpus_per_worker(resources)
+    share = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    stored = any(isinstance(job, StoredJob) for job in jobs)
+    if stored:
+        _check_one_node(resources.train_workers, share)
+    filesystem, place = arrow_filesystem(storage)
+    cold_start = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}  # importing torch on a busy machine takes a while
+    os.environ.update({k: os.environ.get(k, v) for k, v in cold_start.items()})
+    return TorchTrainer(
+        _train_on_worker,
+        train_loop_config={
+            "jobs": [job.to_dict() for job in jobs],
+            "stored": stored,
+            "run": name,
+            "log_level": level_of(verbose=verbose),
+        },
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.train_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker=share,
+            placement_strategy="STRICT_PACK" if stored else "PACK",
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=place,
+            storage_filesystem=None if is_local(storage) else filesystem,
+            failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
+            worker_runtime_env={"env_vars": _worker_env()},
+        ),
+    )
+
+
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What every worker runs. Errors of our own are the same on all ranks and final: returned, so never retried."""
-    from spa_ray.training.loop import run_job
+    from ray.train import get_context
 
+    from spa_ray.training.loop import run_job
+    from spa_ray.training.metrics import TrainMetrics
+
+    WorkerLog(config["log_level"], {"run": config["run"], "stage": "train"}).start(rank=get_context().get_world_rank())
+    report = TrainMetrics(run=config["run"]).row
     results: list[dict[str, Any]] = []
     try:
-        for job in map(TrainJob.from_dict, config["jobs"]):
-            results += [run_job(job).to_dict()]
+        for raw in config["jobs"]:
+            if config["stored"]:
+                result = run_stored(StoredJob.from_dict(raw), partial(run_job, progress=report))
+            else:
+                result = run_job(TrainJob.from_dict(raw), report)
+            results += [result.to_dict()]
     except (InputError, RunError) as e:
         return {"results": results, "error": str(e), "kind": type(e).__name__}
     return {"results": results, "error": None, "kind": None}
+
+
+def _check_one_node(workers: int, share: Mapping[str, float]) -> None:
+    """Raises: InputError when the cluster has room for all ranks, but none of the nodes that are here."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    whole = {key: workers * amount for key, amount in share.items()}
+    if any(all(node.get(key, 0) >= amount for key, amount in whole.items()) for node in nodes):
+        return
+    if all(sum(node.get(key, 0) for node in nodes) >= amount for key, amount in whole.items()):
+        raise InputError(
+            f"resources.train_workers: {workers} ranks do not fit on one node, as training for a run_dir on an object "
+            "store needs; use a run_dir on a disk that the nodes share, or fewer ranks"
+        )
 
 
 def _gpus_per_worker(resources: Resources) -> float:
@@ -96,16 +144,17 @@ def _gpus_per_worker(resources: Resources) -> float:
 
     if not ray.is_initialized():
         ray.init(include_dashboard=False)
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return gpus_wanted(None, 1.0, cluster_gpus=ray.cluster_resources().get("GPU", 0), key="resources.gpus_per_worker")
 
 
 def _worker_env() -> dict[str, str]:
     # OpenMP threads that spin while they wait starve their neighbours where cores are shared.
-    return {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    storage = {key: os.environ[key] for key in STORAGE_VARIABLES if key in os.environ}
+    return {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", **storage}
 
 
 @contextmanager
-def _following(jobs: Sequence[TrainJob], on_progress: Progress | None) -> Iterator[None]:
+def _following(jobs: Sequence[Job], on_progress: Progress | None) -> Iterator[None]:
     """Hand new rows of the jobs' logs to `on_progress` while the block runs."""
     if on_progress is None:
         yield
@@ -120,10 +169,11 @@ def _following(jobs: Sequence[TrainJob], on_progress: Progress | None) -> Iterat
         thread.join()
 
 
-def _follow(jobs: Sequence[TrainJob], on_progress: Progress, done: threading.Event) -> None:
+def _follow(jobs: Sequence[Job], on_progress: Progress, done: threading.Event) -> None:
+    pause = LOOK_EVERY if any(isinstance(job, StoredJob) for job in jobs) else 0.5  # seconds
     seen = {job.name: _rows(job)[1] for job in jobs}  # rows of an earlier, interrupted run are not news
     while True:
-        last = done.wait(0.5)
+        last = done.wait(pause)
         for job in jobs:
             rows, count = _rows(job)
             for row in rows[min(seen[job.name], count) :]:
@@ -133,7 +183,7 @@ def _follow(jobs: Sequence[TrainJob], on_progress: Progress, done: threading.Eve
             return
 
 
-def _rows(job: TrainJob) -> tuple[list[dict[str, Any]], int]:
+def _rows(job: Job) -> tuple[list[dict[str, Any]], int]:
     path = job.work / LOG
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines], len(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from spa_ray.errors import InputError, RunError
+from spa_ray.logs import context
 from spa_ray.training import checkpoint, comm
 from spa_ray.training.attention import why_not_packed
 from spa_ray.training.export import export_model
@@ -32,6 +34,7 @@ from spa_ray.training.reference import Reference, cached_reference, compute_refe
 from spa_ray.training.step import StepLoop
 from spa_ray.training.trackers import open_trackers
 
+LOGGER = logging.getLogger(__name__)
 LOG = "train_log.jsonl"
 
 
@@ -41,6 +44,11 @@ def run_job(job: TrainJob, progress: Progress | None = None) -> TrainResult:
     Raises: InputError for bad input, a resume that cannot be honoured, or an `out` that another job wrote; RunError for
     a non-finite loss or gradient. Both on every rank.
     """
+    with context(job=job.name):
+        return _run_job(job, progress)
+
+
+def _run_job(job: TrainJob, progress: Progress | None) -> TrainResult:
     started = time.perf_counter()
     comm.set_threads()
     prepared = prepare(job)
@@ -52,6 +60,7 @@ def run_job(job: TrainJob, progress: Progress | None = None) -> TrainResult:
         first = _resume(job, engine, prepared)
         comm.on_rank_zero(lambda: write_job(job))
         loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first))
+        _say("job begins", step=first, steps=loop.plan.steps, pairs=len(prepared.selection))
         metrics = _run_steps(loop, prepared, first, progress)
         result = TrainResult(
             name=job.name,
@@ -68,9 +77,16 @@ def run_job(job: TrainJob, progress: Progress | None = None) -> TrainResult:
         about = {"fingerprint": prepared.fingerprint, **result.to_dict()}
         comm.on_rank_zero(lambda: _write_json(job.work / RESULT, about))
         export_model(job, engine)
+        _say("job ends", step=loop.plan.steps, seconds=result.seconds)
     finally:
         dispose(engine)
     return result
+
+
+def _say(message: str, **fields: Any) -> None:
+    """One record for all ranks."""
+    if comm.rank() == 0:
+        LOGGER.info(message, extra=fields)
 
 
 def _run_steps(loop: StepLoop, prepared: Prepared, first: int, progress: Progress | None) -> dict[str, float]:
@@ -101,6 +117,7 @@ def _run_steps(loop: StepLoop, prepared: Prepared, first: int, progress: Progres
                 keep = job.train.keep_checkpoints
                 checkpoint.save(loop.engine, _checkpoints(job), meta, keep=keep, frozen_excluded=frozen_excluded)
                 timer.restart()
+                _say("checkpoint written", step=step + 1)
     finally:
         if trackers is not None:
             trackers.close()
@@ -123,6 +140,8 @@ def _first_warnings(loop: StepLoop, prepared: Prepared) -> list[str]:
 def _log(job: TrainJob, row: dict[str, Any], progress: Progress | None) -> None:
     with (job.work / LOG).open("a") as log:
         log.write(json.dumps(row) + "\n")
+    for text in row.get("warnings", ()):
+        LOGGER.warning(text, extra={"step": row["step"]})
     if progress is not None:
         progress({"job": job.name, **row})
 

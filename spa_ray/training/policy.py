@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from spa_ray.config.models import Lora, Train
+from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
 from spa_ray.training import comm
 from spa_ray.training.attention import use_packed_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
+from spa_ray.training.kernels import use_liger
 from spa_ray.training.linear import use_onednn_linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,8 +36,7 @@ def check_model_folder(model: Path) -> None:
         raise InputError(
             f"{model}: not a model folder (config.json is missing); give a local Hugging Face model folder"
         )
-    if not any(model.glob("*.safetensors")):
-        raise InputError(f"{model}: no *.safetensors here; convert the weights with `save_pretrained` first")
+    check_safetensors(model)
 
 
 def load_policy(job: TrainJob, dtype: torch.dtype) -> Any:
@@ -45,7 +46,11 @@ def load_policy(job: TrainJob, dtype: torch.dtype) -> Any:
 
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=dtype, trust_remote_code=job.trust_remote_code, **_quantization(job, dtype)
+        job.model,
+        dtype=dtype,
+        trust_remote_code=job.trust_remote_code,
+        use_safetensors=True,
+        **_quantization(job, dtype),
     )
     disable_dropout(model)
     return model
@@ -97,6 +102,8 @@ def make_engine(job: TrainJob) -> Any:
     import deepspeed
 
     model = load_policy(job, DTYPES[train.dtype])
+    if train.liger:
+        use_liger(model)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train.lora is not None:

@@ -1,0 +1,64 @@
+"""What one engine asks of the cluster: the CPUs and GPUs of the actor that it lives in.
+
+Comes in: the model and resources sections, the GPUs that the cluster has now. Goes out: Ray's resource arguments.
+An engine of several GPUs lives in ONE actor that owns them all: vLLM starts a worker process for each beside it, and
+they see the GPUs that Ray gave the actor. So an engine never spans nodes. Never: Ray, vLLM.
+"""
+
+from __future__ import annotations
+
+from spa_ray.config.gpus import gpus_wanted
+from spa_ray.config.models import Model, Resources
+from spa_ray.errors import InputError
+
+# Keys of EngineArgs that would place the engine otherwise than its actor is placed.
+ELSEWHERE = {
+    "tensor_parallel_size": "set model.tensor_parallel_size",
+    "data_parallel_size": "set resources.engines: each engine is a replica",
+    "nnodes": "an engine lives in one actor, on one node",
+    "distributed_executor_backend": "leave it out: the actor owns the GPUs, and another backend would ask for more",
+}
+
+
+def engine_world(model: Model) -> int:
+    """GPUs (on a CPU host: worker processes) that share one engine."""
+    return model.tensor_parallel_size * int(model.engine_kwargs.get("pipeline_parallel_size", 1))
+
+
+def executor_backend(model: Model) -> str | None:
+    """vLLM's `distributed_executor_backend`, said outright, since vLLM's own choice depends on where it finds itself.
+
+    `mp` for several GPUs: inside a Ray placement group vLLM would take `ray`, and wait for GPUs that its actor holds.
+    """
+    return "mp" if engine_world(model) > 1 else None
+
+
+def check_placement(model: Model, resources: Resources) -> None:
+    """Raises: InputError where one vLLM engine and `resources.gpus_per_engine` do not fit together."""
+    if model.engine != "vllm":
+        return
+    for key, mend in ELSEWHERE.items():
+        if key in model.engine_kwargs:
+            raise InputError(f"model.engine_kwargs.{key}: not here; {mend}")
+    gpus, world = resources.gpus_per_engine, engine_world(model)
+    if not gpus or gpus == world:
+        return
+    if gpus > 1 or world > 1:
+        raise InputError(
+            f"resources.gpus_per_engine is {gpus:g}, but an engine uses {world}; say {world}, or leave it out"
+        )
+    share = model.engine_kwargs.get("gpu_memory_utilization")
+    if share is None or share > gpus:
+        raise InputError(
+            f"resources.gpus_per_engine is {gpus:g}: engines that share a GPU must share its memory; set "
+            f"model.engine_kwargs.gpu_memory_utilization to {gpus:g} or less"
+        )
+
+
+def engine_resources(model: Model, resources: Resources, *, cluster_gpus: float) -> dict[str, float]:
+    """Ray's resource arguments of one engine's actor. Raises: InputError as `check_placement` and `gpus_wanted` do."""
+    check_placement(model, resources)
+    gpus = gpus_wanted(
+        resources.gpus_per_engine, engine_world(model), cluster_gpus=cluster_gpus, key="resources.gpus_per_engine"
+    )
+    return {"num_cpus": resources.cpus_per_engine, **({"num_gpus": gpus} if gpus else {})}

@@ -1,0 +1,78 @@
+"""The Ray actor of a stage's ledger, the line to it, and a thread that tells the display what stands in it.
+
+Comes in: how many rows stood before. Goes out: the line; `done`, `total`, rates and the live funnel, once a second.
+Never: a decision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from spa_ray.generation.ledger import Counts, Ledger
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+ANSWER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """To the ledger, from the driver and from engine actors. Every wait has a deadline."""
+
+    handle: Any
+
+    def ask(self, method: str, *args: Any) -> Any:
+        return ray.get(getattr(self.handle, method).remote(*args), timeout=ANSWER_SECONDS)
+
+    async def asked(self, method: str, *args: Any) -> Any:
+        return await asyncio.wait_for(getattr(self.handle, method).remote(*args), ANSWER_SECONDS)
+
+    def tell(self, method: str, *args: Any) -> None:
+        getattr(self.handle, method).remote(*args)
+
+
+@contextmanager
+def followed(before: Callable[[], int], total: int, on_progress: OnProgress | None) -> Iterator[Line]:
+    """A ledger on the driver's node, followed by `on_progress` from `before()` rows on up to `total`."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    ledger = Line(ray.remote(Ledger).options(**options).remote())
+    ended = threading.Event()
+    thread = None
+    if on_progress is not None:
+        thread = threading.Thread(target=_follow, args=(ledger, before(), total, on_progress, ended), daemon=True)
+        thread.start()
+    try:
+        yield ledger
+    finally:
+        ended.set()
+        if thread is not None:
+            thread.join()
+        ray.kill(ledger.handle)
+
+
+def _follow(ledger: Line, before: int, total: int, tell: OnProgress, ended: threading.Event) -> None:
+    started = time.monotonic()
+    while True:
+        last = ended.wait(1.0)
+        counts: Counts = ledger.ask("counts")
+        extra = {"errors": counts.errors, "engine deaths": counts.deaths}
+        tell(
+            {
+                "done": min(before + counts.rows, total),  # a death repeats rows, a further part asks some again
+                "total": total,
+                "tokens/s": counts.generated_tokens / (time.monotonic() - started),
+                **{name: value for name, value in extra.items() if value},
+                **counts.reasons,
+            }
+        )
+        if last:
+            return

@@ -1,0 +1,143 @@
+"""What a plan needs to know of a model: its size, its type in the engine, its KV cache; read off headers, no weights.
+
+Comes in: the `model` section. Goes out: `ModelFacts`. A hub id that is not on this machine is estimated from its name
+and marked so. Never: torch, a download.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spa_ray.config.models import Model
+from spa_ray.errors import InputError
+from spa_ray.runs.models import check_model_folder, local_model
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+UNKNOWN_BILLIONS = 8.0
+Header = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as an engine would hold it. `kv_bytes_per_token` and `context` are None where they are not known."""
+
+    path: str
+    parameters: float
+    dtype: str  # of the engine's weights and KV cache
+    weight_bytes: float
+    kv_bytes_per_token: float | None
+    kv_heads: int | None
+    context: int | None
+    estimated: bool
+    folder: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "folder"}
+
+
+def model_facts(model: Model, notes: list[str], folder: Path | None = None) -> ModelFacts:
+    """Facts of the model's folder (`folder`: where it was fetched to), or an estimate by its name, told in `notes`."""
+    folder = folder or local_model(model) or _downloaded(model)
+    if folder is None:
+        return _estimated(model, notes)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = settings.get("text_config", settings)
+    headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]
+    parameters = float(sum(math.prod(t["shape"]) for header in headers for t in tensors(header).values()))
+    dtype = engine_dtype(model.dtype, settings.get("dtype") or settings.get("torch_dtype"))
+    stored = sum(t["data_offsets"][1] - t["data_offsets"][0] for header in headers for t in tensors(header).values())
+    weight_bytes = float(stored) if "quantization_config" in settings else parameters * BYTES[dtype]
+    values, heads = kv_values(settings)
+    kv_size = 1 if str(model.engine_kwargs.get("kv_cache_dtype", "auto")).startswith("fp8") else BYTES[dtype]
+    return ModelFacts(
+        path=model.path,
+        parameters=parameters,
+        dtype=dtype,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=None if values is None else float(values * kv_size),
+        kv_heads=heads,
+        context=model.max_model_len or context_of(settings),
+        estimated=False,
+        folder=folder,
+    )
+
+
+def _downloaded(model: Model) -> Path | None:
+    """The folder of a hub id that an earlier run fetched, if it is whole."""
+    if "://" in model.path:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+        if not isinstance(found, str):
+            return None
+        check_model_folder(Path(found).parent)
+    except (InputError, ValueError):  # fetched in part, or no name that a hub has
+        return None
+    return Path(found).parent
+
+
+def _estimated(model: Model, notes: list[str]) -> ModelFacts:
+    found = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-zA-Z])", model.path)
+    billions = float(found.group(1)) if found else UNKNOWN_BILLIONS
+    how = "estimated from its name" if found else "assumed"
+    notes.append(f"model {model.path}: not on this machine; {billions:g} B parameters {how}, its KV cache is not known")
+    dtype = engine_dtype(model.dtype, None)
+    size = billions * 1e9
+    return ModelFacts(model.path, size, dtype, size * BYTES[dtype], None, None, model.max_model_len, True)
+
+
+def engine_dtype(wanted: str, own: str | None) -> str:
+    """The type that vLLM holds the weights in. `auto` is the model's own, but bfloat16 for a float32 model."""
+    if wanted != "auto":
+        return wanted
+    return own if own in ("bfloat16", "float16") else "bfloat16"
+
+
+def kv_values(settings: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Numbers kept for a token in the KV cache over all layers, and the heads they are divided by across GPUs.
+
+    Full attention in every layer is assumed: sliding windows and layers without attention keep less.
+    """
+    layers = settings.get("num_hidden_layers")
+    if layers and settings.get("kv_lora_rank"):  # multi-head latent attention: one vector a layer, on every GPU
+        return layers * (settings["kv_lora_rank"] + settings.get("qk_rope_head_dim", 0)), 1
+    heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
+    if not (layers and heads and (width or settings.get("head_dim"))):
+        return None, None
+    kv_heads = settings.get("num_key_value_heads") or heads
+    return 2 * layers * kv_heads * (settings.get("head_dim") or width // heads), kv_heads
+
+
+def context_of(settings: dict[str, Any]) -> int | None:
+    """The model's own context in tokens, as its config states it; None where it does not."""
+    found = [settings.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")]
+    known = [value for value in found if isinstance(value, int) and value > 0]
+    return min(known) if known else None
+
+
+def read_header(file: Path) -> Header:
+    """A safetensors file's header. Raises: InputError when the file is cut or is no safetensors file."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header: Header = json.loads(f.read(length)) if length < size else {}
+        ends = [tensor["data_offsets"][1] for tensor in tensors(header).values()]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not a safetensors file ({type(e).__name__}); fetch it again") from e
+    if not ends or 8 + length + max(ends) > size:
+        raise InputError(f"{file}: cut at {size:,} bytes, less than its own header says; fetch it again")
+    return header
+
+
+def tensors(header: Header) -> dict[str, dict[str, Any]]:
+    """The tensors of a header: dtype, shape, data_offsets by name."""
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}

@@ -1,0 +1,75 @@
+"""How many prompts a run has and what they look like, from a bounded look at their source.
+
+Comes in: a `prompts` section. Goes out: `PromptFacts`: a count, and a few prompts from all over what was read. Never: a
+whole large data set; what was not counted is assumed and said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from spa_ray.config.models import Evaluation, Prompts
+from spa_ray.data.prompts import Message, read_prompts
+from spa_ray.data.readers import source_kind
+from spa_ray.errors import InputError
+
+COUNTED = 10_000  # prompts that are read at most
+SAMPLED = 40
+UNKNOWN_COUNT = 1000
+STAND_IN = "What should someone think of before they decide about this, and what would you advise them to do first?"
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """`count` prompts, `sample` of them; `estimated` where the source was not counted to its end."""
+
+    source: str
+    count: int
+    sample: list[list[Message]]
+    estimated: bool
+
+
+def prompt_facts(prompts: Prompts, notes: list[str], where: str) -> PromptFacts:
+    """Reads at most COUNTED prompts. Raises: InputError for a source that is missing, or wrong within what is read."""
+    if source_kind(prompts, where=where) == "named":
+        count = prompts.limit or UNKNOWN_COUNT
+        notes.append(f"{where}: {prompts.source} has no loader here; {count:,} prompts of one sentence assumed")
+        return PromptFacts(str(prompts.source), count, [[{"role": "user", "content": STAND_IN}]], True)
+    read = [row["messages"] for row in islice(read_prompts(prompts, where=where), COUNTED)]
+    if not read:
+        raise InputError(f"{where}.source: {prompts.source}: no prompt in it")
+    whole = len(read) < COUNTED or prompts.limit == COUNTED
+    count = len(read) if whole else _beyond(prompts, notes, where)
+    step = max(1, len(read) // SAMPLED)
+    return PromptFacts(str(prompts.source), count, read[::step][:SAMPLED], not whole)
+
+
+def _beyond(prompts: Prompts, notes: list[str], where: str) -> int:
+    """The count of a source that holds more than was read: Parquet files say theirs, else the limit is believed."""
+    import pyarrow.parquet as pq
+
+    path = Path(str(prompts.source)).expanduser()
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and p.name[0] not in "._"]
+    if files and prompts.split is None and all(file.suffix == ".parquet" for file in files):
+        rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
+        notes.append(f"{where}: {rows:,} rows by the files' own count; repetitions are not taken off")
+        return min(rows, prompts.limit or rows)
+    count = prompts.limit or COUNTED
+    told = "prompts.limit is taken at its word" if prompts.limit else f"{count:,} are planned for; set {where}.limit"
+    notes.append(f"{where}: more than {COUNTED:,} prompts, which were not counted; {told}")
+    return count
+
+
+def held_out_facts(evaluation: Evaluation, notes: list[str]) -> list[PromptFacts]:
+    """The main held-out set and the further families."""
+    return [prompt_facts(prompts, notes, where) for where, prompts in _held_out(evaluation)]
+
+
+def _held_out(evaluation: Evaluation) -> Iterator[tuple[str, Prompts]]:
+    if evaluation.prompts is not None:
+        yield "evaluation.prompts", evaluation.prompts
+    for family, prompts in evaluation.families.items():
+        yield f"evaluation.families.{family}", prompts

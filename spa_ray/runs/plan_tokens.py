@@ -1,0 +1,177 @@
+"""Requests and tokens of one episode, counted on the real templates with stand-in answers, and what a cache saves.
+
+Comes in: an arm's config, a few of its prompts, a way to encode a conversation. Goes out: `Work`, a prompt's mean. The
+answers' text is cut from the prompts' own, to `ANSWER_SHARE` of their limit. Never: an engine, a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+from spa_ray.config.models import Config
+from spa_ray.generation.templates import Templates
+from spa_ray.objectives import load_objectives
+
+ANSWER_SHARE = 0.35  # of max_tokens that an answer is taken to use (docs/PLAN.md)
+CHARS_PER_TOKEN = 4
+BLOCK = 16  # tokens that vLLM's prefix cache keeps or forgets together
+Message = Mapping[str, str]
+
+
+class Encoder(Protocol):
+    """`generation.chat.Chat`, or a stand-in where the tokenizer is not on this machine."""
+
+    def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]: ...
+
+
+class CharEncoder:
+    """Four characters a token, and a few for each turn's marks."""
+
+    def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
+        turns = [dict(m) for m in messages if system is None or m["role"] != "system"]
+        if system is not None:
+            turns.insert(0, {"role": "system", "content": system})
+        text = "".join(f"<|{turn['role']}|>{turn['content']}<|end|>" for turn in turns)
+        return [hash(text[i : i + CHARS_PER_TOKEN]) for i in range(0, len(text), CHARS_PER_TOKEN)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one prompt, as a mean. `prompt_tokens` are counted at each request; `prefill_tokens` are those computed."""
+
+    requests: float = 0.0
+    prompt_tokens: float = 0.0
+    prefill_tokens: float = 0.0
+    generated_tokens: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def times(self, factor: float) -> Work:
+        return Work(*(value * factor for value in vars(self).values()))
+
+    def rounded(self) -> dict[str, int]:
+        return {key: round(value) for key, value in vars(self).items()}
+
+
+class _Cache:
+    """What one engine computes for a prompt's requests when full blocks of a known prefix are kept."""
+
+    def __init__(self) -> None:
+        self.blocks: set[int] = set()
+
+    def computed(self, ids: Sequence[int]) -> int:
+        """Tokens of the request that are not in the cache; they are afterwards. The last token is always computed."""
+        known, chain = 0, 0
+        for start, end in pairwise(range(0, len(ids) + 1, BLOCK)):
+            chain = hash((chain, tuple(ids[start:end])))
+            known += BLOCK * (chain in self.blocks)
+            self.blocks.add(chain)
+        return len(ids) - min(known, (len(ids) - 1) // BLOCK * BLOCK)
+
+
+class _Counter:
+    """Counts the requests of one prompt after the other as they would be sent."""
+
+    def __init__(self, config: Config, encoder: Encoder, prompts: Sequence[Sequence[Message]]) -> None:
+        self.config, self.encoder = config, encoder
+        self.text = " ".join(m["content"] for messages in prompts for m in messages)
+        self.objectives = load_objectives(config)
+        self.templates = Templates(config, self.objectives)
+        self.chars = _chars_per_token(encoder, self.text)
+        self.next_prompt()
+
+    def next_prompt(self) -> None:
+        self.cache = _Cache()
+        self.work = Work()
+
+    def answer(self, number: int, max_tokens: int) -> str:
+        """A text of about the assumed length; each number another one."""
+        length = max(1, round(ANSWER_SHARE * max_tokens * self.chars))
+        start = number * 37 % len(self.text)
+        return (self.text[start:] + self.text * (length // len(self.text) + 1))[:length]
+
+    def ask(self, ids: Sequence[int], generated: float) -> None:
+        self.work += Work(1.0, len(ids), self.cache.computed(ids), generated)
+
+    def score(self, messages: Sequence[Message], answer: str) -> None:
+        """The answer's judgement on every objective."""
+        scoring = self.config.scoring
+        for objective in self.objectives:
+            user = {"role": "user", "content": self.templates.score(messages, answer, objective)}
+            ids = self.encoder.prompt_ids([user], self.templates.score_system(messages, answer, objective))
+            for _ in range(1 if scoring.mode == "expected" else scoring.draws):
+                self.ask(ids, scoring.max_tokens if scoring.mode == "regex" else 1)
+
+    def refine(self, messages: Sequence[Message], answers: Sequence[str], context: int | None) -> None:
+        """The lowest candidates are left out where the context is too small, as in the episode itself."""
+        scores = {o.name: self.config.scoring.scale[0] for o in self.objectives}
+        listed = [{"text": answer, "scores": scores} for answer in answers]
+        while True:
+            user = {"role": "user", "content": self.templates.refine(messages, listed)}
+            ids = self.encoder.prompt_ids([user], self.templates.refine_system(messages, listed))
+            if context is None or len(listed) == 1 or len(ids) + self.config.refine.max_tokens <= context:
+                return self.ask(ids, ANSWER_SHARE * self.config.refine.max_tokens)
+            listed.pop()
+
+
+def episode_work(
+    config: Config,
+    prompts: Sequence[Sequence[Message]],
+    encoder: Encoder,
+    *,
+    context: int | None,
+    earlier: bool = False,
+) -> Work:
+    """Of a whole episode: n samples, their scores, the refinement, its scores; the mean over `prompts`.
+
+    `earlier`: the last iteration's refined answer is scored as a further candidate. Repeated samples and unreadable
+    judgements, which are asked once more, are not foreseen.
+    """
+    n, systems = config.sampling.n, config.sampling.system_prompts
+    counter, total = _Counter(config, encoder, prompts), Work()
+    for messages in prompts:
+        counter.next_prompt()
+        for i in range(n):
+            ids = encoder.prompt_ids(messages, systems[i % len(systems)])
+            counter.ask(ids, ANSWER_SHARE * config.sampling.max_tokens)
+        answers = [counter.answer(i, config.sampling.max_tokens) for i in range(n)]
+        answers += [counter.answer(n, config.refine.max_tokens)] if earlier else []
+        for answer in answers:
+            counter.score(messages, answer)
+        counter.refine(messages, answers, context)
+        counter.score(messages, counter.answer(n + 1, config.refine.max_tokens))
+        total += counter.work
+    return total.times(1 / len(prompts))
+
+
+def answer_work(
+    config: Config, prompts: Sequence[Sequence[Message]], encoder: Encoder, *, judged: bool
+) -> tuple[Work, Work]:
+    """Of a held-out prompt: its one answer, and a model's judgement of it (nothing when a function judges)."""
+    limit = config.evaluation.sampling.max_tokens
+    counter, answered, scored = _Counter(config, encoder, prompts), Work(), Work()
+    for messages in prompts:
+        counter.next_prompt()
+        counter.ask(encoder.prompt_ids(messages, None), ANSWER_SHARE * limit)
+        answered += counter.work
+        if judged:
+            counter.work = Work()
+            counter.score(messages, counter.answer(0, limit))
+            scored += counter.work
+    return answered.times(1 / len(prompts)), scored.times(1 / len(prompts))
+
+
+def mean_tokens(prompts: Sequence[Sequence[Message]], encoder: Encoder) -> float:
+    """Tokens of a rendered prompt, as a mean."""
+    return sum(len(encoder.prompt_ids(messages)) for messages in prompts) / len(prompts)
+
+
+def _chars_per_token(encoder: Encoder, text: str) -> float:
+    """Of the prompts' own text; the template's marks are counted out by encoding it once and twice."""
+    piece = text[:2000]
+    once, twice = (len(encoder.prompt_ids([{"role": "user", "content": t}])) for t in (piece, f"{piece} {piece}"))
+    return (len(piece) + 1) / max(1, twice - once)
