@@ -12,7 +12,7 @@ demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CP
 	@$(BIN)/spa demo $(ARGS)
 
 test: lint types ## lint, types, every test, coverage of the pure rooms
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench" $(ARGS)
