@@ -130,8 +130,11 @@ def rate(prompts: int, seconds: list[float]) -> dict[str, int]:
 
 
 def measure(tokens: int, prompts: int, repeats: int, config: Config) -> dict[str, Any]:
-    """Rates at one answer length, with Arrow held to one thread. For a fresh process: one that has given large pieces of
-    memory back runs up to three times as fast, as it meets no page faults (docs/SCALE.md)."""
+    """Rates at one answer length, with Arrow held to one thread.
+
+    For a fresh process: one that has given large pieces of memory back meets no page faults, and runs up to three times
+    as fast (docs/SCALE.md).
+    """
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     table = episodes(prompts, tokens, config)

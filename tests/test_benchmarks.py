@@ -133,3 +133,24 @@ def test_generation_compares_the_bytes_of_episodes_in_different_company() -> Non
     for company in (again, reversed_, shared):
         assert company["prompts"] == 4
         assert 0 <= company["same_episodes"] <= company["same_candidates"] <= 1
+
+
+def test_build_is_timed_from_memory_and_from_parquet() -> None:
+    printed = run("build.py", "--prompts", "500", "--repeats", "2")
+    assert set(printed) == {"35_tokens", "300_tokens"}
+    for case in printed.values():
+        rates = {name: rate for name, rate in case.items() if name.endswith("_per_s")}
+        assert {"denoise_per_s", "denoise_and_pairs_per_s", "stage_32_rows_a_file_per_s"} <= rates.keys()
+        assert all(0 < rate["lowest"] <= rate["median"] <= rate["highest"] for rate in rates.values())
+        assert case["pairs_per_prompt"] == pytest.approx(15 * case["kept_share"], rel=0.1)  # few of the 15 lie below δ
+
+
+@pytest.mark.engine
+def test_scale_runs_every_prompt_once_shard_by_shard_and_asks_no_finished_one_again() -> None:
+    printed = run(
+        "scale.py", "--prompts", "600", "--engines", "1", "--task", "answer", "--rows-per-block", "20",
+        "--shard-rows", "250", "--resume-at", "0.4", "--every", "0.2", "--ledger-messages", "200",
+    )  # fmt: skip
+    assert_where(printed)
+    first, rest = printed["resume"]["first"], printed["resume"]["rest"]
+    assert (first["asked"], first["errors"], first["files"]) == (240, 0, 12)
