@@ -146,11 +146,15 @@ def test_build_is_timed_from_memory_and_from_parquet() -> None:
 
 
 @pytest.mark.engine
-def test_scale_runs_every_prompt_once_shard_by_shard_and_asks_no_finished_one_again() -> None:
+def test_scale_asks_what_is_missing_and_says_what_its_model_foresaw() -> None:
     printed = run(
         "scale.py", "--prompts", "600", "--engines", "1", "--task", "answer", "--rows-per-block", "20",
-        "--shard-rows", "250", "--resume-at", "0.4", "--every", "0.2", "--ledger-messages", "200",
+        "--latency", "0.05", "--resume-at", "0.4", "--every", "0.2", "--ledger-messages", "200",
     )  # fmt: skip
     assert_where(printed)
     first, rest = printed["resume"]["first"], printed["resume"]["rest"]
     assert (first["asked"], first["errors"], first["files"]) == (240, 0, 12)
+    assert (rest["asked"], rest["errors"], rest["files"]) == (360, 0, 30)
+    assert printed["resume"]["requests_beyond_the_missing"] == 0
+    assert printed["ledger"]["messages_per_s"] > 0
+    assert 0 < printed["predicted"]["engines"] <= 128 / 0.05  # prompts in flight over the law's shortest answer
