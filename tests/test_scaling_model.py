@@ -32,7 +32,6 @@ COSTS = model.Costs(
     ledger_message=0.0002,
     driver_bytes_per_block=4096.0,
     pass_start=10.0,
-    id_load=1e-5,
     file_load=0.001,
 )
 CLUSTER = model.Cluster(engines=10, cores=100.0, concurrency=8, rows_per_block=32)
