@@ -11,6 +11,12 @@ import pytest
 from tests.tiny_model import build_tiny_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "one_process" in getattr(item, "fixturenames", ()):
+            item.add_marker("group")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a randomly initialised 2-layer Llama with a chat template (tests/tiny_model.py)."""

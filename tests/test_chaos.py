@@ -44,6 +44,7 @@ def play(schedule: Schedule, cluster: Town, folder: Path) -> Scene:
 
 
 @pytest.mark.engine
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
 def test_an_engines_process_and_then_its_node_are_killed_and_the_run_ends_by_itself(
     cluster: Town, tmp_path: Path
@@ -58,6 +59,7 @@ def test_an_engines_process_and_then_its_node_are_killed_and_the_run_ends_by_its
 
 
 @pytest.mark.engine
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
 def test_a_driver_killed_at_half_of_its_rows_asks_for_the_other_half_alone(cluster: Town, tmp_path: Path) -> None:
     scene = play(schedule("half", Event("kill driver", "committed", ROWS // 2, 0.0)), cluster, tmp_path)

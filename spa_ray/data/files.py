@@ -188,8 +188,12 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 
 def read_json(path: AnyPath) -> Any:
-    """The value of a JSON file. Raises: OSError, ValueError."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value of a JSON file. Raises: OSError, ValueError.
+
+    One request on a store: a file that is opened there and replaced before it is read would be an error.
+    """
+    data = path.read_bytes() if isinstance(path, Path) else path.fs.cat_file(path.path)
+    return json.loads(data)
 
 
 def write_text(path: AnyPath, text: str) -> None:

@@ -76,6 +76,7 @@ class EpisodeActor:
         self._refused: Exception | None = None
         self._telling, self._told = threading.Lock(), False
         self._tick: float | None = None  # when the event loop last came round
+        self._loop: asyncio.AbstractEventLoop | None = None
         starts = ledger.ask("born", self._me, node, self._log)
         try:
             if starts > FRUITLESS_STARTS:
@@ -115,7 +116,7 @@ class EpisodeActor:
             await self._ledger.asked("word", kind, str(self._refused))
             raise self._refused
         if self._tick is None:
-            self._tick = time.monotonic()
+            self._tick, self._loop = time.monotonic(), asyncio.get_running_loop()
             self._reporter = asyncio.ensure_future(self._report())
         rows = batch.to_pylist()
         ids = [row["prompt_id"] for row in rows]
@@ -181,6 +182,8 @@ class EpisodeActor:
         limit = self._work.config.generation.stall_timeout_s
         while True:
             time.sleep(min(1.0, limit / 4))
+            if self._loop is not None and self._loop.is_closed():
+                return  # the actor's time is over
             stalled = self._engine.stats().stalled
             if stalled > limit:
                 self._die(f"the engine finished no step for {stalled:.0f} s (generation.stall_timeout_s)")
