@@ -12,8 +12,8 @@ demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CP
 	@$(BIN)/spa demo $(ARGS)
 
 test: lint types ## lint, types, every test, coverage of the pure rooms
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not group" $(ARGS)
-	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m group $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone" $(ARGS)
+	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m alone $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)

@@ -14,7 +14,7 @@ from tests.tiny_model import build_tiny_model
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "one_process" in getattr(item, "fixturenames", ()):
-            item.add_marker("group")
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from spa_ray.errors import InputError
 from spa_ray.generation.chat import Chat
 from spa_ray.generation.judging import Score, expected_score, label_ids
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
 LABELS = tuple(str(k) for k in range(1, 11))
 ENDS = ("<|end|>", "<|unused|>", "<|unused2|>", "<|pad|>")  # several ends, as Llama 3 has
