@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import logging
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 BUCKET = "bucket"
+START_SECONDS = 120.0
 
 
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
-    """A server with one bucket. Yields the environment variables by which boto, fsspec and Arrow find it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
+    """A server with one bucket. Yields the environment variables by which boto, fsspec and Arrow find it.
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
+    In a process of its own: vLLM's start looks into every module of its process, which Flask's do not bear.
+    """
+    import boto3
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
+        _wait_for(server, port)
+        endpoint = f"http://127.0.0.1:{port}"
         keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
         client = boto3.client(
             "s3",
@@ -32,4 +40,17 @@ def s3_server() -> Iterator[dict[str, str]]:
         client.create_bucket(Bucket=BUCKET)
         yield {**keys, "AWS_ENDPOINT_URL": endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
     finally:
-        server.stop()
+        server.terminate()
+        server.wait()
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert server.poll() is None, "the S3 server ended"
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.1)

@@ -107,6 +107,7 @@ def test_a_tag_is_a_known_kind_and_never_free_text(text: str, kind: str) -> None
 
 
 @pytest.mark.engine
+@pytest.mark.alone
 def test_an_engines_and_a_jobs_metrics_stand_on_rays_prometheus_endpoint() -> None:
     import ray
 
