@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder
 from spa_ray.errors import InputError
 from spa_ray.generation.commits import settle
+from tests.preferences_tables import make_config, make_episodes, make_row
 
 
 def write(file: Path, ids: Sequence[str]) -> Path:
@@ -136,6 +138,23 @@ def test_a_reader_names_the_damaged_file(part: Part) -> None:
     bad.write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
     with pytest.raises(InputError, match=str(bad)):
         EpisodeFolder(part.rows).count()
+
+
+def test_a_bit_that_changed_among_the_rows_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    rows = [make_row([(k % 7, 2.5), (k % 5, 4.0)], (9.0, k / 8), prompt_id=f"p{k}") for k in range(40)]
+    file = tmp_path / "a-0.parquet"
+    pq.write_table(make_episodes(rows, make_config()), file, **WRITE_OPTIONS)
+    whole, table = file.read_bytes(), EpisodeFolder(tmp_path).table()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")  # it has no checksum
+    noticed = 0
+    for at in np.random.default_rng(1).integers(0, footer, size=300):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            assert EpisodeFolder(tmp_path).table().equals(table), f"byte {at} of {footer}"
+        except InputError as e:
+            assert str(file) in str(e)
+            noticed += 1
+    assert noticed > 150
 
 
 STATES = ("committed", "rows", "half rows", "note", "cut note", "pending")

@@ -22,6 +22,10 @@ from spa_ray.errors import InputError
 
 PART = "part"
 PARTITIONING = pds.partitioning(pa.schema([(PART, pa.int32())]), flavor="hive")
+# Episodes are written with a checksum of every page, and read with a look at it: a disk may change bits unseen.
+WRITE_OPTIONS = {"write_page_checksum": True}
+READ_OPTIONS = {"page_checksum_verification": True}
+FORMAT = pds.ParquetFileFormat(default_fragment_scan_options=pds.ParquetFragmentScanOptions(**READ_OPTIONS))
 
 
 def part_folder(episodes: AnyPath, part: int) -> AnyPath:
@@ -42,7 +46,7 @@ def damaged(file: str, filesystem: FileSystem) -> bool:
     with filesystem.open_input_file(file) as source:
         whole = source.read_buffer()
     try:
-        pq.ParquetFile(pa.BufferReader(whole)).read()
+        pq.ParquetFile(pa.BufferReader(whole), **READ_OPTIONS).read()
     except UNSOUND:
         return True
     return False
@@ -86,7 +90,7 @@ class EpisodeFolder:
         with self._named():
             self.data: pds.Dataset = pds.dataset(
                 self.files,
-                format="parquet",
+                format=FORMAT,
                 filesystem=self.filesystem,
                 partitioning=PARTITIONING,
                 partition_base_dir=base,

@@ -27,7 +27,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
 from spa_ray.config.models import Config
-from spa_ray.data.episodes import EpisodeFolder, part_folder, shard_folder
+from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
 from spa_ray.data.schemas import EPISODES, with_metadata
 from spa_ray.data.token import Token
@@ -146,7 +146,7 @@ def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, l
             **engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0)),
         )
         try:
-            data.write_parquet(target, filesystem=out_files, schema=schema)
+            data.write_parquet(target, filesystem=out_files, schema=schema, **WRITE_OPTIONS)
         except Exception as e:
             raise explained(e, ledger.ask("last_word")) from e
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from spa_ray.config.models import Config
-from spa_ray.data.episodes import PART, PARTITIONING, Retried, unreadable
+from spa_ray.data.episodes import PART, PARTITIONING, READ_OPTIONS, Retried, unreadable
 from spa_ray.data.schemas import EPISODES, PAIRS, RESPONSE
 from spa_ray.preferences import Funnel, build_pairs, denoise
 
@@ -128,7 +128,7 @@ def _read(pieces: Iterable[Piece], filesystem: FileSystem, retried: Retried | No
 def _tables(piece: Piece, filesystem: FileSystem) -> Iterator[pa.Table]:
     far = not isinstance(filesystem, LocalFileSystem)  # then few large requests, at the price of more work
     try:
-        with pq.ParquetFile(piece.file, filesystem=filesystem, pre_buffer=far) as file:
+        with pq.ParquetFile(piece.file, filesystem=filesystem, pre_buffer=far, **READ_OPTIONS) as file:
             columns = needed_columns(file.schema)
             if piece.groups is None:
                 yield file.read(columns=columns)

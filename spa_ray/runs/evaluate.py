@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spa_ray.config.models import Config
-from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder
 from spa_ray.data.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder
 from spa_ray.data.schemas import EPISODES, PROMPTS
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
@@ -113,11 +113,11 @@ def write_table(table: pa.Table, out: AnyPath) -> None:
     make_folder(out.parent)
     if isinstance(out, Path):
         partial = out.with_name(f".{out.name}.part")
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, **WRITE_OPTIONS)
         partial.replace(out)
         return
     filesystem, target = arrow_filesystem(out)
-    pq.write_table(table, target, filesystem=filesystem)
+    pq.write_table(table, target, filesystem=filesystem, **WRITE_OPTIONS)
 
 
 def split_rows(table: pa.Table, subject: Subject) -> pa.Table:
