@@ -46,8 +46,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> Work:
     from spa_ray.data.prompts import write_prompts
     from spa_ray.runs.models import fetch_model
 
-    cores = len(os.sched_getaffinity(0))  # Ray gives an actor as many OpenMP threads; raw vLLM takes all by itself
-    overrides = [f"prompts.limit={args.prompts}", f"seed={args.seed}", f"resources.cpus_per_engine={cores}", *args.set]
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the sides without Ray, which gives an actor as many as CPUs
+    cpus = f"resources.cpus_per_engine={args.threads}"
+    overrides = [f"prompts.limit={args.prompts}", f"seed={args.seed}", cpus, *args.set]
     config = next(iter(load_config(args.config, overrides).values()))
     prompts = folder / "prompts.parquet"
     written = write_prompts(config.prompts, prompts)
@@ -125,6 +126,7 @@ def arguments() -> argparse.Namespace:
     add("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="raw needs coroutines")
     add("--determinism", action="store_true", help="compare bytes instead of speed")
     add("--in-flight", type=int, nargs="+", default=[128, 16, 1], help="prompts in flight that --determinism compares")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="an engine's, on a CPU; default: all cores")
     add("--seed", type=int, default=0)
     add("--repeats", type=int, default=3)
     args = parser.parse_args()

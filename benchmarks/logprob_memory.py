@@ -162,7 +162,7 @@ def main() -> None:
     add("--hidden", type=int, default=256)
     add("--length", type=int, default=512, help="tokens of a sequence")
     add("--response-share", type=float, default=0.7, help="share of a sequence's tokens that are scored")
-    add("--logits-mib", type=int, default=256, help="the chunked head's budget, as train.logits_mib")
+    add("--logits-mib", type=int, default=128, help="the chunked head's budget, as train.logits_mib")
     add("--memory-gib", type=float, help="default: 8 on the CPU, what the device has on a GPU")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     add("--seed", type=int, default=0)

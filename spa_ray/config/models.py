@@ -214,7 +214,7 @@ class Train(Section):
         None, description="sequences one after the other, no padding; null: where the model's attention allows it"
     )
     logits_mib: float | None = Field(
-        256, gt=0, description="float32 logits held at once, MiB; null: a micro-batch's, by the model's own head"
+        128, gt=0, description="float32 logits held at once, MiB; null: a micro-batch's, by the model's own head"
     )
     max_length: int = Field(2048, ge=2, description="prompt + response; longer pairs are dropped and counted")
     dtype: Literal["float32", "bfloat16"] = Field(
