@@ -14,6 +14,7 @@ demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CP
 test: lint types ## lint, types, every test, coverage of the pure rooms
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone" $(ARGS)
 	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m alone $(ARGS)
+	$(BIN)/python -m pytest -m chaos $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)
@@ -22,7 +23,6 @@ bench-test: .venv/.ready ## every benchmark at toy size
 	$(BIN)/python -m pytest -m bench $(ARGS)
 
 chaos: .venv/.ready ## kill generation and training at random, again and again, and look for what it cost (up to 2 hours)
-	$(BIN)/python -m pytest -m chaos tests/test_chaos.py
 	$(BIN)/python -m tests.chaos_generation --schedules 100
 	$(BIN)/python -m tests.chaos_generation --schedules 5 --engine vllm
 	$(BIN)/python -m tests.chaos_training --kills 20

@@ -22,6 +22,7 @@ ENGINES = 2
 AGENT_SECONDS = 60.0
 JOB_SECONDS = 240.0
 IDLE_SECONDS = 60.0
+REFUSED_SECONDS = 90.0  # importing, connecting and looking at the cluster; the wait for nodes is 900
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Job:
         return (self.folder / "asked.log").read_text().splitlines()
 
 
-def config(folder: Path, engines: tuple[int, int], *, prompts: int, jitter: float) -> Path:
+def config(folder: Path, engines: tuple[int, int], *, prompts: int, jitter: float, gpus: int) -> Path:
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "question {k}?"}}\n' for k in range(prompts)))
     written = {
         "run_dir": str(folder / "run"),
@@ -56,7 +57,7 @@ def config(folder: Path, engines: tuple[int, int], *, prompts: int, jitter: floa
         "generation": {"rows_per_block": 4},
         "resources": {
             "engines": {"min": engines[0], "max": engines[1]},
-            "gpus_per_engine": 1,
+            "gpus_per_engine": gpus,
             "concurrency": 4,
         },
     }
@@ -66,13 +67,19 @@ def config(folder: Path, engines: tuple[int, int], *, prompts: int, jitter: floa
 
 
 def submit(
-    cluster: FakeCluster, folder: Path, engines: tuple[int, int], *, prompts: int = PROMPTS, jitter: float = 0.05
+    cluster: FakeCluster,
+    folder: Path,
+    engines: tuple[int, int],
+    *,
+    prompts: int = PROMPTS,
+    jitter: float = 0.05,
+    gpus: int = 1,
 ) -> Job:
     """Submit the pipeline up to its build stage, and look at the cluster until it has ended."""
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(cluster.dashboard)
-    path = config(folder, engines, prompts=prompts, jitter=jitter)
+    path = config(folder, engines, prompts=prompts, jitter=jitter, gpus=gpus)
     nodes = [(0.0, cluster.workers())]
     jobs: list[str] = []
     entrypoint = f"python jobs/spa_pipeline.py --config {path} --until build"
@@ -121,3 +128,14 @@ def test_it_leaves_every_prompts_episode_once_and_asked_no_request_twice(job: Jo
 
 def test_idle_nodes_go(cluster: FakeCluster, job: Job) -> None:
     wait_until(lambda: cluster.workers() == 0, IDLE_SECONDS, "the end of the idle nodes")
+
+
+def test_a_job_that_no_node_type_can_hold_ends_at_once_and_brings_no_node(cluster: FakeCluster, tmp_path: Path) -> None:
+    refused = submit(cluster, tmp_path, (1, 1), gpus=8)
+    assert refused.status == "FAILED", refused.logs
+    said = [line for line in refused.logs.splitlines() if line.startswith("spa: ")]
+    assert len(said) == 1
+    assert "GPU: 8" in said[0]
+    assert max(count for _, count in refused.nodes) == refused.nodes[0][1]
+    assert not (tmp_path / "asked.log").exists()
+    assert refused.nodes[-1][0] < REFUSED_SECONDS

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.schemas import EPISODES
 from tests.chaos_checks import bound, episodes_of, repeats, verdict
 from tests.chaos_cluster import Town, town
@@ -39,7 +41,9 @@ def play(schedule: Schedule, cluster: Town, folder: Path) -> Scene:
     scene.play()
     episodes = episodes_of(scene)
     undisturbed = [asyncio.run(episodes.run(row)) for row in rows]
-    assert verdict(scene, pa.Table.from_pylist(undisturbed, schema=EPISODES)) == []
+    calm = folder / "calm.parquet"
+    pq.write_table(pa.Table.from_pylist(undisturbed, schema=EPISODES), calm)
+    assert verdict(scene, EpisodeFolder(calm).table()) == []
     return scene
 
 
