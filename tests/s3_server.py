@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 BUCKET = "bucket"
 START_SECONDS = 120.0
+STOP_SECONDS = 30.0
 
 
 @contextmanager
@@ -41,7 +42,10 @@ def s3_server() -> Iterator[dict[str, str]]:
         yield {**keys, "AWS_ENDPOINT_URL": endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:

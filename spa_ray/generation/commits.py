@@ -17,7 +17,7 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from spa_ray.data.episodes import UNSOUND, damaged, unreadable
+from spa_ray.data.episodes import FORMAT, READ_OPTIONS, UNSOUND, damaged, unreadable
 from spa_ray.data.files import AnyPath, arrow_filesystem, parquet_files, write_bytes
 
 ID = "prompt_id"
@@ -78,7 +78,7 @@ class _Files:
             return True
         try:
             ids, noted = (
-                pds.dataset(list(f.names.values()), format="parquet", filesystem=f.filesystem).to_table(columns=[ID])
+                pds.dataset(list(f.names.values()), format=FORMAT, filesystem=f.filesystem).to_table(columns=[ID])
                 for f in (self, notes)
             )
         except UNSOUND:
@@ -90,7 +90,9 @@ class _Files:
         if name not in self.names:
             return None
         try:
-            table = pq.read_table(self.names[name], columns=[ID], filesystem=self.filesystem, partitioning=None)
+            table = pq.read_table(
+                self.names[name], columns=[ID], filesystem=self.filesystem, partitioning=None, **READ_OPTIONS
+            )
             return table[ID].to_pylist()
         except UNSOUND:
             if damaged(self.names[name], self.filesystem):
