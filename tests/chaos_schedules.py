@@ -9,6 +9,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from spa_ray.generation.pool import blocks_in_engine
+
 START_S, STALL_S, PROMPT_S = 45.0, 4.0, 30.0  # the run's deadlines (vLLM: LOAD_S to start)
 LOAD_S = 120.0
 COME_UP_S = 90.0  # for a driver and Ray's processes to come up on a machine that does other things too
@@ -65,8 +67,8 @@ class Schedule:
 
     @property
     def calls(self) -> int:
-        """Blocks that are in one engine at once (`generation.stage._pool`)."""
-        return 1 + -(-self.concurrency // self.rows_per_block)
+        """Blocks that are in one engine at once."""
+        return blocks_in_engine(self.concurrency, self.rows_per_block)
 
     @property
     def engine_bound(self) -> int:

@@ -9,7 +9,6 @@ beyond one shard's ids and one shard's failed prompts.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
@@ -38,7 +37,7 @@ from spa_ray.generation.commits import settle
 from spa_ray.generation.episode import RETRYABLE
 from spa_ray.generation.follow import Line, OnProgress, followed
 from spa_ray.generation.ledger import Counts
-from spa_ray.generation.pool import growing_pool
+from spa_ray.generation.pool import engine_pool, growing_pool
 from spa_ray.generation.setup import Task
 from spa_ray.generation.shards import SHARD_ROWS, shards
 from spa_ray.logs import WorkerLog
@@ -142,7 +141,7 @@ def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, l
             fn_constructor_args=(work, ledger),
             batch_size=config.generation.rows_per_block,  # a whole block; where engines have GPUs, Ray wants it said
             batch_format="pyarrow",
-            compute=_pool(config),
+            compute=engine_pool(config),
             **engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0)),
         )
         try:
@@ -221,19 +220,6 @@ def _check_counts(counts: PassCounts, total: int, config: Config, out: AnyPath) 
             f"{config.generation.max_error_fraction:g} allows; the first: {counts.first_error}; raise the key to go on "
             f"without them, or remove {out.parent} to ask all again"
         )
-
-
-def _pool(config: Config) -> ActorPoolStrategy:
-    engines = config.resources.engines
-    # Blocks enough to keep `concurrency` prompts in flight while the last rows of one block are still on their way;
-    # the actor's gate holds it to that number.
-    calls = 1 + math.ceil(config.resources.concurrency / config.generation.rows_per_block)
-    return ActorPoolStrategy(
-        min_size=engines.min,
-        max_size=engines.max,
-        max_concurrent_calls_per_actor=calls,
-        max_tasks_in_flight_per_actor=calls + 1,  # one more waits at the actor
-    )
 
 
 @contextmanager
