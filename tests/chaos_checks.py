@@ -54,8 +54,9 @@ def parts_once(scene: Scene) -> list[str]:
 
 
 def never_again(scene: Scene) -> list[str]:
-    """A row that was seen committed is never asked for again."""
-    again = [key for key, begins in scene.promised.items() if scene.begins[key] > begins]
+    """A row that was seen committed is never asked for again, but for losses that came before its commit."""
+    most = {key: max(begins, scene.unsure.get(key, 0)) for key, begins in scene.promised.items()}
+    again = [key for key, begins in most.items() if scene.begins[key] > begins]
     return [f"{len(again)} committed rows were asked again: {sorted(again)[:5]}"] if again else []
 
 

@@ -24,7 +24,7 @@ NODE_CPUS = 3
 STORE = 100_000_000  # bytes, of each node's object store
 FAILURES = 3  # health checks that a node may miss
 PERIOD_MS = 1000
-GONE_SECONDS = 30.0  # for the processes of a driver or of a node to be gone
+GONE_SECONDS = 60.0  # for processes of a driver or node; Ray gives an actor 30 s to end, a frozen one takes them
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # of a node
 # Ray Data's own, one a cluster: they stay when a driver ends.
 DETACHED = (

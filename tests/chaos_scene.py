@@ -92,7 +92,9 @@ def _fault(fault: str | None, folder: Path) -> dict[str, Any]:
 
 class Scene:
     """A run on its way. `begins` counts, for each prompt and attempt, how often an engine was asked for its first
-    answer; `promised` holds what that count was when the prompt's row was first seen committed."""
+    answer; `promised` holds what that count was when the prompt's row was first seen committed; `unsure` what it may
+    still reach for a row that was not committed when an engine or a node was lost, even if it is by now: its block may
+    have reached the driver while the task that made it did not come to its end."""
 
     def __init__(self, schedule: Schedule, town: Town, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         self.schedule, self.town, self.folder = schedule, town, folder
@@ -114,6 +116,7 @@ class Scene:
         self.begins: Counter[Key] = Counter()
         self.lives: dict[str, set[Key]] = {}
         self.promised: dict[Key, int] = {}
+        self.unsure: dict[Key, int] = {}
         self.limits: list[tuple[str, int]] = []  # what may be asked again, and why
         self._open: int | None = None  # the limit that still grows with what engines begin before they are gone
         self.calm_risk = 0  # most rows begun and not committed, before anything was done
@@ -140,13 +143,21 @@ class Scene:
         lines = self._trace()
         for key in committed:
             self.promised.setdefault(key, self.begins[key])
-        at_risk = sum(1 for key in self.begins if key not in self.promised)
+        at_risk = len(self._uncommitted())
         if self._open is not None:
             label, value = self.limits[self._open]
             self.limits[self._open] = (label, max(value, at_risk))
         elif not self.limits:
             self.calm_risk = max(self.calm_risk, at_risk)
         return len(self.lives), lines, len(committed), self.driver.starts, self.stage is not None
+
+    def _uncommitted(self) -> list[Key]:
+        return [key for key in self.begins if key not in self.promised]
+
+    def _lose(self) -> None:
+        """An engine or a node is about to be lost."""
+        self.look()
+        self.unsure.update({key: self.begins[key] + 1 for key in self._uncommitted()})
 
     def committed(self) -> set[Key]:
         found: set[Key] = set()
@@ -288,6 +299,7 @@ class Scene:
             return "nothing there"
         process = sorted(among, key=lambda p: p.pid)[int(event.choice * len(among))]
         name = title(process)
+        self._lose()
         with suppress(psutil.NoSuchProcess):
             process.send_signal(sent)
         if "EpisodeActor" in name:
@@ -306,6 +318,7 @@ class Scene:
         self.risk(str(event))
         node = self.town.nodes[int(event.choice * len(self.town.nodes))]
         held = len(engines(self.town.workers()))
+        self._lose()
         self.town.lose_node(node)
         lost = held - len(engines(self.town.workers()))
         self.look()

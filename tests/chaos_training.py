@@ -51,7 +51,9 @@ def drive(path: Path) -> None:
     from spa_ray.training.launch import train_jobs
 
     job = read_job(path)
-    ray.init(num_cpus=4, include_dashboard=False, address="local", logging_level="ERROR")
+    # Ray's workers are nice by default: beside other work they would run out of the test's patience.
+    settings = {"worker_niceness": 0}
+    ray.init(num_cpus=4, include_dashboard=False, address="local", logging_level="ERROR", _system_config=settings)
     train_jobs([job], Resources(train_workers=WORKERS), storage=path.parent / "ray", name=job.name)
 
 

@@ -22,10 +22,9 @@ from spa_ray.generation.actor import EpisodeActor, Pass, RefinedAnswers
 from spa_ray.generation.ledger import FRUITLESS_STARTS, SUSPECT_TRIES, Ledger
 from spa_ray.generation.setup import Task, check_generation
 from spa_ray.generation.stage import count_rows
+from spa_ray.generation.usage import Spent
 from tests.scripted import WEIGHTS, play, prompt, scripted_config, scripted_episodes
 from tests.tiny_model import build_tiny_tokenizer
-
-NOTHING = Ledger().counts()
 
 
 class HereLine:
@@ -240,7 +239,7 @@ def test_an_actor_hands_the_earlier_answer_to_its_prompt(tmp_path: Path) -> None
 def test_counts_are_those_of_the_written_rows(tmp_path: Path) -> None:
     rows = [play(scripted_config(), "one?"), play(scripted_config({"refuse": "two"}), "two?")]
     pq.write_table(pa.Table.from_pylist(rows, schema=EPISODES), tmp_path / "part.parquet")
-    counts = count_rows(tmp_path, seconds=1.234, worked=NOTHING)
+    counts = count_rows(tmp_path, Spent(seconds=1.234))
     assert (counts.rows, counts.errors, counts.seconds) == (2, 1, 1.23)
     assert counts.first_error == rows[1]["error"]
     assert counts.prompt_tokens == sum(row["prompt_tokens"] for row in rows)
@@ -257,7 +256,7 @@ def test_missing_rows_and_too_many_failed_ones_end_the_run(
     rows = [play(scripted_config(), "one?"), play(scripted_config({"refuse": "two"}), "two?")]
     pq.write_table(pa.Table.from_pylist(rows, schema=EPISODES), tmp_path / "part.parquet")
     config = scripted_config(generation={"max_error_fraction": fraction})
-    counts = count_rows(tmp_path, seconds=0, worked=NOTHING)
+    counts = count_rows(tmp_path, Spent())
     if message is None:
         stage._check_counts(counts, total, config, tmp_path)
     else:

@@ -18,9 +18,10 @@ from spa_ray.data.episodes import EpisodeFolder, part_folder
 from spa_ray.data.files import parquet_dataset
 from spa_ray.data.schemas import EPISODES, PROMPTS, canonical, objectives_of
 from spa_ray.errors import InputError, RunError
-from spa_ray.generation.ledger import SUSPECT_TRIES, Ledger
+from spa_ray.generation.ledger import SUSPECT_TRIES
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import PassCounts, count_rows, generate
+from spa_ray.generation.usage import Spent
 from tests.scripted import WEIGHTS, scripted_config, scripted_episodes
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
@@ -211,10 +212,13 @@ def test_prompts_too_many_for_one_pass_run_in_shards_and_those_that_are_done_are
 def test_rows_that_fail_are_recorded_and_counted_and_too_many_of_them_end_the_run(
     whole: Whole, prompts: Path, tmp_path: Path
 ) -> None:
+    log = tmp_path / "log"
     with pytest.raises(RunError, match=r"1 of 30 prompts failed.*max_error_fraction 0\.01.*scripted refusal"):
-        play(config({"refuse": POISON}, max_error_fraction=0.01), prompts, tmp_path)
-    counts = count_rows(tmp_path / "episodes", seconds=0, worked=Ledger().counts())
+        play(config({"refuse": POISON, "log": str(log)}, max_error_fraction=0.01), prompts, tmp_path)
+    counts = count_rows(tmp_path / "episodes", Spent())
     assert (counts.rows, counts.errors) == (PROMPT_COUNT, 1)
+    again = play(config({"refuse": POISON}, max_error_fraction=0.1), prompts, tmp_path)  # asks nothing any more
+    assert again.requests == len(log_of(log)), "the call that ended with an error counts"
     failed = {row["prompt_id"]: row for row in episodes(tmp_path).to_pylist()}
     fine = {row["prompt_id"]: row for row in episodes(whole.folder).to_pylist()}
     assert {key for key, row in failed.items() if row["error"]} == {"p17"}

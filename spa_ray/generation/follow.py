@@ -1,6 +1,6 @@
-"""The Ray actor of a stage's ledger, the line to it, and a thread that tells the display what stands in it.
+"""The Ray actor of a stage's ledger, the line to it, and a thread that tells display and usage what stands in it.
 
-Comes in: how many rows stood before. Goes out: the line; `done`, `total`, rates and the live funnel, once a second.
+Comes in: how many rows stood before. Goes out: the line; once a second `done`, `total`, rates and the live funnel.
 Never: a decision.
 """
 
@@ -18,6 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spa_ray.generation.ledger import Counts, Ledger
+from spa_ray.generation.usage import Usage
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 ANSWER_SECONDS = 60.0
@@ -40,30 +41,30 @@ class Line:
 
 
 @contextmanager
-def followed(before: Callable[[], int], total: int, on_progress: OnProgress | None) -> Iterator[Line]:
-    """A ledger on the driver's node, followed by `on_progress` from `before()` rows on up to `total`."""
+def followed(before: Callable[[], int], total: int, on_progress: OnProgress | None, usage: Usage) -> Iterator[Line]:
+    """A ledger on the driver's node. `on_progress` hears of it from `before()` rows on up to `total`, `usage` too."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     ledger = Line(ray.remote(Ledger).options(**options).remote())
     ended = threading.Event()
-    thread = None
-    if on_progress is not None:
-        thread = threading.Thread(target=_follow, args=(ledger, before(), total, on_progress, ended), daemon=True)
-        thread.start()
+    tell = on_progress or (lambda counts: None)
+    thread = threading.Thread(target=_follow, args=(ledger, before(), total, tell, usage, ended), daemon=True)
+    thread.start()
     try:
         yield ledger
+        usage.note(ledger.ask("counts"), last=True)
     finally:
         ended.set()
-        if thread is not None:
-            thread.join()
+        thread.join()
         ray.kill(ledger.handle)
 
 
-def _follow(ledger: Line, before: int, total: int, tell: OnProgress, ended: threading.Event) -> None:
+def _follow(ledger: Line, before: int, total: int, tell: OnProgress, usage: Usage, ended: threading.Event) -> None:
     started = time.monotonic()
     while True:
         last = ended.wait(1.0)
         counts: Counts = ledger.ask("counts")
+        usage.note(counts, last=last)  # the last one here is for a pass that failed
         extra = {"errors": counts.errors, "engine deaths": counts.deaths}
         tell(
             {

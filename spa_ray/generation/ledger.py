@@ -39,7 +39,8 @@ class Counts:
     generated_tokens: int
     engines: int
     deaths: int
-    busy: float | None  # seconds at work / seconds since the first request, over all engines' present lives
+    busy: float  # seconds at work, over all engines' present lives
+    alive: float  # seconds since the first request, likewise
     reasons: dict[str, int]  # the live funnel: what `observe` said of finished rows, `passed` for None
 
 
@@ -113,13 +114,13 @@ class Ledger:
             record.busy, record.alive = busy, alive
 
     def counts(self) -> Counts:
-        alive = sum(record.alive for record in self._engines.values())
         names = ("rows", "errors", "requests", "prompt_tokens", "generated_tokens")
         return Counts(
             **{name: self._totals[name] for name in names},
             engines=len(self._engines),
             deaths=self._died,
-            busy=sum(record.busy for record in self._engines.values()) / alive if alive else None,
+            busy=sum(record.busy for record in self._engines.values()),
+            alive=sum(record.alive for record in self._engines.values()),
             reasons=dict(self._reasons),
         )
 

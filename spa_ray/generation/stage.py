@@ -9,7 +9,6 @@ beyond one shard's ids and one shard's failed prompts.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +35,10 @@ from spa_ray.generation.actor import EpisodeActor, Observe, Pass
 from spa_ray.generation.commits import settle
 from spa_ray.generation.episode import RETRYABLE
 from spa_ray.generation.follow import Line, OnProgress, followed
-from spa_ray.generation.ledger import Counts
 from spa_ray.generation.pool import engine_pool, growing_pool
 from spa_ray.generation.setup import Task
 from spa_ray.generation.shards import SHARD_ROWS, shards
+from spa_ray.generation.usage import Spent, Usage
 from spa_ray.logs import WorkerLog
 from spa_ray.objectives import load_objectives
 
@@ -48,7 +47,7 @@ START_DEATHS = 2  # engine processes that may be killed at their start, one afte
 
 @dataclass(frozen=True)
 class PassCounts:
-    """What a finished stage holds, over all its passes and attempts; from `seconds` on: of this call alone.
+    """What a finished stage holds, over all its passes and attempts; from `seconds` on: what all calls for it spent.
 
     `engine_busy`: the engines' seconds at work over their seconds since the first request. `tokens_per_second`:
     generated tokens over `seconds`, start-up included.
@@ -94,13 +93,13 @@ def generate(
     counts. `checkpoint` keeps what a resume needs. A pass has at most `shard_rows` prompts, the same in a resumed run.
     Raises: InputError as the engine does; RunError when the pass dies or too many rows failed.
     """
-    started = time.monotonic()
     names = [o.name for o in load_objectives(config)]
     schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
     total = parquet_dataset(prompts).count_rows()
     log = WorkerLog.of(run=out.parent.name, stage=task.kind, verbose=verbose)
     make_folder(checkpoint)
-    with Token.left(checkpoint) as token, followed(lambda: finished_rows(out), total, on_progress) as ledger:
+    usage = Usage(checkpoint / "usage")
+    with Token.left(checkpoint) as token, followed(lambda: finished_rows(out), total, on_progress, usage) as ledger:
         source = prompts
         for part in range(config.generation.max_attempts):
             work = Pass(config, task, model, earlier, part, observe, verbose, log, token)
@@ -117,8 +116,7 @@ def generate(
             if not failed:
                 break
             source = again
-        worked = ledger.ask("counts")
-    counts = count_rows(out, seconds=time.monotonic() - started, worked=worked)
+    counts = count_rows(out, usage.total())
     _check_counts(counts, total, config, out)
     return counts
 
@@ -173,8 +171,8 @@ def _write_failed(prompts: AnyPath, out: AnyPath, again: AnyPath) -> int:
     return len(ids)
 
 
-def count_rows(out: AnyPath, *, seconds: float, worked: Counts) -> PassCounts:
-    """What the written episodes say of themselves, and what this call did for it."""
+def count_rows(out: AnyPath, spent: Spent) -> PassCounts:
+    """What the written episodes say of themselves, and what was done for it."""
     folder = EpisodeFolder(out)
     sums: Counter[str] = Counter()
     first_error = None
@@ -191,12 +189,12 @@ def count_rows(out: AnyPath, *, seconds: float, worked: Counts) -> PassCounts:
         prompt_tokens=sums["prompt_tokens"],
         generated_tokens=sums["generated_tokens"],
         first_error=first_error,
-        seconds=round(seconds, 2),
-        requests=worked.requests,
-        engines=worked.engines,
-        engine_deaths=worked.deaths,
-        engine_busy=None if worked.busy is None else round(worked.busy, 4),
-        tokens_per_second=round(worked.generated_tokens / seconds, 1) if seconds else 0.0,
+        seconds=round(spent.seconds, 2),
+        requests=spent.requests,
+        engines=spent.engines,
+        engine_deaths=spent.deaths,
+        engine_busy=None if spent.busy_share is None else round(spent.busy_share, 4),
+        tokens_per_second=round(spent.generated_tokens / spent.seconds, 1) if spent.seconds else 0.0,
     )
 
 

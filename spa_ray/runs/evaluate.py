@@ -80,11 +80,11 @@ def evaluate(
         mine = split_rows(table, subject)
         write_table(mine, subject.stage.folder / "episodes" / "part.parquet")
         share = mine.num_rows / table.num_rows
-        subject.stage.finish(started, **_facts(mine, passes, share=share, seconds=time.time() - started))
+        subject.stage.finish(started, **_facts(mine, passes, share=share))
     delete_tree(folder)
 
 
-def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float, seconds: float) -> dict[str, Any]:
+def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
     """What a subject's stage says of itself. Requests and seconds are its share of the passes that it had part in."""
     return {
         "rows": mine.num_rows,
@@ -92,7 +92,7 @@ def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float, seconds: f
         "requests": round(share * sum(counts.requests for counts in passes)),
         "prompt_tokens": pc.sum(mine["prompt_tokens"]).as_py() or 0,
         "generated_tokens": pc.sum(mine["generated_tokens"]).as_py() or 0,
-        "seconds": round(share * seconds, 2),
+        "seconds": round(share * sum(counts.seconds for counts in passes), 2),
     }
 
 
