@@ -24,7 +24,7 @@ NODE_CPUS = 3
 STORE = 100_000_000  # bytes, of each node's object store
 FAILURES = 3  # health checks that a node may miss
 PERIOD_MS = 1000
-GONE_SECONDS = 60.0  # for processes of a driver or node; Ray gives an actor 30 s to end, a frozen one takes them
+GONE_SECONDS = 30.0  # for the processes of a driver or of a node to be gone
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # of a node
 # Ray Data's own, one a cluster: they stay when a driver ends.
 DETACHED = (
@@ -84,7 +84,15 @@ class Town:
         return [*working, *(w for w in self._strays if title(w))]
 
     def settle(self) -> list[str]:
-        """Wait until none is left. Returns: titles of those that stay."""
+        """Wait until none is left. Returns: titles of those that stay.
+
+        Ray asks an actor to end and does not insist: one that stands still (SIGSTOP) and that the pass could do without
+        stays until its node goes. It is ended here.
+        """
+        for frozen in self.left():
+            with suppress(psutil.Error):
+                if frozen.status() == psutil.STATUS_STOPPED:
+                    frozen.kill()
         deadline = time.monotonic() + GONE_SECONDS
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
