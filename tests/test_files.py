@@ -238,3 +238,17 @@ def test_keys_never_travel_with_a_path(s3: dict[str, str], monkeypatch: pytest.M
     path = as_path(f"s3://{BUCKET}/secret-run")
     assert b"hunter2" not in pickle.dumps([path, arrow_filesystem(path)])
     assert s3["AWS_ENDPOINT_URL"].encode() in pickle.dumps(path)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    files.write_bytes(tmp_path / "a", b"before")
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        files.write_bytes(tmp_path / "a", b"after")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"before"

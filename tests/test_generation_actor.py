@@ -236,6 +236,31 @@ def test_an_actor_hands_the_earlier_answer_to_its_prompt(tmp_path: Path) -> None
     assert (len(one["responses"]), len(two["responses"])) == (7, 6)
 
 
+def test_a_prompt_that_fails_once_its_file_is_made_anew_is_asked_again_too(
+    tmp_path: Path,
+) -> None:
+    questions = ["one?", "two?", "three?"]
+    prompts, rows, again = (tmp_path / name for name in ("prompts.parquet", "rows", "again.parquet"))
+    pq.write_table(block(*questions), prompts)
+    rows.mkdir()
+    fine = [play(scripted_config(), question) for question in questions]
+
+    def failed(*which: int) -> list[str]:
+        written = [{**row, "error": "timeout: late"} if k in which else row for k, row in enumerate(fine)]
+        pq.write_table(pa.Table.from_pylist(written, schema=EPISODES), rows / "part.parquet")
+        count = stage._write_failed(prompts, rows, again)
+        found = pq.read_table(again)["prompt_id"].to_pylist() if again.exists() else []
+        assert count == len(found)
+        return sorted(found)
+
+    one, two, three = (row["prompt_id"] for row in fine)
+    assert failed() == []
+    assert failed(0) == [one]
+    assert failed(0, 2) == sorted([one, three])
+    assert failed(1) == sorted([one, two, three]), "none is taken away: its rows of the next part may be there"
+    assert failed() == sorted([one, two, three])
+
+
 def test_counts_are_those_of_the_written_rows(tmp_path: Path) -> None:
     rows = [play(scripted_config(), "one?"), play(scripted_config({"refuse": "two"}), "two?")]
     pq.write_table(pa.Table.from_pylist(rows, schema=EPISODES), tmp_path / "part.parquet")

@@ -159,12 +159,18 @@ def finished_rows(out: AnyPath) -> int:
 def _write_failed(prompts: AnyPath, out: AnyPath, again: AnyPath) -> int:
     """Write the file of those of a pass's prompts whose row has an error that may pass; none where there are none.
 
-    It is written once, when the pass is complete, and found again by a resumed run. Returns: how many there are.
+    It is written when the pass is complete, and found again by a resumed run; prompts that failed since (their file of
+    rows was damaged and is made anew) are added, none is taken away. Returns: how many there are.
     """
     failed = EpisodeFolder(out).table(["prompt_id", "error"], ~pds.field("error").is_null())
     kinds = pc.list_element(pc.split_pattern(failed["error"], ":", max_splits=1), 0)
     ids = failed["prompt_id"].filter(pc.is_in(kinds, value_set=pa.array(RETRYABLE))).combine_chunks()
-    if len(ids) and kind(again) is None:
+    if kind(again) is not None:
+        known = parquet_dataset(again).to_table(columns=["prompt_id"])["prompt_id"].combine_chunks().cast(ids.type)
+        if pc.all(pc.is_in(ids, value_set=known), min_count=0).as_py():
+            return len(known)
+        ids = pc.unique(pa.concat_arrays([known, ids]))
+    if len(ids):
         whole = pa.BufferOutputStream()
         pq.write_table(parquet_dataset(prompts).to_table(filter=pds.field("prompt_id").isin(ids)), whole)
         write_bytes(again, whole.getvalue().to_pybytes())
