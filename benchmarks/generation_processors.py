@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
-from generation_work import Run, Work, importable_by_workers
+from generation_work import Run, Work, set_up_workers
 
 Row = dict[str, Any]
 CARRIED = ("prompt_id", "messages", "index", "objective", "text", "first")
@@ -110,7 +110,7 @@ def run_processors(work: Work, concurrency: int) -> Run:
     """Side `processors`. `concurrency` is the chain's own: 8 batches of 32 rows in each engine, its default."""
     del concurrency
     began = time.time()
-    importable_by_workers()
+    set_up_workers()
     os.environ |= {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import ray

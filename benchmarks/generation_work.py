@@ -235,7 +235,7 @@ class TimedEngine:
 def run_pass(work: Work, concurrency: int) -> Run:
     """Side `spa_ray`: `spa_ray.generation.stage.generate` on a local Ray of this machine."""
     began = time.time()
-    importable_by_workers()
+    set_up_workers()
     from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
     from spa_ray.runs.cluster import connected
@@ -274,9 +274,11 @@ def timed(config: Config, log: Path, concurrency: int) -> Config:
     return config.model_copy(update={"model": model, "resources": resources})
 
 
-def importable_by_workers() -> None:
-    """Ray's workers, which inherit this environment, find this module and the package that is measured."""
+def set_up_workers() -> None:
+    """Ray's workers, which inherit this environment, find this module and the package that is measured, and compute with
+    as many threads as their actor has CPUs: the number that the sides without Ray need would hold for each of them."""
     import spa_ray
 
+    os.environ.pop("OMP_NUM_THREADS", None)
     paths = [str(Path(__file__).parent), str(Path(spa_ray.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
