@@ -275,8 +275,8 @@ def timed(config: Config, log: Path, concurrency: int) -> Config:
 
 
 def set_up_workers() -> None:
-    """Ray's workers, which inherit this environment, find this module and the package that is measured, and compute with
-    as many threads as their actor has CPUs: the number that the sides without Ray need would hold for each of them."""
+    """Ray's workers, which inherit this environment, find this module and the package that is measured, and compute
+    with as many threads as their actor has CPUs: the number that the sides without Ray need would hold for each."""
     import spa_ray
 
     os.environ.pop("OMP_NUM_THREADS", None)
