@@ -52,6 +52,8 @@ def followed(before: Callable[[], int], total: int, on_progress: OnProgress | No
     thread.start()
     try:
         yield ledger
+        ended.set()
+        thread.join()  # or its older counts could come after the last ones
         usage.note(ledger.ask("counts"), last=True)
     finally:
         ended.set()
