@@ -19,7 +19,7 @@ import pytest
 
 from spa_ray.data.files import AnyPath, as_path, children, read_json, write_json, write_text
 from spa_ray.errors import InputError, RunError
-from spa_ray.runs.lock import Claim, RunLock
+from spa_ray.runs.lock import WORD, Claim, RunLock
 from tests.s3_server import BUCKET, s3_server
 
 QUICK: dict[str, Any] = {"beat": 0.1, "deadline": 1.0}
@@ -187,6 +187,25 @@ def test_who_loses_the_claim_is_stopped(folder: AnyPath) -> None:
         work_while(folder, lambda: put(folder, 2, foreign()))
     assert time.monotonic() - began < 10
     assert read_json(folder / "lock" / "00000002.json")["owner"] == "other"
+
+
+def test_a_command_that_a_script_started_in_the_background_is_stopped_too(tmp_path: Path) -> None:
+    """A shell that runs a script lets what it starts with «&» ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        began = time.monotonic()
+        with pytest.raises(RunError, match="taken over by ada@far"):
+            work_while(tmp_path, lambda: put(tmp_path, 2, foreign()))
+        assert time.monotonic() - began < 10
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_locks_signal_means_nothing_while_the_claim_holds_and_is_given_back(tmp_path: Path) -> None:
+    before = signal.getsignal(WORD)
+    with RunLock(tmp_path, **QUICK):
+        signal.raise_signal(WORD)
+    assert signal.getsignal(WORD) == before
 
 
 def test_who_finds_its_claim_deleted_is_stopped(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ BEAT = 10.0  # seconds between two signs of life
 DEADLINE = 60.0  # without one for this long, a claim may be taken over
 TRIES = 5  # when several start at once
 READS = 10  # of a claim that is being made
+WORD = signal.SIGUSR2  # to the main thread, when the claim is lost: SIGINT is ignored in what a script starts with «&»
 
 
 def tell(text: str) -> None:
@@ -108,6 +109,7 @@ class RunLock:
         self._number = 0
         self._over = threading.Event()
         self._interrupts = False
+        self._before: Any = None  # who heard the signal before
         self._thread = threading.Thread(target=self._keep, daemon=True, name="run-lock")
 
     def __enter__(self) -> RunLock:
@@ -118,6 +120,8 @@ class RunLock:
                 self._check_gone(held, top)
             if self._take(top + 1):
                 self._interrupts = threading.current_thread() is threading.main_thread()
+                if self._interrupts:
+                    self._before = signal.signal(WORD, self._interrupt)
                 self._thread.start()
                 return self
         raise InputError(f"{self.folder}: several commands are starting on it at once; leave one of them and try again")
@@ -131,6 +135,9 @@ class RunLock:
         except KeyboardInterrupt:
             if self.lost is None:
                 raise
+        finally:
+            if self._interrupts:
+                signal.signal(WORD, self._before)
         if self.lost is not None:
             raise RunError(self.lost) from error
         try:
@@ -178,7 +185,12 @@ class RunLock:
             if self.lost is None:
                 self._look()
             if self.lost is not None and self._interrupts:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, WORD)
+
+    def _interrupt(self, *_: object) -> None:
+        """In the main thread."""
+        if self.lost is not None:
+            raise KeyboardInterrupt
 
     def _look(self) -> None:
         try:
