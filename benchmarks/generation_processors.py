@@ -25,13 +25,14 @@ class Step:
 
     def __init__(self, work: Work) -> None:
         from spa_ray.engine.vllm_engine import single_tokens
-        from spa_ray.generation.chat import Chat
-        from spa_ray.generation.setup import Task, load_tokenizer, recipe
+        from spa_ray.generation.setup import Task, recipe
         from spa_ray.generation.templates import Templates
         from spa_ray.objectives import load_objectives
+        from spa_ray.rollout.chat import Chat
+        from spa_ray.rollout.tokenizer import load_tokenizer
 
         self.config, self.objectives = work.config, load_objectives(work.config)
-        self.tokenizer = load_tokenizer(work.config, work.model)
+        self.tokenizer = load_tokenizer(work.model)
         self.chat, self.templates = Chat(self.tokenizer, model=str(work.model)), Templates(work.config, self.objectives)
         self.recipe = recipe(work.config, Task())
         low, high = work.config.scoring.scale

@@ -81,11 +81,11 @@ def play_episodes(
 ) -> tuple[list[dict[str, Any]], Run]:
     """All episodes on one engine in this process, `concurrency` prompts at a time, in the list's order."""
     from spa_ray.engine import create_engine
-    from spa_ray.generation.chat import Chat
     from spa_ray.generation.episode import Episodes
     from spa_ray.generation.setup import Task, make_judge, recipe
     from spa_ray.generation.templates import Templates
     from spa_ray.objectives import load_objectives
+    from spa_ray.rollout.chat import Chat
 
     began = time.perf_counter()
     config, task = work.config, Task()

@@ -21,8 +21,8 @@ from spa_ray.config.models import Model
 from spa_ray.engine import Completion, EngineDeadError, Request, create_engine
 from spa_ray.engine import vllm_engine as module
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
 from spa_ray.generation.judging import Score, expected_score, label_ids
+from spa_ray.rollout.chat import Chat
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 

@@ -331,7 +331,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_chat_templates_that_refuse_are_told_from_conversations_that_are_refused() -> None:
-    from spa_ray.generation.chat import Chat
+    from spa_ray.rollout.chat import Chat
 
     refuses_all = "{{ raise_exception('never') }}"
     with pytest.raises(InputError, match="refuses a user message"):
@@ -345,7 +345,7 @@ def test_chat_templates_that_refuse_are_told_from_conversations_that_are_refused
 
 
 def test_a_system_text_leads_the_first_user_turn_even_behind_an_assistants() -> None:
-    from spa_ray.generation.chat import Chat
+    from spa_ray.rollout.chat import Chat
 
     ignores = "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
     tokenizer = build_tiny_tokenizer(ignores)

@@ -15,11 +15,11 @@ from spa_ray.config.models import Scoring
 from spa_ray.engine.protocol import Completion, Request
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
 from spa_ray.generation.judging import Judgement, ModelJudge, Score, expected_score, read_pattern
 from spa_ray.generation.setup import Task, check_generation
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
+from spa_ray.rollout.chat import Chat
 from tests.scripted import WEIGHTS, play, scripted_config
 
 SCALE = (1, 10)

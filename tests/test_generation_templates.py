@@ -8,9 +8,9 @@ import pytest
 
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
+from spa_ray.rollout.chat import Chat
 from tests.scripted import scripted_config
 from tests.tiny_model import build_tiny_tokenizer
 

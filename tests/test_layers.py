@@ -24,6 +24,7 @@ ROOMS = (
     "objectives",
     "data",
     "engine",
+    "rollout",
     "generation",
     "preferences",
     "training",
@@ -42,7 +43,8 @@ BARRED = {  # room -> what never enters it although the order would allow it
     "objectives": MODELS | {"ray"},
     "data": MODELS,
     "engine": {"spa_ray.objectives", "deepspeed", "peft"},
-    "preferences": MODELS | {"ray", "spa_ray.engine", "spa_ray.generation"},
+    "rollout": {"ray", "torch", "deepspeed", "peft", "spa_ray.engine", "spa_ray.objectives"},
+    "preferences": MODELS | {"ray", "spa_ray.engine", "spa_ray.rollout", "spa_ray.generation"},
     "training": {"spa_ray.engine", "spa_ray.generation"},
     "evaluation": {"spa_ray.training", "deepspeed"},
 }

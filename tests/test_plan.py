@@ -21,7 +21,7 @@ from spa_ray.config import arm_configs
 from spa_ray.config.models import Config
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
+from spa_ray.rollout.chat import Chat
 from spa_ray.runs import plan_cost as cost
 from spa_ray.runs import stages as address
 from spa_ray.runs.plan import SUMMED, make_plan

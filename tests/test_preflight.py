@@ -18,8 +18,8 @@ from spa_ray.config import arm_configs
 from spa_ray.config.models import Config, Prompts
 from spa_ray.data.prompts import write_prompts
 from spa_ray.errors import InputError, RunError
-from spa_ray.generation.chat import Chat
-from spa_ray.generation.setup import load_tokenizer
+from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.runs import preflight_cluster
 from spa_ray.runs.manifest import versions
 from spa_ray.runs.placement import (
@@ -103,8 +103,7 @@ def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_named(sharded: P
 
 @pytest.fixture(scope="module")
 def chat(tiny_model: Path) -> Chat:
-    config = arm_configs({"model": {"path": str(tiny_model)}}, [], where="test", stem="test")["main"]
-    return Chat(load_tokenizer(config, tiny_model), model=str(tiny_model))
+    return Chat(load_tokenizer(tiny_model), model=str(tiny_model))
 
 
 def prompt_file(folder: Path, lengths: list[int]) -> Path:

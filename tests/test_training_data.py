@@ -12,6 +12,7 @@ import pytest
 
 from spa_ray.config.models import Train
 from spa_ray.errors import InputError
+from spa_ray.rollout.chat import Chat
 from spa_ray.training.dataset import TokenizedPairs, select_pairs, sequences
 from spa_ray.training.forward import collate_packed, collate_padded
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
@@ -29,7 +30,7 @@ def tokenized(
 ) -> tuple[TokenizedPairs, dict[str, int]]:
     arguments = {"vocab_size": 265, "max_length": 128, "gap": "abs_sum", **settings}
     pairs = write_pairs(tmp_path / "pairs" / "part.parquet", rows)
-    dropped = tokenize_pairs(pairs.parent, tmp_path / "tokens.arrow", tokenizer, **arguments)
+    dropped = tokenize_pairs(pairs.parent, tmp_path / "tokens.arrow", Chat(tokenizer, model="tiny"), **arguments)
     return TokenizedPairs(tmp_path / "tokens.arrow"), dropped
 
 
@@ -85,9 +86,8 @@ def test_file_names_and_row_order_change_nothing(tmp_path: Path, tokenizer: Any)
     one, _ = tokenized(tmp_path / "a", tokenizer, rows)
     for name, part in (("z", rows[:11]), ("a", rows[11:])):
         write_pairs(tmp_path / "b" / "pairs" / f"{name}.parquet", part[::-1])
-    tokenize_pairs(
-        tmp_path / "b" / "pairs", tmp_path / "b.arrow", tokenizer, vocab_size=265, max_length=128, gap="abs_sum"
-    )
+    chat = Chat(tokenizer, model="tiny")
+    tokenize_pairs(tmp_path / "b" / "pairs", tmp_path / "b.arrow", chat, vocab_size=265, max_length=128, gap="abs_sum")
     other = TokenizedPairs(tmp_path / "b.arrow")
     for i in range(30):
         assert one.pair_id(i) == other.pair_id(i)
@@ -131,9 +131,14 @@ def test_a_broken_pair_is_named(tmp_path: Path, tokenizer: Any, changes: dict[st
 
 
 def test_a_prompt_that_the_template_refuses_is_named(tmp_path: Path) -> None:
-    strict = build_tiny_tokenizer("{{ raise_exception('no such role') }}")
-    with pytest.raises(InputError, match=r"p00000:0:5.*no such role"):
-        tokenized(tmp_path, strict, pair_rows(1))
+    strict = build_tiny_tokenizer(
+        "{% if 'river' in messages[0].content %}{{ raise_exception('no such word') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    rows = pair_rows(1)
+    rows[0]["prompt"][0]["content"] = "a river"
+    with pytest.raises(InputError, match=r"p00000:0:5.*no such word"):
+        tokenized(tmp_path, strict, rows)
 
 
 def test_a_missing_column_and_a_missing_table_are_named(tmp_path: Path, tokenizer: Any) -> None:
@@ -141,13 +146,13 @@ def test_a_missing_column_and_a_missing_table_are_named(tmp_path: Path, tokenize
     pq.write_table(pa.Table.from_pylist(pair_rows(2)).drop_columns(["rejected_ids"]), pairs)
     settings: dict[str, Any] = {"vocab_size": 265, "max_length": 128, "gap": "abs_sum"}
     with pytest.raises(InputError, match="'rejected_ids' is missing"):
-        tokenize_pairs(pairs, tmp_path / "t.arrow", tokenizer, **settings)
+        tokenize_pairs(pairs, tmp_path / "t.arrow", Chat(tokenizer, model="tiny"), **settings)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no pairs here"):
         content_hash(tmp_path / "empty")
     pairs.write_text("not parquet")
     with pytest.raises(InputError, match="cannot be read as Parquet"):
-        tokenize_pairs(pairs, tmp_path / "t.arrow", tokenizer, **settings)
+        tokenize_pairs(pairs, tmp_path / "t.arrow", Chat(tokenizer, model="tiny"), **settings)
 
 
 def train(**settings: Any) -> Train:

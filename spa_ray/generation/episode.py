@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
-from spa_ray.generation.chat import Chat
 from spa_ray.generation.judging import Judge, Judgement
 from spa_ray.generation.seeds import seed_for
 from spa_ray.generation.templates import Templates
 from spa_ray.logs import printable
 from spa_ray.objectives import Objective
+from spa_ray.rollout.chat import Chat
 
 Row = dict[str, Any]
 T = TypeVar("T")

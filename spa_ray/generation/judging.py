@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from spa_ray.config.models import Scoring
 from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import Objective
+from spa_ray.rollout.chat import Chat
 
 Message = Mapping[str, str]
 SLACK = 1e-3  # by which rounding may leave a probability, or its logarithm, above its bound

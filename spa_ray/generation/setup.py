@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted, load_dotted
 from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
 from spa_ray.generation.episode import Draw, Episodes, Recipe
 from spa_ray.generation.judging import FunctionJudge, Judge, ModelJudge, compile_pattern, label_ids
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
+from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,8 @@ def check_generation(config: Config, model: Path) -> None:
         load_judge(judge)
     if config.model.engine != "vllm":
         return
-    tokenizer = load_tokenizer(config, model)
+    tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     Chat(tokenizer, model=str(model))
     if config.scoring.mode == "expected":
         low, high = config.scoring.scale
         label_ids(tokenizer, [str(k) for k in range(low, high + 1)])
-
-
-def load_tokenizer(config: Config, model: Path) -> Any:
-    """The model folder's tokenizer. Raises: InputError when it cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise InputError(f"model {model}: its tokenizer cannot be read ({str(e).splitlines()[0]})") from e

@@ -15,7 +15,8 @@ from typing import Any
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
+from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.runs import plan_cost as cost
 from spa_ray.runs.plan_model import ModelFacts, model_facts
 from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
@@ -78,9 +79,8 @@ class _Lookup:
             self.notes.append(f"tokenizer of {self.model.path}: {why}; {CHARS_PER_TOKEN} characters a token assumed")
             return CharEncoder()
         if not (folder / "tokenizer.json").is_file():
-            from spa_ray.generation.setup import load_tokenizer
-
-            return Chat(load_tokenizer(self.first, folder), model=str(folder))
+            remote = self.first.model.trust_remote_code
+            return Chat(load_tokenizer(folder, trust_remote_code=remote), model=str(folder))
         from transformers import PreTrainedTokenizerFast  # counts alike, and imports in a third of the time
 
         return Chat(PreTrainedTokenizerFast.from_pretrained(folder), model=str(folder))

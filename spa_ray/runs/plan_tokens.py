@@ -22,7 +22,7 @@ Message = Mapping[str, str]
 
 
 class Encoder(Protocol):
-    """`generation.chat.Chat`, or a stand-in where the tokenizer is not on this machine."""
+    """`rollout.chat.Chat`, or a stand-in where the tokenizer is not on this machine."""
 
     def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]: ...
 

@@ -18,9 +18,10 @@ from spa_ray.data.prompts import write_prompts
 from spa_ray.engine.placement import check_placement
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import write_eval_prompts
-from spa_ray.generation.chat import Chat
-from spa_ray.generation.setup import check_generation, load_tokenizer
+from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import load_objectives
+from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.runs.manifest import versions
 from spa_ray.runs.models import check_model_folder
 from spa_ray.runs.plan_model import context_of
@@ -71,7 +72,7 @@ class Lengths:
         self.context = context_length(config, base)
         self.known = config.model.engine == "vllm" and self.context is not None
         if self.known:
-            self.chat = Chat(load_tokenizer(config, base), model=str(base))
+            self.chat = Chat(load_tokenizer(base, trust_remote_code=config.model.trust_remote_code), model=str(base))
 
     def of_prompts(self, prompts: Path, config: Config) -> list[str]:
         systems = list(dict.fromkeys(config.sampling.system_prompts[: config.sampling.n]))
@@ -152,7 +153,7 @@ def check_evaluation(config: Config, base: Path) -> None:
         check_model_folder(judge)
         check_model_files(judge)
         if config.model.engine == "vllm":
-            Chat(load_tokenizer(config, judge), model=str(judge))
+            Chat(load_tokenizer(judge, trust_remote_code=config.model.trust_remote_code), model=str(judge))
     if len(load_objectives(eval_config(config))) < 2:
         raise InputError("evaluation.objectives: one given, two or more are needed, highest priority first")
 

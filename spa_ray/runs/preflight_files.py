@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spa_ray.errors import InputError
-from spa_ray.generation.chat import Chat
+from spa_ray.rollout.chat import Chat
 from spa_ray.runs.plan_model import read_header, tensors
 
 INDEX = "model.safetensors.index.json"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from spa_ray.config.models import TRAIN_BYSTANDERS
 from spa_ray.errors import InputError
+from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.training import comm
 from spa_ray.training.batches import Order, Plan, make_plan, order_pairs, step_weights
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
@@ -103,7 +105,7 @@ def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
         dropped = tokenize_pairs(
             job.pairs,
             tokens,
-            _tokenizer(job),
+            _chat(job),
             vocab_size=_vocab_size(job),
             max_length=job.train.max_length,
             gap=job.train.gap,
@@ -114,16 +116,8 @@ def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
     return mark, json.loads(counts.read_text())
 
 
-def _tokenizer(job: TrainJob):  # type: ignore[no-untyped-def]  # a Hugging Face tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{job.model}: its tokenizer cannot be loaded ({e})") from e
-    if tokenizer.chat_template is None:
-        raise InputError(f"{job.model}: its tokenizer has no chat template; add chat_template.jinja to the folder")
-    return tokenizer
+def _chat(job: TrainJob) -> Chat:
+    return Chat(load_tokenizer(job.model, trust_remote_code=job.trust_remote_code), model=str(job.model))
 
 
 def _vocab_size(job: TrainJob) -> int:

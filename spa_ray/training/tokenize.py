@@ -1,8 +1,8 @@
 """A pairs table becomes token rows in an Arrow file that every rank memory-maps.
 
-Comes in: pairs Parquet (DESIGN, pairs/), a tokenizer with a chat template. Goes out: an Arrow IPC file of `TOKENS` and
-the counts of dropped pairs. Responses are the generated ids, never re-tokenised text; no end token is added or taken
-away, and nothing is cut: a pair that is too long is dropped and counted.
+It reads pairs Parquet (DESIGN, pairs/) and writes an Arrow IPC file of `TOKENS`; pairs that are left out are counted.
+Prompts are rendered by `rollout.chat`, as generation rendered them. Responses are the generated ids, never re-tokenised
+text; no end token is added or taken away, and nothing is cut: a pair that is too long is dropped and counted.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spa_ray.errors import InputError
+from spa_ray.rollout.chat import Chat
 
 IDS = pa.list_(pa.int32())
 TOKENS = pa.schema(
@@ -34,12 +35,6 @@ TOKENS = pa.schema(
 )
 COLUMNS = ["pair_id", "prompt", "chosen_ids", "rejected_ids"]
 GAP_COLUMNS = {"abs_sum": ["gap"], "l1": ["margin"], "primary": ["chosen_scores", "rejected_scores"]}
-
-
-class ChatTokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is needed here."""
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> list[int]: ...
 
 
 def pair_files(pairs: Path) -> list[Path]:
@@ -59,9 +54,7 @@ def content_hash(pairs: Path) -> str:
     return hashlib.blake2b("".join(sorted(digests)).encode(), digest_size=16).hexdigest()
 
 
-def tokenize_pairs(
-    pairs: Path, out: Path, tokenizer: ChatTokenizer, *, vocab_size: int, max_length: int, gap: str
-) -> dict[str, int]:
+def tokenize_pairs(pairs: Path, out: Path, chat: Chat, *, vocab_size: int, max_length: int, gap: str) -> dict[str, int]:
     """Write the token rows of all pairs that can be trained on; return the counts of those that cannot, by reason.
 
     Reasons: `too_long` (prompt and a response exceed `max_length` tokens), `identical` (equal ids on both sides).
@@ -72,7 +65,7 @@ def tokenize_pairs(
     partial = out.with_name(out.name + ".partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, TOKENS) as writer:
         for file, batch in _batches(pairs, gap):
-            rows = _token_rows(file, batch, tokenizer, vocab_size=vocab_size, max_length=max_length, dropped=dropped)
+            rows = _token_rows(file, batch, chat, vocab_size=vocab_size, max_length=max_length, dropped=dropped)
             gaps = _gaps(file, batch, gap)
             for row in rows:
                 row["gap"] = gaps[row.pop("row")]
@@ -99,7 +92,7 @@ def _batches(pairs: Path, gap: str) -> Iterator[tuple[Path, pa.RecordBatch]]:
 def _token_rows(
     file: Path,
     batch: pa.RecordBatch,
-    tokenizer: ChatTokenizer,
+    chat: Chat,
     *,
     vocab_size: int,
     max_length: int,
@@ -110,7 +103,7 @@ def _token_rows(
     for i, pair in enumerate(batch.select(COLUMNS).to_pylist()):
         where = f"{file}: pair {pair['pair_id']!r}"
         if pair["prompt"] != last[0]:
-            last = (pair["prompt"], _render(tokenizer, pair["prompt"], where))
+            last = (pair["prompt"], _render(chat, pair["prompt"], where))
         prompt = last[1]
         sides = {side: _checked_ids(pair[f"{side}_ids"], vocab_size, f"{where}: {side}_ids") for side in _SIDES}
         if sides["chosen"] == sides["rejected"]:
@@ -127,13 +120,11 @@ def _token_rows(
 _SIDES = ("chosen", "rejected")
 
 
-def _render(tokenizer: ChatTokenizer, messages: list[dict[str, str]], where: str) -> list[int]:
-    from jinja2.exceptions import TemplateError
-
+def _render(chat: Chat, messages: list[dict[str, str]], where: str) -> list[int]:
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except (TemplateError, ValueError) as e:
-        raise InputError(f"{where}: the chat template refuses this prompt ({e})") from e
+        return chat.prompt_ids(messages)
+    except ValueError as e:
+        raise InputError(f"{where}: {e}") from e
 
 
 def _checked_ids(ids: list[int] | None, vocab_size: int, where: str) -> list[int]:

@@ -9,9 +9,8 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from spa_ray.errors import InputError
+from spa_ray.rollout.tokenizer import why
 
 Message = Mapping[str, str]
 
@@ -31,8 +30,8 @@ class Chat:
         try:
             if self._encode(probe) != self._encode_slowly(probe):
                 self._fast = None
-        except TemplateError as e:
-            raise InputError(f"model {model}: its chat template refuses a user message ({e})") from e
+        except Exception as e:
+            raise InputError(f"model {model}: its chat template refuses a user message ({why(e)})") from e
         self.knows_system = self._try_system()
 
     def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
@@ -50,8 +49,8 @@ class Chat:
             first["content"] = f"{head['content']}\n\n{first['content']}"
         try:
             return self._encode(turns)
-        except TemplateError as e:
-            raise ValueError(f"the chat template refuses this conversation: {e}") from e
+        except Exception as e:
+            raise ValueError(f"the chat template refuses this conversation ({why(e)})") from e
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         if self._fast is None:
@@ -73,7 +72,7 @@ class Chat:
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except TemplateError:
+        except Exception:  # noqa: BLE001 whatever it raises: it takes no system turn
             return False
         return marker in with_system
 
