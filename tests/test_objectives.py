@@ -45,7 +45,8 @@ def test_a_users_constitution_is_a_yaml_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n- b\n", "maps each objective"),
+        ("- a\n- b\n", "is a mapping of keys"),
+        ("kind: brief\n", "maps each objective"),
         ("kind: {principal: typo}\nbrief: {principle: x}\n", "kind: give it a `principle`"),
         ("kind: [\n", "not YAML"),
     ],

@@ -1,26 +1,32 @@
 """From a YAML file, a profile, arms and `key=value` overrides to validated `Config`s, one an arm.
 
 Order of precedence, weakest first: model defaults, profile, file, command-line overrides, arm overrides (an arm's own
-`profile` replaces the run's). Every mistake is an `InputError` of one line that names the file and the key.
+`profile` replaces the run's). A section that is given as a mapping changes the keys that it names and no other. Every
+mistake is an `InputError` of one line that names the file and the key.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from spa_ray.config.faults import explain, shown
+from spa_ray.config.kinds import annotation_at, is_section, settle, takes_structure, takes_text
 from spa_ray.config.models import PROFILES, Config
+from spa_ray.config.yaml_text import YamlFaultError, read_plain
 from spa_ray.errors import InputError
 
 Raw = dict[str, Any]
+Override = str | tuple[str, Any]  # key=value, or a key and the value itself
+
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Config]:
+def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> dict[str, Config]:
     """Read a config file.
 
     Returns: arm name -> that arm's config, in the file's order.
@@ -31,59 +37,109 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Co
 
 
 def read_yaml(path: Path) -> Raw:
-    """Read a YAML mapping. Raises: InputError when there is no such file or it is not a mapping."""
+    """Read a YAML mapping; what an unquoted scalar means is decided by the key that it is given for.
+
+    Raises: InputError when there is no such file, when it is no mapping, and when a key occurs twice.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
+        data = Path(os.path.expanduser(path)).read_bytes()
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: cannot be read ({reason}); give the path of a YAML config") from e
+    return parse_yaml(data, where=str(path))
+
+
+def parse_yaml(
+    data: bytes, *, where: str, what: str = "config", kind_of: Callable[[Sequence[str]], Any] = annotation_at
+) -> Raw:
+    """A YAML mapping out of a file's bytes. Raises: InputError as `read_yaml`."""
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        raw = read_plain(data.decode(encoding))
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text; give the path of a YAML config") from e
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not YAML ({getattr(e, 'problem', None) or 'syntax error'})") from e
+        raise InputError(f"{where}: not UTF-8 text (byte {e.start + 1}); save the file as UTF-8") from e
+    except YamlFaultError as e:
+        line = f":{e.line}" if e.line else ""
+        raise InputError(f"{where}{line}: not YAML ({e})") from e
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a config is a mapping of keys to values, this is a {type(raw).__name__}")
-    return raw
+        kind = {list: "a list", str: "text", type(None): "empty"}.get(type(raw), "one value")
+        raise InputError(f"{where}: a {what} is a mapping of keys to values, this is {kind}")
+    tree: Raw = settle(raw, kind_of=kind_of)
+    return tree
 
 
-def arm_configs(raw: Mapping[str, Any], overrides: Iterable[str], *, where: str, stem: str) -> dict[str, Config]:
+def arm_configs(raw: Mapping[str, Any], overrides: Iterable[Override], *, where: str, stem: str) -> dict[str, Config]:
     """Validate the merged mapping once for every arm. Raises: InputError."""
     base: Raw = {"name": stem, **raw}
-    for text in overrides:
-        key, value = parse_override(text)
-        set_dotted(base, key, value, where=text)
+    for override in overrides:
+        key, value = parse_override(override) if isinstance(override, str) else override
+        _apply(base, key, value, where=override if isinstance(override, str) else key)
     base.setdefault("run_dir", f"runs/{base['name']}")
     arms = base.get("arms") or {"main": {}}
     if not isinstance(arms, dict) or not all(isinstance(v, dict | None) for v in arms.values()):
         raise InputError(f"{where}: arms: must map a name to overrides, for example {{sft: {{train.method: sft}}}}")
     base["arms"] = {str(name): changes or {} for name, changes in arms.items()}
-    return {name: _validate(_with_arm(base, changes, where), where, name) for name, changes in base["arms"].items()}
+    return {name: _validate(_with_arm(base, name, where), where, name) for name in base["arms"]}
 
 
-def _with_arm(base: Raw, changes: Raw, where: str) -> Raw:
+def _with_arm(base: Raw, arm: str, where: str) -> Raw:
     merged = _copy(base)
-    for key, value in changes.items():
+    given: set[str] = set()
+    for key, value in _leaves(base["arms"][arm]):
         if key.split(".")[0] in {"arms", "name", "run_dir"}:
             raise InputError(f"{where}: arms: {key!r} belongs to the run and cannot differ between arms")
+        if key in given:
+            raise InputError(f"{where}: arms: {arm}: the key {key!r} occurs twice; remove one")
+        given.add(key)
         set_dotted(merged, key, value, where=f"{where}: arms")
     profile = merged.get("profile", "paper")
-    if profile not in PROFILES:
-        raise InputError(f"{where}: profile: {profile!r} is unknown; one of {', '.join(PROFILES)}")
+    if not isinstance(profile, str) or profile not in PROFILES:
+        raise InputError(f"{where}: profile: {shown(profile)} is unknown; one of {', '.join(PROFILES)}")
     return _merge(PROFILES[profile], merged)
 
 
+def _leaves(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each change; a section that is given as a mapping counts as the keys in it."""
+    for name, value in changes.items():
+        key = f"{above}{name}"
+        if isinstance(value, dict) and value and is_section(annotation_at(key.split("."))):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _apply(tree: Raw, key: str, value: Any, *, where: str) -> None:
+    for inner, leaf in _leaves({key: value}):
+        set_dotted(tree, inner, leaf, where=where)
+
+
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split `a.b=value`; the value is read as YAML. Raises: InputError."""
+    """Split `a.b=value`. For a key that takes text the value is that text, unless it is null or in quotes; for any
+    other it is read as YAML. Raises: InputError."""
     key, sep, value = text.partition("=")
-    if not sep or not key.strip():
+    key = key.strip()
+    if not sep or not key:
         raise InputError(f"{text!r}: an override is written key=value, for example sampling.n=4")
+    annotation = annotation_at(key.split("."))
+    if value.strip() in _NULL:
+        return key, None
+    if takes_text(annotation) and not _is_quoted(value) and not _opens_structure(value, annotation):
+        return key, value
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise InputError(f"{text!r}: the value is not YAML") from e
+        return key, settle(read_plain(value), key.split("."))
+    except YamlFaultError as e:
+        if takes_text(annotation):
+            return key, value
+        raise InputError(f"{text!r}: the value is not YAML ({e})") from e
+
+
+def _is_quoted(value: str) -> bool:
+    bare = value.strip()
+    return len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\""
+
+
+def _opens_structure(value: str, annotation: Any) -> bool:
+    return value.lstrip()[:1] in {"[", "{"} and takes_structure(annotation)
 
 
 def set_dotted(tree: Raw, key: str, value: Any, *, where: str) -> None:
@@ -116,46 +172,5 @@ def _validate(raw: Raw, where: str, arm: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
-        first = e.errors()[0]
-        loc = [str(part) for part in first["loc"]]
         of_arm = "" if arm == "main" else f" (arm {arm})"
-        raise InputError(f"{where}{of_arm}: {_explain(first, loc)}") from e
-
-
-def _explain(error: Mapping[str, Any], loc: list[str]) -> str:
-    key = ".".join(loc)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], known_keys(loc[:-1]), n=1, cutoff=0.5)
-        mend = (
-            f"; did you mean {'.'.join([*loc[:-1], near[0]])}?"
-            if near
-            else f"; known here: {', '.join(known_keys(loc[:-1]))}"
-        )
-        return f"{key}: unknown key{mend}"
-    if error["type"] == "missing":
-        return f"{key}: missing; give it a value"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = "" if isinstance(given, dict) or error["type"] == "value_error" else f", got {given!r}"
-    return f"{key}: {message}{shown}" if key else f"{message}{shown}"
-
-
-def known_keys(path: list[str]) -> list[str]:
-    """The keys that a section at `path` knows; empty when there is no such section."""
-    model: type[BaseModel] | None = Config
-    for part in path:
-        info = model.model_fields.get(part) if model else None
-        if info is None:  # an entry of a mapping of sections (evaluation.families.NAME): the section stays
-            continue
-        model = _section_of(info.annotation)
-    return list(model.model_fields) if model else []
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section_of(inner)
-        if found:
-            return found
-    return None
+        raise InputError(f"{where}{of_arm}: {explain(e)}") from e

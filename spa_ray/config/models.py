@@ -81,9 +81,16 @@ class Sampling(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(1024, ge=1, description="of one answer")
     system_prompts: tuple[str | None, ...] = Field(
-        DEFAULT_SYSTEM_PROMPTS, min_length=1, description="candidate i is sampled under entry i modulo the length"
+        DEFAULT_SYSTEM_PROMPTS,
+        min_length=1,
+        description="candidate i is sampled under entry i modulo the length; [] is [null]",
     )
     resample_duplicates: bool = Field(True, description="sample an exact repetition of a candidate once more")
+
+    @field_validator("system_prompts", mode="before")
+    @classmethod
+    def _none_is_a_choice(cls, given: Any) -> Any:
+        return (None,) if given is None or given in ([], ()) else given
 
 
 class Scoring(Section):

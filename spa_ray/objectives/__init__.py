@@ -7,12 +7,13 @@ Never: models, prompts, scores.
 from __future__ import annotations
 
 import difflib
+import os
 from importlib import resources
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from spa_ray.config.load import parse_yaml
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
 
@@ -49,13 +50,13 @@ def load_objectives(config: Config) -> tuple[Objective, ...]:
 
 def _constitution(name: str) -> tuple[str, dict[str, dict[str, str]]]:
     built_in = resources.files("spa_ray.objectives").joinpath("constitutions", f"{name}.yaml")
-    source = built_in if built_in.is_file() else Path(name)
     try:
-        entries = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"constitution: {name!r} is neither built in (hhh) nor a readable YAML file") from e
-    except yaml.YAMLError as e:
-        raise InputError(f"constitution: {name}: not YAML") from e
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        source = built_in if built_in.is_file() else Path(os.path.expanduser(name))
+        data = source.read_bytes()
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"constitution: {name!r} is neither built in (hhh) nor a readable YAML file ({reason})") from e
+    entries = parse_yaml(data, where=f"constitution: {name}", what="constitution", kind_of=lambda _: str)
+    if not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"constitution: {name}: a constitution maps each objective's name to its principle and rubric")
     return f"the constitution {name!r}", entries
