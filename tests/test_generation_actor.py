@@ -334,7 +334,7 @@ def test_chat_templates_that_refuse_are_told_from_conversations_that_are_refused
     from spa_ray.rollout.chat import Chat
 
     refuses_all = "{{ raise_exception('never') }}"
-    with pytest.raises(InputError, match="refuses a user message"):
+    with pytest.raises(InputError, match="a plain question cannot be rendered"):
         Chat(build_tiny_tokenizer(refuses_all), model="m")
     one_turn = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages[0].content }}"
     chat = Chat(build_tiny_tokenizer(one_turn), model="m")

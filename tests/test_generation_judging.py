@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spa_ray.config.models import Scoring
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
 from spa_ray.generation.judging import (
@@ -18,12 +19,13 @@ from spa_ray.generation.judging import (
     Truncated,
     compile_pattern,
     expected_score,
-    label_ids,
+    judge_labels,
     read_choice,
     read_number,
     read_pattern,
 )
 from spa_ray.generation.setup import Task
+from spa_ray.rollout.chat import Chat
 from tests.scripted import play, prompt, scripted_config, scripted_episodes
 from tests.tiny_model import build_tiny_tokenizer
 
@@ -94,9 +96,10 @@ def test_no_mass_or_impossible_mass_is_no_expected_score(logprobs: list[float]):
 
 def test_expected_mode_needs_one_token_labels_and_says_what_to_do():
     with pytest.raises(InputError, match=r"2 tokens of '10'; use scoring.scale=\[1, 9\]"):
-        label_ids(ScriptedTokenizer(), [str(k) for k in range(1, 11)])
+        judge_labels(Chat(ScriptedTokenizer(), model="m"), Scoring(mode="expected"))
     tiny = build_tiny_tokenizer()
-    assert label_ids(tiny, ["1", "10"]) == (tiny.convert_tokens_to_ids("1"), tiny.convert_tokens_to_ids("10"))
+    labels = judge_labels(Chat(tiny, model="m"), Scoring(mode="expected"))
+    assert labels.single == tuple(tiny.convert_tokens_to_ids(str(k)) for k in range(1, 11))
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("(", "not a regular expression"), (r"\d+", "needs a group")])

@@ -116,7 +116,7 @@ def test_the_sampling_system_prompt_stands_in_for_the_conversations_own():
 
 
 @pytest.mark.parametrize("limit", [None, 8])
-@pytest.mark.parametrize("text", ["", "hi", "  two\n\n words ", "ümläut 中文 🙂", "<|end|> <|user|>", "word " * 200])
+@pytest.mark.parametrize("text", ["", "hi", "  two\n\n words ", "ümläut 中文 🙂", "<|other|> <s>", "word " * 200])
 def test_prompt_ids_are_those_of_transformers_whatever_truncation_the_tokenizers_file_asks_for(
     text: str, limit: int | None
 ) -> None:

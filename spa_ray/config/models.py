@@ -7,9 +7,10 @@ resolved in one place each (`Train.resolved`, `objectives`).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -31,6 +32,25 @@ SAFE_LOAD_FORMATS = (
 )
 
 
+# What renders a conversation, and is no variable of a chat template's.
+RENDERER_ARGUMENTS = frozenset(
+    {"messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs", "strftime_now", "raise_exception"}
+)
+
+
+def _template_variables(given: Any) -> Any:
+    """Raises: ValueError for a name that belongs to the renderer."""
+    for name in sorted(RENDERER_ARGUMENTS & set(given)) if isinstance(given, dict) else ():
+        instead = "; give model.date" if name == "strftime_now" else ""
+        raise ValueError(f"chat_template_kwargs: {name} is set by the renderer, not by a config{instead}")
+    return given
+
+
+TemplateKwargs = Annotated[dict[str, Any], BeforeValidator(_template_variables)]
+
+
 class Model(Section):
     """The policy that samples, judges, refines and is trained."""
 
@@ -40,12 +60,32 @@ class Model(Section):
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine's weights")
     max_model_len: int | None = Field(None, ge=8, description="context in tokens; null reads the model's own")
     trust_remote_code: bool = Field(False, description="run Python code that lies in the model folder")
+    chat_template_kwargs: TemplateKwargs = Field(
+        default_factory=dict, description="variables of the chat template, for example `{enable_thinking: false}`"
+    )
+    date: datetime.date | None = Field(
+        None, description="what chat templates see as today, as YYYY-MM-DD; null: the day of the run's first start"
+    )
+    think: Literal["strip", "mask"] = Field(
+        "strip",
+        description="what becomes of the thinking before `</think>`: cut from the answer and kept in `think_text`; or"
+        " kept in the answer as context that training gives no weight",
+    )
     engine: str = Field("vllm", description="`vllm`, or the dotted path `module:factory` of another engine")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's EngineArgs as they are")
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_written_out(cls, given: Any) -> Any:
+        if isinstance(given, int | float):  # 20261125 would be read as seconds since 1970
+            raise ValueError(f"a date is written YYYY-MM-DD, got {given}")
+        return given
 
     @field_validator("engine_kwargs")
     @classmethod
     def _reads_no_pickles(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in sorted({"chat_template_kwargs", "chat_template", "default_chat_template_kwargs"} & set(given)):
+            raise ValueError(f"{name} does nothing here: prompts reach vLLM as ids; use model.chat_template_kwargs")
         if given.get("load_format", "safetensors") not in SAFE_LOAD_FORMATS:
             known = ", ".join(SAFE_LOAD_FORMATS)
             raise ValueError(f"load_format {given['load_format']!r} can read pickles, which run code; one of {known}")
@@ -108,6 +148,7 @@ class Scoring(Section):
     prompt: str | None = Field(None, description="Jinja2; null takes the built-in one of the mode")
     system: str | None = None
     pattern: str = Field(r"\[\[(\d+)\]\]", description="mode regex: its first group is the score")
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="of the judge's prompts; null: the model's")
 
     @field_validator("scale")
     @classmethod
@@ -125,6 +166,9 @@ class Refine(Section):
     max_tokens: int = Field(1024, ge=1)
     prompt: str | None = Field(None, description="Jinja2; null takes the built-in one")
     system: str | None = None
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="of the refinement's prompt; null: the model's"
+    )
 
 
 class Denoise(Section):

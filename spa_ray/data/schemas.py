@@ -31,6 +31,7 @@ RESPONSE = pa.struct(
         ("score_status", pa.list_(pa.string())),  # per objective: "ok" or the failure
         ("judge_texts", pa.list_(pa.string())),  # per objective: the last judgement's raw text
         ("off_scale", SCORES),  # per objective: probability mass off the scale (mode expected), else null
+        ("think_text", pa.string()),  # what came up to </think>, null where nothing did; older files lack it
     ]
 )
 

@@ -20,8 +20,9 @@ class EngineDeadError(RunError):
 class Request:
     """One completion to be sampled.
 
-    `choices` constrains the text to one of these strings. `label_ids` asks for the log-probabilities of these tokens
-    at the first generated position, over the whole vocabulary (no constraint is applied to them).
+    `choices` constrains the text to one of these strings, `choice_ids` being their tokens where each is one token.
+    `label_ids` asks for the log-probabilities of these tokens at the first generated position, over the whole
+    vocabulary (no constraint is applied to them).
     """
 
     prompt_ids: list[int]
@@ -30,6 +31,7 @@ class Request:
     seed: int
     top_p: float = 1.0
     choices: tuple[str, ...] | None = None
+    choice_ids: tuple[int, ...] | None = None
     label_ids: tuple[int, ...] | None = None
 
 

@@ -61,6 +61,7 @@ class ScriptedTokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         return_dict: bool = False,
+        **variables: Any,
     ) -> list[int] | str:
         ids: list[int] = []
         for message in conversation:

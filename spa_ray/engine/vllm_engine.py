@@ -41,7 +41,6 @@ class VLLMEngine:
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: dict[str, _Job] = {}
         self._numbers = itertools.count()
-        self._single: dict[tuple[str, ...], list[int] | None] = {}
         self._words: dict[int, str] = {}  # token -> its text, of answers of one token
         self._dead: str | None = None
         self._last_step = time.monotonic()
@@ -97,7 +96,7 @@ class VLLMEngine:
         if request.label_ids is not None:
             first = output.logprobs[0]
             labels = tuple(first[token].logprob for token in request.label_ids)
-        complete = output.finish_reason == "stop" or self._single_tokens(request.choices) is not None
+        complete = output.finish_reason == "stop" or request.choice_ids is not None
         reason: Literal["stop", "length"] = "stop" if complete else "length"
         return Completion(text=self._text(ids), token_ids=ids, finish_reason=reason, label_logprobs=labels)
 
@@ -165,20 +164,13 @@ class VLLMEngine:
         assert job.request is not None
         number = str(next(self._numbers))
         try:
-            params = sampling_params(job.request, self._single_tokens(job.request.choices))
+            params = sampling_params(job.request)
             self._engine.add_request(number, {"type": "token", "prompt_token_ids": job.request.prompt_ids}, params)
         except (ValueError, VLLMClientError) as e:  # this request is at fault, not the engine
             job.fail(ValueError(f"vLLM: {_first_line(e)}"))
             return
         self._pending[number] = job
         self._first = self._first or time.monotonic()
-
-    def _single_tokens(self, choices: tuple[str, ...] | None) -> list[int] | None:
-        if choices is None:
-            return None
-        if choices not in self._single:
-            self._single[choices] = single_tokens(self.tokenizer, choices)
-        return self._single[choices]
 
     def _swap(self, job: _Job) -> None:
         while self._engine.has_unfinished_requests():
@@ -243,19 +235,13 @@ def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], Any]) -> None
         loop.call_soon_threadsafe(action)
 
 
-def single_tokens(tokenizer: Any, choices: tuple[str, ...]) -> list[int] | None:
-    """The choices' tokens where each choice is exactly one, else None."""
-    ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
-    exact = all(len(i) == 1 and tokenizer.decode(i) == c for i, c in zip(ids, choices, strict=True))
-    return [i[0] for i in ids] if exact else None
-
-
-def sampling_params(request: Request, single: list[int] | None) -> Any:
-    """vLLM's `SamplingParams` of a request. `single`: the tokens of its choices, where each is one token."""
+def sampling_params(request: Request) -> Any:
+    """vLLM's `SamplingParams` of a request."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     # One-token choices need no grammar and no end token: one masked step, 1.6 times the requests a second.
+    single = None if request.choice_ids is None else list(request.choice_ids)
     constrained = request.choices is not None and single is None
     return SamplingParams(
         max_tokens=1 if single else request.max_tokens,
@@ -312,6 +298,9 @@ def engine_arguments(model: Model, folder: Path) -> dict[str, Any]:
         "distributed_executor_backend": executor_backend(model),
         "max_model_len": model.max_model_len,
         "trust_remote_code": model.trust_remote_code,
+        # The tokenizer and config.json that transformers reads, also where Mistral's own files are beside them.
+        "tokenizer_mode": "hf",
+        "config_format": "hf",
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "load_format": "safetensors",

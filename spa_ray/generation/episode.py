@@ -26,6 +26,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 
+UNFINISHED = "truncated: the answer was cut within its thinking, before it began"
 RETRYABLE = ("internal", "timeout", "engine_died")  # kinds of error that another try may not meet
 
 
@@ -65,6 +66,8 @@ class _Response:
     system: str | None
     temperature: float
     seed: int
+    think_text: str | None = None
+    unfinished: bool = False  # cut within its thinking: there is no answer
     judgements: list[Judgement] = field(default_factory=list)
 
     def row(self) -> Row:
@@ -82,15 +85,26 @@ class _Response:
             "score_status": [j.status for j in self.judgements],
             "judge_texts": [j.text for j in self.judgements],
             "off_scale": [j.off_scale for j in self.judgements],
+            "think_text": self.think_text,
         }
 
 
 class Episodes:
     """Runs episodes of one recipe on one engine. Holds no state between prompts."""
 
-    def __init__(self, engine: Engine, chat: Chat, templates: Templates, judge: Judge | None, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        chat: Chat,
+        templates: Templates,
+        judge: Judge | None,
+        recipe: Recipe,
+        *,
+        refine_chat: Chat | None = None,
+    ) -> None:
+        """`refine_chat` renders the refinement's prompt, where that has settings of its own."""
         self._engine, self._chat, self._templates = engine, chat, templates
-        self._judge, self._recipe = judge, recipe
+        self._judge, self._recipe, self._refine_chat = judge, recipe, refine_chat or chat
 
     async def run(self, prompt: Mapping[str, Any], *, attempt: int = 0, earlier: Completion | None = None) -> Row:
         """One episode. `earlier`, the last iteration's refined answer, joins the candidates (`reuse_refined`).
@@ -159,7 +173,8 @@ class _Episode:
         draw = self.recipe.sample
         seed = self._seed(draw.role, response=index, attempt=again)
         completion = await self._ask(prompt, draw, seed)
-        return _Response(index, "candidate", completion, self._system(index), draw.temperature, seed)
+        response = _Response(index, "candidate", completion, self._system(index), draw.temperature, seed)
+        return _thought(response, self.house._chat)
 
     async def _candidate(self, index: int, prompt: list[int], drawn: list[asyncio.Future[str]]) -> _Response:
         """A candidate, sampled and scored. The exact repetition of an earlier one is sampled once more; what still
@@ -192,6 +207,9 @@ class _Episode:
         judge, text = self.house._judge, response.completion.text
         if judge is None:
             return response
+        if response.unfinished:
+            response.judgements = [Judgement(None, [None], UNFINISHED, "", None) for _ in self.recipe.objectives]
+            return response
         response.judgements = await _together(
             [
                 judge.judge(self.messages, self.meta, text, o, partial(self._judge_seed, response.index, o.name))
@@ -221,7 +239,7 @@ class _Episode:
         seed = self._seed(draw.role, response=index)
         completion = await self._ask(prompt, draw, seed)
         refined = _Response(index, "refined", completion, system, draw.temperature, seed)
-        self.responses.append(await self._scored(refined))
+        self.responses.append(await self._scored(_thought(refined, self.house._refine_chat)))
 
     def _refine_prompt(self, candidates: list[Row], draw: Draw) -> tuple[list[int], str | None]:
         """Where the context is too small, the lexicographically lowest candidates are left out of the prompt only."""
@@ -230,7 +248,7 @@ class _Episode:
         while True:
             text = self.house._templates.refine(self.messages, left)
             system = self.house._templates.refine_system(self.messages, left)
-            prompt = self.house._chat.prompt_ids([{"role": "user", "content": text}], system)
+            prompt = self.house._refine_chat.prompt_ids([{"role": "user", "content": text}], system)
             if len(prompt) + draw.max_tokens <= self.house._engine.max_model_len:
                 return prompt, system
             if len(left) == 1:
@@ -285,7 +303,26 @@ async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 def _given(response: Mapping[str, Any]) -> _Response:
     completion = Completion(response["text"], list(response["token_ids"]), response["finish_reason"])
     where = (response["index"], response["kind"])
-    return _Response(*where, completion, response["system"], response["temperature"], response["seed"])
+    thought = response.get("think_text")
+    unfinished = thought is not None and not response["text"]
+    how = (response["system"], response["temperature"], response["seed"])
+    return _Response(*where, completion, *how, think_text=thought, unfinished=unfinished)
+
+
+def _thought(response: _Response, chat: Chat) -> _Response:
+    """The response without its thinking, which is kept as `think_text`. Its ids lose it as well, unless `model.think`
+    is mask: then they stay, and training gives them no weight."""
+    completion = response.completion
+    if not chat.thinks:
+        return response
+    parts = chat.divide(completion.token_ids)
+    if parts.thinking is None:
+        return response
+    ids = completion.token_ids if chat.settings.think == "mask" else parts.ids
+    reason = completion.finish_reason if parts.closed else "length"
+    response.completion = Completion(parts.text, ids, reason)
+    response.think_text, response.unfinished = parts.thinking, not parts.closed
+    return response
 
 
 def _has_scores(response: _Response) -> bool:

@@ -11,7 +11,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from statistics import median
+from typing import Protocol
 
 from spa_ray.config.models import Scoring
 from spa_ray.engine.protocol import Completion, Engine, Request
@@ -19,8 +20,10 @@ from spa_ray.errors import InputError
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import Objective
 from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.labels import Labels, labels_of
 
 Message = Mapping[str, str]
+OFF_SCALE_LIMIT = 0.5  # median mass off the scale above which a judge's expected scores mean little
 SLACK = 1e-3  # by which rounding may leave a probability, or its logarithm, above its bound
 SeedOf = Callable[[int, int], int]  # (draw, attempt) -> seed
 
@@ -128,10 +131,10 @@ class ModelJudge:
     """An engine's model as the judge."""
 
     def __init__(self, engine: Engine, chat: Chat, templates: Templates, scoring: Scoring) -> None:
-        """Raises: InputError when the scoring mode does not fit the tokenizer, or the pattern is not a regex."""
+        """`chat` renders the judge's prompts. Raises: InputError when the scoring mode does not fit the tokenizer, or
+        the pattern is not a regex."""
         self._engine, self._chat, self._templates, self._scoring = engine, chat, templates, scoring
-        self._choices = tuple(str(k) for k in range(scoring.scale[0], scoring.scale[1] + 1))
-        self._labels = label_ids(engine.tokenizer, self._choices) if scoring.mode == "expected" else None
+        self._labels = judge_labels(chat, scoring)
         self._pattern = compile_pattern(scoring.pattern)
         expected = scoring.mode == "expected"  # probabilities, not a draw: asking again gives the same
         self._draws = 1 if expected else scoring.draws
@@ -145,6 +148,7 @@ class ModelJudge:
             [{"role": "user", "content": self._templates.score(messages, answer, objective)}],
             self._templates.score_system(messages, answer, objective),
         )
+        prompt += self._labels.prefix if self._labels is not None else ()
         room = self._engine.max_model_len - len(prompt)
         if room < self._max_tokens:
             why = f"too_long: {len(prompt)} tokens leave {room} of the context, a judgement needs {self._max_tokens}"
@@ -169,39 +173,59 @@ class ModelJudge:
         return Judgement(mean, draws, "ok", text, off_scale, asked, tokens)
 
     def _request(self, prompt: list[int], seed: int) -> Request:
-        mode = self._scoring.mode
+        labels, constrained = self._labels, self._scoring.mode == "choice"
         return Request(
             prompt_ids=prompt,
             max_tokens=self._max_tokens,
             temperature=self._scoring.temperature,
             seed=seed,
-            choices=self._choices if mode == "choice" else None,
-            label_ids=self._labels,
+            choices=labels.texts if labels is not None and constrained else None,
+            choice_ids=labels.single if labels is not None and constrained else None,
+            label_ids=labels.single if labels is not None and not constrained else None,
         )
 
     def _read(self, completion: Completion) -> Reading:
         finished = completion.finish_reason == "stop"
         if self._scoring.mode == "choice":
-            return read_choice(completion.text, self._choices, self._scoring.scale, finished=finished)
+            assert self._labels is not None
+            return read_choice(completion.text, self._labels.texts, self._scoring.scale, finished=finished)
         if self._scoring.mode == "expected":
             assert completion.label_logprobs is not None
             return expected_score(completion.label_logprobs, self._scoring.scale)
-        return read_pattern(completion.text, self._pattern, self._scoring.scale, finished=finished)
+        text = completion.text
+        if self._chat.thinks:
+            parts = self._chat.divide(completion.token_ids)
+            if not parts.closed:
+                return Truncated("the judge was cut within its thinking by scoring.max_tokens")
+            text = text if parts.thinking is None else parts.text
+        return read_pattern(text, self._pattern, self._scoring.scale, finished=finished)
 
 
-def label_ids(tokenizer: Any, labels: Sequence[str]) -> tuple[int, ...]:
-    """The single token of each label. Raises: InputError when a label is several tokens."""
-    found = []
-    for label in labels:
-        ids = tokenizer.encode(label, add_special_tokens=False)
-        pieces = [i for i in ids if tokenizer.decode([i]).strip()]  # a word-start mark alone is no part of the label
-        if len(pieces) != 1 or tokenizer.decode(pieces).strip() != label:
-            raise InputError(
-                f"scoring.mode expected needs one-token labels, and this tokenizer makes {len(pieces)} tokens of "
-                f"{label!r}; use scoring.scale=[1, 9]"
-            )
-        found.append(pieces[0])
-    return tuple(found)
+def judge_labels(chat: Chat, scoring: Scoring) -> Labels | None:
+    """The scale's labels as they follow a judge's prompt; None in mode regex, which reads free text.
+
+    Raises: InputError when mode expected would need several tokens for one.
+    """
+    if scoring.mode == "regex":
+        return None
+    labels = labels_of(chat, [str(k) for k in range(scoring.scale[0], scoring.scale[1] + 1)])
+    if scoring.mode == "expected":
+        labels.require_single()
+    return labels
+
+
+def off_scale_warning(off_scale: Sequence[float | None]) -> str | None:
+    """A line when the judge mostly wants to write something else than a label (mode expected), else None.
+
+    `off_scale`: the mass off the scale, one a judgement; nulls are left out.
+    """
+    known = sorted(value for value in off_scale if value is not None)
+    if not known or (middle := median(known)) <= OFF_SCALE_LIMIT:
+        return None
+    return (
+        f"the judge does not want to write a label of the scale: the median of its probability off the scale is "
+        f"{middle:.2f}; use scoring.mode=regex, or a scoring.prompt that asks for the number alone"
+    )
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +17,11 @@ from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
 from spa_ray.generation.episode import Draw, Episodes, Recipe
-from spa_ray.generation.judging import FunctionJudge, Judge, ModelJudge, compile_pattern, label_ids
+from spa_ray.generation.judging import FunctionJudge, Judge, ModelJudge, compile_pattern, judge_labels
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
-from spa_ray.rollout.chat import Chat
-from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.rollout.chat import Chat, open_chat
+from spa_ray.rollout.settings import ChatSettings
 
 
 @dataclass(frozen=True)
@@ -28,27 +29,48 @@ class Task:
     """What a pass does with a row: a whole SPA episode; one answer to a held-out prompt; or scores for given answers.
 
     `judge`: `self` for the engine's own model, the dotted path of a function, or `none` (answers without scores).
+    `day`: what chat templates see as today where `model.date` is null; null: today.
     """
 
     kind: Literal["episode", "answer", "score"] = "episode"
     iteration: int = 1
     judge: str = "self"
+    day: date | None = None
 
 
 def make_episodes(config: Config, task: Task, engine: Engine, model: Path) -> Episodes:
     """Everything that runs on one engine. Raises: InputError for templates, scales and judges that do not fit."""
     checked = CheckedEngine(engine)
     objectives = load_objectives(config)
-    chat = Chat(engine.tokenizer, model=str(model))
+    chat = engine_chat(config, task, engine, model)
     templates = Templates(config, objectives)
-    return Episodes(checked, chat, templates, make_judge(config, task, checked, chat, templates), recipe(config, task))
+    judge = make_judge(config, task, checked, chat, templates)
+    refine_chat = chat.with_kwargs(config.refine.chat_template_kwargs)
+    return Episodes(checked, chat, templates, judge, recipe(config, task), refine_chat=refine_chat)
+
+
+def engine_chat(config: Config, task: Task, engine: Engine, model: Path) -> Chat:
+    """The chat of the model that an engine serves, by the same tokenizer as training's.
+
+    Raises: InputError where vLLM reads text by another tokenizer than the model folder's.
+    """
+    if config.model.engine != "vllm":
+        settings = ChatSettings.of(config.model, day=task.day)
+        return Chat(engine.tokenizer, model=str(model), settings=settings)
+    chat = open_chat(config.model, model, day=task.day)
+    if not chat.encodes_as(engine.tokenizer):
+        raise InputError(
+            f"model {model}: vLLM's tokenizer ({type(engine.tokenizer).__name__}) makes other ids of a text than the "
+            "folder's; remove tokenizer settings from model.engine_kwargs"
+        )
+    return chat
 
 
 def make_judge(config: Config, task: Task, engine: Engine, chat: Chat, templates: Templates) -> Judge | None:
     if task.judge == "none":
         return None
     if task.judge == "self":
-        return ModelJudge(engine, chat, templates, config.scoring)
+        return ModelJudge(engine, chat.with_kwargs(config.scoring.chat_template_kwargs), templates, config.scoring)
     if not is_dotted(task.judge):
         raise InputError(f"evaluation.judge: {task.judge!r} is neither `self` nor a dotted path module:function")
     return FunctionJudge(load_judge(task.judge), task.judge, config.scoring.scale)
@@ -101,8 +123,6 @@ def check_generation(config: Config, model: Path) -> None:
         load_judge(judge)
     if config.model.engine != "vllm":
         return
-    tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
-    Chat(tokenizer, model=str(model))
-    if config.scoring.mode == "expected":
-        low, high = config.scoring.scale
-        label_ids(tokenizer, [str(k) for k in range(low, high + 1)])
+    chat = open_chat(config.model, model)
+    judge_labels(chat.with_kwargs(config.scoring.chat_template_kwargs), config.scoring)
+    chat.with_kwargs(config.refine.chat_template_kwargs)

@@ -1,89 +1,206 @@
-"""From messages to prompt token ids, by the model's own chat template, once: nothing adds special tokens again.
+"""From messages to prompt token ids, by the model's own chat template: the one renderer of generation and training.
 
-A template that refuses a system role gets the system text in front of the first user turn (Mistral's, Gemma's).
+Nothing adds special tokens again. A system turn that the template does not show stands in front of the first user turn.
+Control tokens in the text of messages stay text (`encoding`). What a template cannot render is a `ValueError` of one
+line, whatever the template raised.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+from spa_ray.config.models import Model
 from spa_ray.errors import InputError
-from spa_ray.rollout.tokenizer import why
+from spa_ray.rollout.encoding import Controls, find_encoder, free_mark, leaks
+from spa_ray.rollout.settings import ChatSettings, today
+from spa_ray.rollout.template import Message, Template, Turn
+from spa_ray.rollout.thinking import CLOSE, OPEN, Thinking, find_thinking
+from spa_ray.rollout.tokenizer import check_vocabulary, embedding_rows, load_tokenizer
 
-Message = Mapping[str, str]
+QUESTION = [{"role": "user", "content": "What is 12 × 7?\n\nSay  why."}]
+ENCODING_PROBE = "Naïve 東京 2048  déjà\tvu\n\nif (x != 10) { return; } 🙂"
+THINKING_MARKS = (OPEN, CLOSE)  # an earlier answer's own: its template looks for them
+
+
+@dataclass(frozen=True)
+class Divided:
+    """An answer's ids and text without its thinking. `closed` false: it was cut within its thinking."""
+
+    ids: list[int]
+    text: str
+    thinking: str | None
+    closed: bool
 
 
 class Chat:
-    """A tokenizer's chat template."""
+    """A tokenizer's chat template and settings."""
 
-    def __init__(self, tokenizer: Any, *, model: str) -> None:
-        """Raises: InputError for a tokenizer without a chat template, or with one that refuses a plain question."""
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError(
-                f"model {model}: its tokenizer has no chat template; add chat_template.jinja to its folder"
-            )
+    def __init__(
+        self, tokenizer: Any, *, model: str, settings: ChatSettings | None = None, rows: int | None = None
+    ) -> None:
+        """`rows` is the number of rows of the model's embedding, where it is known.
+
+        Raises: InputError for a tokenizer without a chat template, with one that refuses or leaves out a plain
+        question, or with ids that the embedding has no row for.
+        """
+        self.settings = ChatSettings(date=today()) if settings is None else settings
+        self.model, self.rows = model, rows
         self._tokenizer = tokenizer
-        self._fast = _fast_encoder(tokenizer)
-        probe = [{"role": "user", "content": "What is 12 × 7?\n\nSay  why."}]
+        self._template = Template(tokenizer, model=model, settings=self.settings)
         try:
-            if self._encode(probe) != self._encode_slowly(probe):
-                self._fast = None
-        except Exception as e:
-            raise InputError(f"model {model}: its chat template refuses a user message ({why(e)})") from e
-        self.knows_system = self._try_system()
+            text, ids = self._template.text(QUESTION), self._template.ids(QUESTION)
+            controls = Controls.of(tokenizer, self._template.source, rows=rows)
+            encoder = find_encoder(tokenizer, controls, text, ids)
+        except ValueError as e:
+            raise InputError(f"model {model}: a plain question cannot be rendered: {e}") from e
+        self._controls, self._encoder = controls, encoder
+        self._check(text, ids)
+        mentioned = CLOSE in self._template.source or CLOSE in controls.ids
+        self.thinks, self.opens_thinking = mentioned, text.rstrip().endswith(OPEN)
+
+    def with_kwargs(self, kwargs: Mapping[str, Any] | None) -> Chat:
+        """The same chat with other variables for its template; itself where they are null or the same.
+
+        Raises: InputError as the constructor does.
+        """
+        if kwargs is None or dict(kwargs) == self.settings.kwargs:
+            return self
+        settings = self.settings.model_copy(update={"kwargs": dict(kwargs)})
+        return Chat(self._tokenizer, model=self.model, settings=settings, rows=self.rows)
+
+    @property
+    def source(self) -> str:
+        """The template."""
+        return self._template.source
+
+    @property
+    def knows_system(self) -> bool:
+        """Whether a system turn before one question is shown as such."""
+        return self._template.shows_system(("system", "user"))
 
     def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
         """Ids of the conversation up to where the assistant's answer begins.
 
-        `system` stands in for the conversation's own system message where it has one. Raises: ValueError when the
-        template refuses the roles.
+        `system` stands in for the conversation's own system message where it has one. Raises: ValueError for what the
+        template refuses, and for ids that the embedding has no row for.
         """
+        ids = self._ids(self._turns(messages, system))
+        if self.rows is not None and max(ids) >= self.rows:
+            raise ValueError(f"the prompt holds token id {max(ids)}, and the model's embedding has {self.rows} rows")
+        return ids
+
+    def check(self, messages: Sequence[Message], system: str | None = None) -> None:
+        """Render without cutting into tokens. Raises: ValueError as `prompt_ids` does, but for single ids."""
+        turns = self._turns(messages, system)
+        mark = self._mark(turns)
+        self._template.text(turns if mark is None else self._protected(turns, mark))
+
+    def lengths(self, conversations: Sequence[tuple[Sequence[Message], str | None]]) -> list[int]:
+        """Tokens of many prompts, on all cores where the tokenizer can; 0 for one that the template refuses."""
+        if self._encoder is None:
+            return [len(self._ids_or_none(messages, system)) for messages, system in conversations]
+        return self._encoder.many([self._text_or_none(messages, system) for messages, system in conversations])
+
+    def answered_ids(self, messages: Sequence[Message], answer: str) -> list[int]:
+        """Ids of a conversation with its answer, as the template writes it. Raises: ValueError."""
+        return self._ids([*self._turns(messages, None), {"role": "assistant", "content": answer}], answered=True)
+
+    def continued_ids(self, messages: Sequence[Message], text: str) -> list[int] | None:
+        """Ids of the prompt with a text right behind it; None where the tokenizer only renders by itself."""
+        if self._encoder is None:
+            return None
+        return self._encoder.ids(self._template.text(self._turns(messages, None)) + text)
+
+    def encodes_as(self, tokenizer: Any) -> bool:
+        """Whether another tokenizer object makes the same ids of a text."""
+        text = self._template.text(QUESTION) + ENCODING_PROBE
+        mine, other = (t.encode(text, add_special_tokens=False) for t in (self._tokenizer, tokenizer))
+        return list(mine) == list(other)
+
+    def thinking(self, ids: list[int]) -> Thinking:
+        """How much of an answer is thinking; nothing where the model is none that thinks."""
+        if not (self.thinks and ids):
+            return Thinking()
+        return find_thinking(self._tokenizer, ids, opened=self.opens_thinking)
+
+    def divide(self, ids: list[int]) -> Divided:
+        """An answer of this model's, and its thinking apart."""
+        tokenizer, found = self._tokenizer, self.thinking(ids)
+        answer = ids[found.length :]
+        text = str(tokenizer.decode(answer, skip_special_tokens=True))
+        thought = str(tokenizer.decode(ids[: found.length], skip_special_tokens=True)) if found.length else None
+        return Divided(answer, text, thought, found.closed)
+
+    def _ids_or_none(self, messages: Sequence[Message], system: str | None) -> list[int]:
+        try:
+            return self._ids(self._turns(messages, system))
+        except ValueError:
+            return []
+
+    def _text_or_none(self, messages: Sequence[Message], system: str | None) -> str:
+        try:
+            return self._template.text(self._turns(messages, system))
+        except ValueError:
+            return ""
+
+    # --- from messages to turns, text and ids -----------------------------------------------------------------------
+
+    def _turns(self, messages: Sequence[Message], system: str | None) -> list[Turn]:
         turns = [dict(m) for m in messages]
         if system is not None:
             turns = [{"role": "system", "content": system}, *(m for m in turns if m["role"] != "system")]
-        if turns[0]["role"] == "system" and not self.knows_system:
-            head, *turns = turns
-            first = next(turn for turn in turns if turn["role"] == "user")
-            first["content"] = f"{head['content']}\n\n{first['content']}"
-        try:
-            return self._encode(turns)
-        except Exception as e:
-            raise ValueError(f"the chat template refuses this conversation ({why(e)})") from e
+        if not turns:
+            raise ValueError("a conversation without messages")
+        return self._template.folded(turns)
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        if self._fast is None:
-            return self._encode_slowly(messages)
-        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return self._fast(text)
+    def _ids(self, turns: list[Turn], *, answered: bool = False) -> list[int]:
+        if self._encoder is None:
+            return self._template.ids(turns, answered=answered)
+        mark = self._mark(turns)
+        if mark is None:
+            return self._encoder.ids(self._template.text(turns, answered=answered))
+        return self._encoder.protected(self._template.text(self._protected(turns, mark), answered=answered), mark)
 
-    def _encode_slowly(self, messages: Sequence[Message]) -> list[int]:
-        ids = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return [int(i) for i in ids]
+    def _mark(self, turns: Sequence[Mapping[str, str]]) -> str | None:
+        """A mark for control tokens in the turns' text, None where there are none."""
+        if self._encoder is None or not any(self._controls.inside(turn["content"]) for turn in turns):
+            return None
+        return free_mark([self._template.source, *(turn["content"] for turn in turns)])
 
-    def _try_system(self) -> bool:
-        marker = "spa system probe"
-        try:
-            with_system = self._tokenizer.apply_chat_template(
-                [{"role": "system", "content": marker}, {"role": "user", "content": "?"}],
-                add_generation_prompt=True,
-                tokenize=False,
+    def _protected(self, turns: Sequence[Turn], mark: str) -> list[Turn]:
+        spare = {"assistant": THINKING_MARKS}
+        return [
+            {**turn, "content": self._controls.protect(turn["content"], mark, spare=spare.get(turn["role"], ()))}
+            for turn in turns
+        ]
+
+    def _check(self, text: str, ids: list[int]) -> None:
+        if "12 × 7" not in text:
+            raise InputError(f"model {self.model}: its chat template leaves out the user's message")
+        if self.rows is not None and max(ids) >= self.rows:
+            raise InputError(
+                f"model {self.model}: its chat template writes token id {max(ids)}, and its embedding has {self.rows} "
+                "rows; resize the embedding to the tokenizer (model.resize_token_embeddings)"
             )
-        except Exception:  # noqa: BLE001 whatever it raises: it takes no system turn
-            return False
-        return marker in with_system
+        unknown = getattr(self._tokenizer, "unk_token_id", None)
+        kept = leaks(self._encoder, self._controls, unknown) if self._encoder else []
+        if kept:
+            raise InputError(f"model {self.model}: its tokenizer reads {kept[0]} in a message as a control token")
 
 
-def _fast_encoder(tokenizer: Any) -> Callable[[str], list[int]] | None:
-    """Text to ids by the library under a transformers tokenizer, without what transformers does around it (as much
-    again; at a prompt for every judgement it is felt). None where there is no such library."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    own = copy.deepcopy(backend)  # its settings are its own, whoever uses the tokenizer besides
-    own.no_truncation()
-    own.no_padding()
-    return lambda text: list(own.encode(text, add_special_tokens=False).ids)
+def open_chat(model: Model, folder: Path, *, day: date | None = None) -> Chat:
+    """The chat of a model folder by a config's model section. `day` is what templates see as today where the section
+    names no date. Raises: InputError for a tokenizer, template or embedding that does not work."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+    return chat_of(tokenizer, folder, ChatSettings.of(model, day=day))
+
+
+def chat_of(tokenizer: Any, folder: Path, settings: ChatSettings) -> Chat:
+    """The chat of a tokenizer that belongs to a model folder. Raises: InputError."""
+    rows = embedding_rows(folder)
+    check_vocabulary(tokenizer, rows, model=str(folder))
+    return Chat(tokenizer, model=str(folder), settings=settings, rows=rows)

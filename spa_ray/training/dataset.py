@@ -28,6 +28,9 @@ class TokenizedPairs:
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         batches = self._table.to_batches()
         self._rank = pc.sort_indices(self._table, sort_keys=[("pair_id", "ascending")]).to_numpy()
+        self._context = {
+            f"{side}_ids": self._table.column(f"{side}_context").to_numpy() for side in ("chosen", "rejected")
+        }
         self._first = np.cumsum([0] + [len(b) for b in batches])
         self._ids = {
             name: [(c.offsets.to_numpy(), c.values.to_numpy()) for c in (b.column(name) for b in batches)]
@@ -44,6 +47,10 @@ class TokenizedPairs:
     def lengths(self, name: str) -> Int[np.ndarray, " pairs"]:
         """Token counts of one of the id columns."""
         return pc.list_value_length(self._table.column(name)).to_numpy()[self._rank].astype(np.int64)
+
+    def context(self, side: str, row: int) -> int:
+        """How many of a response's first ids are its thinking; `side` is its column of ids."""
+        return int(self._context[side][self._rank[row]])
 
     def pair_id(self, row: int) -> str:
         return self._table.column("pair_id")[int(self._rank[row])].as_py()
@@ -116,6 +123,12 @@ def _tokens(data: TokenizedPairs, rows: np.ndarray, swapped: np.ndarray, chosen_
 
 
 def sequences(data: TokenizedPairs, selection: Selection, pairs: np.ndarray, *, chosen: bool) -> list[Sequence]:
-    """Prompt and response ids of one side of these pairs."""
-    rows = selection.rows
-    return [(data.ids("prompt_ids", rows[i]), data.ids(selection.side(i, chosen), rows[i])) for i in pairs]
+    """Prompt and response ids of one side of these pairs. A response's thinking counts as its prompt's: it is read, and
+    no loss looks at it."""
+    return [_sequence(data, int(selection.rows[i]), selection.side(i, chosen)) for i in pairs]
+
+
+def _sequence(data: TokenizedPairs, row: int, side: str) -> Sequence:
+    prompt, response = data.ids("prompt_ids", row), data.ids(side, row)
+    context = data.context(side, row)
+    return (np.concatenate([prompt, response[:context]]), response[context:]) if context else (prompt, response)

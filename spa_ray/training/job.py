@@ -15,6 +15,7 @@ from typing import Any
 from spa_ray.config.models import Tracking, Train
 from spa_ray.data.files import AnyPath, as_path
 from spa_ray.errors import InputError
+from spa_ray.rollout.settings import ChatSettings
 
 Progress = Callable[[dict[str, Any]], None]
 JOB = "job.json"  # in the work folder, for `spa export`
@@ -27,7 +28,8 @@ class TrainJob:
 
     `pairs` is a Parquet file or a folder of them, `model` a local model folder, `out` the model folder to write (it
     must not stand yet), `work` the job's own folder for tokens, logs and checkpoints. All lie where every rank reads.
-    `tracking` says where the log goes besides; it is no part of what the job is.
+    `tracking` says where the log goes besides; it is no part of what the job is. `chat` is how generation rendered the
+    prompts; null: a template without variables, today.
     """
 
     name: str
@@ -40,6 +42,7 @@ class TrainJob:
     trust_remote_code: bool = False
     tracking: Tracking = field(default_factory=Tracking)
     cache: Path | None = None
+    chat: ChatSettings | None = None
 
     @property
     def shared(self) -> Path:
@@ -55,6 +58,7 @@ class TrainJob:
             "trust_remote_code": self.trust_remote_code,
             "tracking": self.tracking.model_dump(mode="json"),
             "cache": None if self.cache is None else str(self.cache.absolute()),
+            "chat": None if self.chat is None else self.chat.model_dump(mode="json"),
         }
 
     @classmethod
@@ -63,6 +67,7 @@ class TrainJob:
         sections = {
             "train": Train.model_validate(raw["train"]),
             "tracking": Tracking.model_validate(raw.get("tracking", {})),
+            "chat": None if raw.get("chat") is None else ChatSettings.model_validate(raw["chat"]),
         }
         return cls(**{**raw, **paths, **sections})
 

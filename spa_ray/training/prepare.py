@@ -13,7 +13,8 @@ from pathlib import Path
 
 from spa_ray.config.models import TRAIN_BYSTANDERS
 from spa_ray.errors import InputError
-from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.chat import Chat, chat_of
+from spa_ray.rollout.settings import ChatSettings, today
 from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.training import comm
 from spa_ray.training.batches import Order, Plan, make_plan, order_pairs, step_weights
@@ -58,7 +59,8 @@ def micro_batch_tokens(job: TrainJob) -> int:
 def fingerprint(job: TrainJob) -> str:
     """A hash of all that decides a job's result: the pairs' bytes, the model's files, the settings, the seed."""
     settings = job.train.model_dump_json(exclude=set(TRAIN_BYSTANDERS))
-    parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed)]
+    chat = "" if job.chat is None else job.chat.model_dump_json()
+    parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -117,7 +119,8 @@ def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
 
 
 def _chat(job: TrainJob) -> Chat:
-    return Chat(load_tokenizer(job.model, trust_remote_code=job.trust_remote_code), model=str(job.model))
+    settings = job.chat or ChatSettings(date=today())
+    return chat_of(load_tokenizer(job.model, trust_remote_code=job.trust_remote_code), job.model, settings)
 
 
 def _vocab_size(job: TrainJob) -> int:

@@ -28,13 +28,14 @@ Reference = tuple[Float[np.ndarray, " pairs"], Float[np.ndarray, " pairs"]]
 def reference_path(job: TrainJob, selection: Selection) -> Path:
     """Where these log-probs are kept, for this job and for every other one with the same model, template and data.
 
-    The name covers the model's files (its chat template is one of them), the pairs' bytes, which of them are trained on
-    and in which order of preference, the dtype and QLoRA's quantisation; no learning rate, no loss.
+    The name covers the model's files (its chat template is one of them), the chat settings, the pairs' bytes, which of
+    them are trained on and in which order of preference, the dtype and QLoRA's quantisation; no learning rate, no loss.
     """
     train = job.train
     quantize = str(train.lora and train.lora.quantize)
     digest = hashlib.blake2b(digest_size=16)
-    for part in (model_hash(job.model), content_hash(job.pairs), train.dtype, quantize, str(train.max_length)):
+    chat = "" if job.chat is None else job.chat.model_dump_json()
+    for part in (model_hash(job.model), content_hash(job.pairs), train.dtype, quantize, str(train.max_length), chat):
         digest.update(part.encode() + b"\0")
     digest.update(selection.rows.astype("<i8").tobytes() + selection.swapped.astype("u1").tobytes())
     return job.shared / f"reference_{digest.hexdigest()}.npz"

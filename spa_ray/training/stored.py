@@ -32,6 +32,7 @@ from spa_ray.data.files import (
 )
 from spa_ray.data.node_cache import cache_root, local_folder
 from spa_ray.errors import RunError
+from spa_ray.rollout.settings import ChatSettings
 from spa_ray.training.hashes import record_of
 from spa_ray.training.job import TrainJob, TrainResult
 
@@ -56,15 +57,22 @@ class StoredJob:
     trust_remote_code: bool = False
     tracking: Tracking = field(default_factory=Tracking)
     cache: AnyPath | None = None
+    chat: ChatSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         sections = {name: getattr(self, name).model_dump(mode="json") for name in ("train", "tracking")}
         paths = {name: str(path) for name in PATHS if (path := getattr(self, name)) is not None}
-        return {"name": self.name, "seed": self.seed, "trust_remote_code": self.trust_remote_code, **sections, **paths}
+        plain = {"name": self.name, "seed": self.seed, "trust_remote_code": self.trust_remote_code}
+        chat = None if self.chat is None else self.chat.model_dump(mode="json")
+        return {**plain, "chat": chat, **sections, **paths}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> StoredJob:
-        sections = {"train": Train.model_validate(raw["train"]), "tracking": Tracking.model_validate(raw["tracking"])}
+        sections = {
+            "train": Train.model_validate(raw["train"]),
+            "tracking": Tracking.model_validate(raw["tracking"]),
+            "chat": None if raw.get("chat") is None else ChatSettings.model_validate(raw["chat"]),
+        }
         return cls(**{**raw, **sections, **{name: as_path(raw[name]) for name in PATHS if raw.get(name)}})
 
     @property
@@ -86,6 +94,7 @@ class StoredJob:
             trust_remote_code=self.trust_remote_code,
             tracking=self.tracking,
             cache=scratch / "cache",
+            chat=self.chat,
         )
 
 

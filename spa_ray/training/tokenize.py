@@ -31,6 +31,11 @@ TOKENS = pa.schema(
         ("gap", pa.float64()),  # the one that `train.gap` names
         ("chosen_key", pa.int64()),  # hash of (prompt, response), for SFT's deduplication
         ("rejected_key", pa.int64()),
+        (
+            "chosen_context",
+            pa.int32(),
+        ),  # how many of the response's first ids are context: its thinking (`model.think`)
+        ("rejected_context", pa.int32()),
     ]
 )
 COLUMNS = ["pair_id", "prompt", "chosen_ids", "rejected_ids"]
@@ -112,6 +117,7 @@ def _token_rows(
             dropped["too_long"] += 1
         else:
             keys = {f"{side}_key": _key(prompt, ids) for side, ids in sides.items()}
+            keys |= {f"{side}_context": _context(chat, ids, f"{where}: {side}_ids") for side, ids in sides.items()}
             ids = {f"{side}_ids": ids for side, ids in sides.items()}
             rows.append({"pair_id": pair["pair_id"], "prompt_ids": prompt, **ids, **keys, "row": i})
     return rows
@@ -134,6 +140,14 @@ def _checked_ids(ids: list[int] | None, vocab_size: int, where: str) -> list[int
         stray = next(i for i in ids if not 0 <= i < vocab_size)
         raise InputError(f"{where} holds id {stray}, the model's vocabulary ends at {vocab_size - 1}: another model's?")
     return ids
+
+
+def _context(chat: Chat, ids: list[int], where: str) -> int:
+    """How many ids of a response are its thinking. Raises: InputError when nothing is left of it."""
+    thinking = chat.thinking(ids)
+    if thinking.length == len(ids):
+        raise InputError(f"{where} holds thinking and no answer; such an answer is in no pair that `spa build` makes")
+    return thinking.length
 
 
 def _key(prompt: list[int], response: list[int]) -> int:
