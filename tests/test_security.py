@@ -18,7 +18,8 @@ import pytest
 import yaml
 from jinja2.exceptions import SecurityError
 
-from spa_ray.cli.main import emit, fail
+from spa_ray.cli.guard import fail
+from spa_ray.cli.main import emit
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Model
 from spa_ray.data.weights import check_safetensors

@@ -8,16 +8,19 @@ command runs, so that `spa --help` answers at once.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spa_ray.data.files import as_path, client_error
-from spa_ray.errors import InputError, RunError
-from spa_ray.logs import printable, printable_json, redact
+from spa_ray.cli.guard import guarded, shows_unicode
+from spa_ray.data.files import as_path, local_path
+from spa_ray.errors import InputError
+from spa_ray.logs import printable_json
+
+if TYPE_CHECKING:
+    from spa_ray.config.load import Override
 
 app = typer.Typer(
     help="Self-priority alignment on Ray: a model makes itself trustworthy first, then helpful, without a label.",
@@ -26,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-INTERRUPTED = 130
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted")]
@@ -43,35 +44,13 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="YAML config", show
 
 def main() -> None:
     """The console script: turns our errors into one line and an exit status."""
-    try:
-        app()
-    except InputError as e:
-        fail(str(e), 2)
-    except RunError as e:
-        fail(str(e), 1)
-    except OSError as e:  # a disk that is full, a folder that may not be written
-        fail(f"{type(e).__name__}: {e}; what was finished stays, run the same command again", 1)
-    except Exception as e:
-        line = client_error(e)
-        if line is None:
-            raise
-        fail(f"{line}; check the endpoint and the keys in the environment, and run the same command again", 1)
-    except SystemExit as e:
-        if e.code == INTERRUPTED:  # typer turns Ctrl-C into it without a word
-            fail("stopped; run the same command again and it goes on where it was", INTERRUPTED)
-        raise
-
-
-def fail(message: str, status: int) -> None:
-    """One line, whatever text of models, data or the environment the message quotes."""
-    print(f"spa: {printable(redact(' '.join(message.split())))}", file=sys.stderr)
-    sys.exit(status)
+    guarded(lambda: app(standalone_mode=False, prog_name="spa"))
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:
     """The result as stdout's last line."""
     if as_json:
-        print(printable_json(result), flush=True)
+        print(printable_json(result, ascii_only=not shows_unicode()), flush=True)
 
 
 @app.command()
@@ -150,9 +129,8 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """One stage: prompts to episodes."""
-    one_arm(
-        config, [*(overrides or []), f"prompts.source={prompts}"], "generate_stage", as_json, out=out, verbose=verbose
-    )
+    changes: list[Override] = [*(overrides or []), ("prompts.source", prompts)]
+    one_arm(config, changes, "generate_stage", as_json, out=out, verbose=verbose)
 
 
 @app.command()
@@ -201,13 +179,28 @@ def evaluate(
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(help="model folder, adapter, or a job's work folder or checkpoint", show_default=False)
+        Any,
+        typer.Argument(
+            parser=local_path,
+            metavar="SOURCE",
+            help="model folder, adapter, or a job's work folder or checkpoint",
+            show_default=False,
+        ),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="model folder to write", show_default=False)] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="adapter to merge into the model folder SOURCE", show_default=False)
+    out: Annotated[
+        Any,
+        typer.Option("--out", parser=local_path, metavar="PATH", help="model folder to write", show_default=False),
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="base model, where it has moved", show_default=False)] = None,
+    adapter: Annotated[
+        Any,
+        typer.Option(
+            parser=local_path, metavar="PATH", help="adapter to merge into the model folder SOURCE", show_default=False
+        ),
+    ] = None,
+    base: Annotated[
+        Any,
+        typer.Option(parser=local_path, metavar="PATH", help="base model, where it has moved", show_default=False),
+    ] = None,
     step: Annotated[int | None, typer.Option(help="checkpoint of this step; else the newest")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="upload the model folder to this repository")] = None,
     public: Annotated[bool, typer.Option("--public", help="a new repository is public")] = False,
@@ -262,7 +255,7 @@ def schema(as_json: AsJson = False) -> None:
     print(json.dumps(Config.model_json_schema(), indent=None if as_json else 2))
 
 
-def one_arm(config: Path, overrides: list[str] | None, command: str, as_json: bool, **options: Any) -> None:
+def one_arm(config: Path, overrides: Sequence[Override] | None, command: str, as_json: bool, **options: Any) -> None:
     """Run a one-stage command of `runs.commands` with the config's first arm."""
     from spa_ray.config import load_config
     from spa_ray.runs import commands

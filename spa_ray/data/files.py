@@ -50,7 +50,7 @@ def as_path(text: str | AnyPath) -> AnyPath:
     uri = str(text)
     scheme, found, rest = uri.partition("://")
     if not found:
-        return Path(uri).expanduser().absolute()
+        return local_path(uri)
     if scheme in {"file", "local"}:
         return Path(rest).absolute()
     if "@" in rest.partition("/")[0] or "?" in rest:
@@ -71,6 +71,18 @@ def as_path(text: str | AnyPath) -> AnyPath:
         mend = f"pip install 'spa-ray[{extra}]'" if extra else str(e)
         raise InputError(f"{uri}: the client for {scheme}:// is not installed; {mend}") from e
     return path
+
+
+def local_path(text: str | Path) -> Path:
+    """The absolute path of a text on this machine; `~` is the home folder.
+
+    Raises: InputError for a URI and for what is no path.
+    """
+    if "://" in str(text):
+        raise InputError(f"{text}: a URI; give a path on this machine")
+    if not str(text).strip() or "\0" in str(text):
+        raise InputError(f"{str(text)!r} is no path; give the path of a file or a folder")
+    return Path(os.path.expanduser(text)).absolute()
 
 
 def is_local(path: AnyPath) -> bool:

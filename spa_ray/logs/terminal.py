@@ -19,9 +19,9 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(_escape, text)
 
 
-def printable_json(value: Any) -> str:
+def printable_json(value: Any, *, ascii_only: bool = False) -> str:
     """One line of JSON that parses to the same value and holds no unsafe character."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=ascii_only)
     return _UNSAFE.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 

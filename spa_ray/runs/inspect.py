@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
+from pydantic import ValidationError
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
@@ -44,8 +45,11 @@ def run_configs(run: RunFolder) -> dict[str, Config]:
     """The resolved config of every arm of a run."""
     import yaml
 
-    raw = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-    return {name: Config.model_validate(arm) for name, arm in raw["arms"].items()}
+    try:
+        raw = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        return {name: Config.model_validate(arm) for name, arm in raw["arms"].items()}
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValidationError) as e:
+        raise InputError(f"{run.path}: not a run folder: its config.yaml was not written by a run") from e
 
 
 def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str, Any] | None:
