@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -84,6 +85,8 @@ def type_text(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " \\| ".join(f"`{yaml_text(value)}`" for value in inner)
+    if origin is Annotated:
+        return type_text(inner[0])
     if origin in (Union, types.UnionType):
         return " \\| ".join(type_text(part) for part in inner)
     if origin is tuple:
@@ -94,6 +97,7 @@ def type_text(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     names = {str: "text", int: "whole number", float: "number", bool: "true \\| false", type(None): "null", Any: "any"}
+    names[datetime.date] = "date"
     return names[annotation]
 
 

@@ -44,7 +44,7 @@ def _template_variables(given: Any) -> Any:
     """Raises: ValueError for a name that belongs to the renderer."""
     for name in sorted(RENDERER_ARGUMENTS & set(given)) if isinstance(given, dict) else ():
         instead = "; give model.date" if name == "strftime_now" else ""
-        raise ValueError(f"chat_template_kwargs: {name} is set by the renderer, not by a config{instead}")
+        raise ValueError(f"{name} is set by the renderer, not by a config{instead}")
     return given
 
 
@@ -77,9 +77,12 @@ class Model(Section):
     @field_validator("date", mode="before")
     @classmethod
     def _is_written_out(cls, given: Any) -> Any:
-        if isinstance(given, int | float):  # 20261125 would be read as seconds since 1970
-            raise ValueError(f"a date is written YYYY-MM-DD, got {given}")
-        return given
+        if given is None or isinstance(given, datetime.date):
+            return given
+        try:
+            return datetime.date.fromisoformat(given)
+        except (TypeError, ValueError) as e:  # a bare 20261125 is a number, which would count as seconds since 1970
+            raise ValueError(f"a date is written YYYY-MM-DD, got {given!r}") from e
 
     @field_validator("engine_kwargs")
     @classmethod

@@ -31,10 +31,7 @@ TOKENS = pa.schema(
         ("gap", pa.float64()),  # the one that `train.gap` names
         ("chosen_key", pa.int64()),  # hash of (prompt, response), for SFT's deduplication
         ("rejected_key", pa.int64()),
-        (
-            "chosen_context",
-            pa.int32(),
-        ),  # how many of the response's first ids are context: its thinking (`model.think`)
+        ("chosen_context", pa.int32()),  # how many of a response's first ids are its thinking (`model.think`)
         ("rejected_context", pa.int32()),
     ]
 )
@@ -143,7 +140,9 @@ def _checked_ids(ids: list[int] | None, vocab_size: int, where: str) -> list[int
 
 
 def _context(chat: Chat, ids: list[int], where: str) -> int:
-    """How many ids of a response are its thinking. Raises: InputError when nothing is left of it."""
+    """How many ids of a response are thinking that was kept (`model.think` mask). Raises: InputError when all are."""
+    if chat.settings.think != "mask":
+        return 0
     thinking = chat.thinking(ids)
     if thinking.length == len(ids):
         raise InputError(f"{where} holds thinking and no answer; such an answer is in no pair that `spa build` makes")
