@@ -287,7 +287,8 @@ guarded(show)
 def test_any_terminal_takes_tables_model_text_and_json(tmp_path: Path, environment: dict[str, str]) -> None:
     script = tmp_path / "show.py"
     script.write_text(SHOW, encoding="utf-8")
-    kept = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "HOME") if key in os.environ}
+    kept = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    kept["PYTHONPATH"] = str(Path(__file__).parents[1])
     for fails in ([], ["yes"]):
         done = subprocess.run(
             [sys.executable, str(script), *fails],
