@@ -6,6 +6,7 @@ A template is somebody's program: whatever it raises becomes a `ValueError` of o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from spa_ray.errors import InputError
@@ -76,6 +77,16 @@ class Template:
         except ValueError:
             return False
         return turns[position]["content"] in text.lower()
+
+
+def template_text(folder: Path) -> str:
+    """The text of every chat template in a model folder's files, for a stage's key: read without a tokenizer."""
+    files = [*sorted(folder.glob("*.jinja")), *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        texts.append(settings.read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(texts)
 
 
 def choose(given: Any, *, model: str) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from spa_ray.data.node_cache import local_folder
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
 from spa_ray.preferences import live_reasons
+from spa_ray.rollout.settings import ChatSettings
+from spa_ray.rollout.template import template_text
 from spa_ray.runs import stages as address
 from spa_ray.runs.cluster import connected
+from spa_ray.runs.first_day import FILE as FIRST_DAY
+from spa_ray.runs.first_day import first_day, record_first_day
 from spa_ray.runs.folder import CLAIM, MARKER, Stage, check_claim, claim, open_run
 from spa_ray.runs.hashing import file_hash, model_hash, parquet_hash
 from spa_ray.runs.lock import RunLock
@@ -111,11 +116,12 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
         write_prompts(config.prompts, fresh)
-        digest = address.generate_hash(
-            config, iteration=1, prompts=file_hash(fresh), model=model_hash(model), earlier=None
-        )
+        day, hashes = first_day(as_path(out)), {"prompts": file_hash(fresh), "model": model_hash(model)}
+        chat = ChatSettings.of(config.model, day=day).key(template_text(model))
+        digest = address.generate_hash(config, iteration=1, earlier=None, chat=chat, **hashes)
         with claimed(out, "generate", digest) as stage:
             if not stage.done:
+                record_first_day(stage.folder, day)
                 copy_file(fresh, stage.folder / "prompts.parquet")
                 progress, started = Progress(), time.time()
                 with closing(progress), connected(verbose=verbose):
@@ -123,7 +129,7 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
                     check_cluster(config, stages=["generate"], say=progress.say)
                     counts = generate(
                         config,
-                        Task(),
+                        Task(day=day),
                         prompts=stage.folder / "prompts.parquet",
                         out=stage.folder / "episodes",
                         checkpoint=stage.folder / "checkpoint",
@@ -154,6 +160,8 @@ def build_stage(
     digest = address.build_hash(arm, episodes=parquet_hash(folder), frozen_tau=None)
     with claimed(out, "build", digest) as stage:
         if not stage.done:
+            if is_file(as_path(episodes) / FIRST_DAY):  # for `spa train`, which renders the prompts again
+                record_first_day(stage.folder, first_day(as_path(episodes)))
             with connected(verbose=verbose):
                 check_shared(stage.folder)
                 build_into(stage, folder, arm, frozen_tau=None)
@@ -193,8 +201,12 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
     folder, out, model = inside(pairs, "pairs"), as_path(out), fetch_model(config.model)
     if not any(folder.glob("*.parquet")):
         raise InputError(f"{folder}: no *.parquet in it; give the pairs folder that `spa build` wrote")
-    digest = address.train_hash(config, pairs=parquet_hash(folder), model=model_hash(model))
-    with claimed(out.with_name(f"{out.name}.work"), "train", digest) as work:
+    work_folder = out.with_name(f"{out.name}.work")
+    day = first_day(work_folder, *islice((folder, *folder.parents), 5))  # the pairs' own run, where they are in one
+    chat = ChatSettings.of(config.model, day=day)
+    hashes = {"pairs": parquet_hash(folder), "model": model_hash(model)}
+    digest = address.train_hash(config, chat=chat.key(template_text(model)), **hashes)
+    with claimed(work_folder, "train", digest) as work:
         job_folder = work.folder / "job"
         # A model with a result beside it is the job's own, or the job says that it is not.
         if not work.done and children(out) and not is_file(job_folder / RESULT):
@@ -210,7 +222,9 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
                 work=job_folder,
                 trust_remote_code=config.model.trust_remote_code,
                 tracking=config.tracking,
+                chat=chat,
             )
+            record_first_day(work.folder, day)
             progress, started = Progress(), time.time()
             with closing(progress), connected(verbose=verbose):
                 check_shared(work.folder)
@@ -243,10 +257,13 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
         fresh = Path(scratch) / "prompts.parquet"
         write_eval_prompts(config.evaluation, fresh)
         hashes = {"model": model_hash(model), "judge": model_hash(judge) if judge else ""}
-        digest = address.evaluate_hash(config, prompts=file_hash(fresh), **hashes)
+        day = first_day(as_path(out))
+        chat = ChatSettings.of(config.model, day=day).key(template_text(model))
+        digest = address.evaluate_hash(config, prompts=file_hash(fresh), chat=chat, **hashes)
         with claimed(out, "eval", digest) as stage:
             progress = Progress()
             if not stage.done:
+                record_first_day(stage.folder, day)
                 with closing(progress), connected(verbose=verbose):
                     check_shared(stage.folder)
                     check_cluster(config, stages=["evaluate"], say=progress.say)
@@ -259,6 +276,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
                         work=stage.folder,
                         on_progress=progress.counter("evaluate"),
                         verbose=verbose,
+                        day=day,
                     )
             metrics = run_metrics(config, {"model": stage}, baseline=None)
             write_json(stage.folder / "metrics.json", metrics)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def evaluate(
     work: AnyPath,
     on_progress: OnProgress | None,
     verbose: bool,
+    day: date | None = None,
 ) -> None:
     """Answer and score for every subject, and finish its stage.
 
@@ -61,7 +63,7 @@ def evaluate(
     folder = work / f"pass-{name}"
     rows = folder / "prompts.parquet"
     write_rows(prompts, subjects, rows)
-    task = Task(kind="answer", judge="none" if judge else config.evaluation.judge)
+    task = Task(kind="answer", judge="none" if judge else config.evaluation.judge, day=day)
     shared: dict[str, Any] = {"config_hash": name, "verbose": verbose, "on_progress": on_progress}
     answers = folder / "answers"
     passes = [generate(config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=base, **shared)]
@@ -70,7 +72,7 @@ def evaluate(
         if not is_file(answered):
             write_table(EpisodeFolder(answers).table(), answered)
         judged = generate(
-            config, Task(kind="score"), prompts=answered, out=scored, checkpoint=folder / "checkpoint-scored",
+            config, Task(kind="score", day=day), prompts=answered, out=scored, checkpoint=folder / "checkpoint-scored",
             model=judge, **shared,
         )  # fmt: skip
         passes.append(judged)

@@ -22,7 +22,10 @@ from spa_ray.data.files import AnyPath, as_path, copy_file, write_json, write_te
 from spa_ray.errors import InputError, RunError
 from spa_ray.logs import driver_log, redact_tree
 from spa_ray.preferences import live_reasons
+from spa_ray.rollout.settings import ChatSettings
+from spa_ray.rollout.template import template_text
 from spa_ray.runs import stages as address
+from spa_ray.runs.first_day import first_day, record_first_day
 from spa_ray.runs.folder import RunFolder, Stage
 from spa_ray.runs.hashing import digest, file_hash, model_hash, stage_hash
 from spa_ray.runs.lock import RunLock
@@ -66,6 +69,9 @@ class Pipeline:
         self.base = fetch_model(first.model)
         self.shared_base = shared_model(first.model, self.base)
         self.base_hash = model_hash(self.base)
+        self.day = first_day(self.folder.path)
+        self.chat = ChatSettings.of(first.model, day=self.day)
+        self.chat_key = self.chat.key(template_text(self.base))
         self.used: dict[str, dict[str, Any]] = {}
         self.started = datetime.now(UTC)
         self._checked = False
@@ -102,6 +108,7 @@ class Pipeline:
 
     def _begin(self) -> dict[str, ArmState]:
         write_run_config(self.folder, self.arms)
+        record_first_day(self.folder.path, self.day)
         write_json(self.folder.path / PLAN, self.plan)
         return {name: ArmState(name, config, self.shared_base, self.base_hash) for name, config in self.arms.items()}
 
@@ -207,6 +214,7 @@ class Pipeline:
                 prompts=prompts.hash,
                 model=state.model_hash,
                 earlier=earlier.hash if earlier else None,
+                chat=self.chat_key,
             ),
         )
         self._record(state, prompts=prompts, generate=stage)
@@ -215,7 +223,7 @@ class Pipeline:
             started = time.time()
             counts = generate(
                 config,
-                Task(iteration=iteration),
+                Task(iteration=iteration, day=self.day),
                 prompts=prompts.folder / "prompts.parquet",
                 out=stage.folder / "episodes",
                 checkpoint=stage.folder / "checkpoint",
@@ -259,7 +267,8 @@ class Pipeline:
             pairs = builds[name]
             check_pairs(name, pairs.facts()["funnel"], pairs.folder)
             stage = self.folder.stage(
-                "train", address.train_hash(state.config, pairs=pairs.hash, model=state.model_hash)
+                "train",
+                address.train_hash(state.config, pairs=pairs.hash, model=state.model_hash, chat=self.chat_key),
             )
             trained[name] = stage
             self._record(state, train=stage)
@@ -275,6 +284,7 @@ class Pipeline:
                     trust_remote_code=state.config.model.trust_remote_code,
                     tracking=state.config.tracking,
                     cache=self.folder.path / "cache",
+                    chat=self.chat,
                 )
         if jobs:
             self._check_cluster()
@@ -314,7 +324,9 @@ class Pipeline:
         stages: dict[str, Stage] = {}
         pending: dict[str, Subject] = {}
         for name, (model, hashed) in models.items():
-            address_of = address.evaluate_hash(config, prompts=prompts.hash, model=hashed, judge=judge_hash)
+            address_of = address.evaluate_hash(
+                config, prompts=prompts.hash, model=hashed, judge=judge_hash, chat=self.chat_key
+            )
             stages[name] = stage = self.folder.stage("evaluate", address_of)
             if stage.folder.name not in pending and not self._done(stage):
                 pending[stage.folder.name] = Subject(model, stage)
@@ -332,6 +344,7 @@ class Pipeline:
                 work=self.folder.path / "stages",
                 on_progress=self.progress.counter("evaluate"),
                 verbose=self.verbose,
+                day=self.day,
             )
             self.used |= {name: subject.stage.facts() for name, subject in pending.items()}
         metrics = run_metrics(config, stages)

@@ -5,12 +5,16 @@ Comes in: an arm's config and the hashes of the stage's inputs. Goes out: a stag
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
 from spa_ray.config.models import TRAIN_BYSTANDERS, Config, Section
 from spa_ray.objectives import load_objectives
 from spa_ray.runs.hashing import stage_hash
+
+CHAT_KEYS = ("chat_template_kwargs", "date", "think")
+Chat = Mapping[str, Any] | None  # `ChatSettings.key` of the run's settings
 
 
 def _plain(section: Section, *leave_out: str) -> dict[str, Any]:
@@ -25,12 +29,20 @@ def _objectives(config: Config, names: tuple[str, ...] | None = None) -> list[di
 
 def _engine(config: Config) -> dict[str, Any]:
     """What of the model section changes answers (its path does not: the files' hash stands for it)."""
-    return _plain(config.model, "path", "revision", "tensor_parallel_size")
+    return _plain(config.model, "path", "revision", "tensor_parallel_size", *CHAT_KEYS)
 
 
-def generate_hash(config: Config, *, iteration: int, prompts: str, model: str, earlier: str | None) -> str:
+def _chat(config: Config, chat: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How prompts are rendered: `ChatSettings.key`, or the config's own keys where there is none."""
+    return config.model.model_dump(mode="json", include=set(CHAT_KEYS)) if chat is None else dict(chat)
+
+
+def generate_hash(
+    config: Config, *, iteration: int, prompts: str, model: str, earlier: str | None, chat: Chat = None
+) -> str:
     """`earlier` is the last iteration's generate hash where its refined answers are reused."""
     settings = {
+        "chat": _chat(config, chat),
         "seed": config.seed,
         "iteration": iteration,
         "objectives": _objectives(config),
@@ -50,13 +62,15 @@ def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> st
     return stage_hash("build", preferences.STAGE_VERSION, settings, [episodes])
 
 
-def train_hash(config: Config, *, pairs: str, model: str) -> str:
-    settings = {"seed": config.seed, "train": _plain(config.train.resolved(), *TRAIN_BYSTANDERS)}
+def train_hash(config: Config, *, pairs: str, model: str, chat: Chat = None) -> str:
+    train = _plain(config.train.resolved(), *TRAIN_BYSTANDERS)
+    settings = {"seed": config.seed, "train": train, "chat": _chat(config, chat)}
     return stage_hash("train", training.STAGE_VERSION, settings, [pairs, model])
 
 
-def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str) -> str:
+def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str, chat: Chat = None) -> str:
     settings = {
+        "chat": _chat(config, chat),
         "seed": config.seed,
         "objectives": _objectives(config, config.evaluation.objectives),
         "engine": _engine(config),
