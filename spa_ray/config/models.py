@@ -333,6 +333,12 @@ class Generation(Section):
     start_timeout_s: float = Field(1800, gt=0, description="for loading one engine; then it is replaced")
     stall_timeout_s: float = Field(300, gt=0, description="without a step of an engine that has work; then likewise")
     prompt_timeout_s: float = Field(3600, gt=0, description="for one prompt's whole episode; then it is an error row")
+    judge_timeout_s: float = Field(
+        300, gt=0, description="for one call of a judge function; then the prompt is an error row"
+    )
+    judge_concurrency: int = Field(
+        32, ge=1, description="calls of a judge function at a time, per engine: plain functions run in so many threads"
+    )
 
 
 class Iterations(Section):

@@ -6,7 +6,6 @@ Never: several answers in one judge prompt, a default score.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -236,22 +235,3 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     if compiled.groups < 1:
         raise InputError(r"scoring.pattern: needs a group around the score, for example \[\[(\d+)\]\]")
     return compiled
-
-
-class FunctionJudge:
-    """A plain function `(messages, meta, response, objective) -> number` as the judge."""
-
-    def __init__(
-        self, function: Callable[[Sequence[Message], str, str, str], float], name: str, scale: Sequence[int]
-    ) -> None:
-        self._function, self._name, self._scale = function, name, scale
-
-    async def judge(
-        self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
-    ) -> Judgement:
-        value = self._function(messages, meta, answer, objective.name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not self._scale[0] <= value <= self._scale[1]:  # NaN is on no scale
-            why = f"parse_failure: {self._name} returned {value!r}, scoring.scale is {list(self._scale)}"
-            return Judgement(None, [None], why, repr(value), None)
-        return Judgement(float(value), [float(value)], "ok", json.dumps(value), None)

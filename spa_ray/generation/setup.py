@@ -17,7 +17,8 @@ from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
 from spa_ray.generation.episode import Draw, Episodes, Recipe
-from spa_ray.generation.judging import FunctionJudge, Judge, ModelJudge, compile_pattern, judge_labels
+from spa_ray.generation.function_judge import FunctionJudge, check_signature
+from spa_ray.generation.judging import Judge, ModelJudge, compile_pattern, judge_labels
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat, open_chat
@@ -73,14 +74,25 @@ def make_judge(config: Config, task: Task, engine: Engine, chat: Chat, templates
         return ModelJudge(engine, chat.with_kwargs(config.scoring.chat_template_kwargs), templates, config.scoring)
     if not is_dotted(task.judge):
         raise InputError(f"evaluation.judge: {task.judge!r} is neither `self` nor a dotted path module:function")
-    return FunctionJudge(load_judge(task.judge), task.judge, config.scoring.scale)
+    limits = config.generation
+    return FunctionJudge(
+        load_judge(task.judge),
+        task.judge,
+        config.scoring.scale,
+        concurrency=limits.judge_concurrency,
+        timeout_s=limits.judge_timeout_s,
+    )
 
 
 def load_judge(dotted: str) -> Callable[..., float]:
-    """The judge function that `evaluation.judge` names. Raises: InputError when there is none or it is no function."""
+    """The judge function that `evaluation.judge` names.
+
+    Raises: InputError when there is none, it is no function, or it does not take a judge's four arguments.
+    """
     function = load_dotted(dotted, where="evaluation.judge")
     if not callable(function):
         raise InputError(f"evaluation.judge: {dotted!r} is a {type(function).__name__}; a judge is a function")
+    check_signature(function, where=f"evaluation.judge: {dotted!r}")
     return function
 
 
