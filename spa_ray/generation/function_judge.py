@@ -149,14 +149,14 @@ def number_of(value: Any) -> int | float | None:
 
     A truth value is no score, and neither is a number written as text.
     """
-    if getattr(value, "shape", None) == () and hasattr(
-        value, "item"
-    ):  # a NumPy scalar, a 0-dimensional array, a tensor
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # NumPy's scalars, 0-dimensional arrays
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
+    if isinstance(value, bool):
         return None
     if isinstance(value, int):
         return value
+    if not isinstance(value, numbers.Real | Decimal):
+        return None
     try:
         return float(value)
     except (ValueError, OverflowError):  # a signalling NaN; a fraction beyond float's range
