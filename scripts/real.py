@@ -1,0 +1,135 @@
+"""`make real`: the whole loop on a real instruct model that somebody else trained, on this machine.
+
+    python scripts/real.py [key=value ...]
+
+Fetches the model, then plans, previews and runs `configs/real.yaml` through the ordinary commands, and shows what came
+out as it came out: tables, the health of the judge's signal, three answers before and after, the time of every stage,
+and whether the trained folder answers alike in vLLM and transformers. Run it again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alike import Alike, compare_greedy
+
+from spa_ray.runs.examples import before_after, print_examples
+
+ROOT = Path(__file__).resolve().parents[1]
+SPA = str(Path(sys.executable).parent / "spa")
+CONFIG = "configs/real.yaml"
+FEWEST_PAIRS = 16
+CHECKED = 8  # held-out prompts whose greedy answers are compared
+CHECKED_TOKENS = 32
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="a name that scripts/real_model.py knows")
+    parser.add_argument("--preview", type=int, default=4, help="prompts that are previewed; 0 for none")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    asked = parser.parse_args()
+    folder = Path(".cache/real") / asked.model
+    settings = [f"model.path={folder}", *asked.overrides]
+    laps: dict[str, float] = {}
+    with lap("the model's folder", laps):
+        play([sys.executable, "scripts/real_model.py", asked.model, str(folder)])
+    with lap("spa plan", laps):
+        play([SPA, "plan", CONFIG, *settings])
+    if asked.preview:
+        with lap("spa preview", laps):
+            play([SPA, "preview", CONFIG, "--prompts", str(asked.preview), *settings])
+    with lap("spa run --until build", laps):
+        built = json.loads(play([SPA, "run", CONFIG, "--until", "build", "--json", *settings]))
+    settings += loosened(built)
+    with lap("spa run", laps):
+        result = json.loads(play([SPA, "run", CONFIG, "--json", *settings]))
+    run = Path(result["run_dir"])
+    print_examples(before_after(run, arm="spa"))
+    trained = Path(result["arms"]["spa"]["iterations"][-1]["model"])
+    with lap("vLLM beside transformers", laps):
+        print_alike(trained, alike(trained))
+    print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in laps.items()))
+    print(f"in all {sum(laps.values()) / 60:.1f} minutes; what each stage took stands in {run / 'manifest.json'}")
+    return 0
+
+
+@contextmanager
+def lap(name: str, laps: dict[str, float]) -> Iterator[None]:
+    """Note how long what is inside takes."""
+    began = time.perf_counter()
+    yield
+    laps[name] = time.perf_counter() - began
+
+
+def play(command: list[str]) -> str:
+    """Run a command, its output shown as it comes; returns its last line. Ends this script where it fails."""
+    print(f"\n$ {' '.join(command).replace(SPA, 'spa')}", flush=True)
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if not line.startswith("{"):  # the JSON object of --json is for this script
+                print(line, end="", flush=True)
+            last = line if line.strip() else last
+    if running.returncode != 0:
+        raise SystemExit(running.returncode)
+    return last
+
+
+def loosened(built: dict[str, Any]) -> list[str]:
+    """The override without which too few pairs would be trained on, said loudly; none where there are enough."""
+    pairs = built["arms"]["spa"]["iterations"][0]["funnel"]["pairs"]
+    if pairs >= FEWEST_PAIRS:
+        return []
+    print(
+        f"\n*** ONLY {pairs} PAIRS passed the consistency criterion, fewer than {FEWEST_PAIRS}: it is switched OFF "
+        "from here on (denoise.consistency=off). What follows shows the machinery, not its worth. ***",
+        flush=True,
+    )
+    return ["denoise.consistency=off"]
+
+
+def alike(folder: Path) -> Alike:
+    """Greedy answers of vLLM to held-out prompts, from the trained folder, beside transformers' logits."""
+    from spa_ray.config.models import Model
+    from spa_ray.engine import Request, create_engine
+    from spa_ray.rollout.chat import Chat
+
+    lines = (ROOT / "configs/real/held_out.jsonl").read_text(encoding="utf-8").split("\n")[:CHECKED]
+    questions = [json.loads(line)["prompt"] for line in lines]
+    engine = create_engine(Model(path=str(folder), dtype="float32", max_model_len=1024), folder)
+    try:
+        chat = Chat(engine.tokenizer, model=str(folder))
+        prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in questions]
+
+        async def ask() -> list[list[int]]:
+            how = {"max_tokens": CHECKED_TOKENS, "temperature": 0.0, "seed": 0}
+            works = [engine.generate(Request(prompt_ids=ids, **how)) for ids in prompts]
+            return [completion.token_ids for completion in await asyncio.gather(*works)]
+
+        answers = asyncio.run(ask())
+    finally:
+        engine.shutdown()
+    return compare_greedy(folder, list(zip(prompts, answers, strict=True)), dtype="float32", device="cpu")
+
+
+def print_alike(folder: Path, found: Alike) -> None:
+    print(
+        f"{folder}: vLLM answered {CHECKED} held-out prompts greedily; of its {found.tokens} tokens "
+        f"{found.tokens - found.differ} are transformers' own first choice, the others at most {found.worst:.2g} of a "
+        "logit below it"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
