@@ -158,9 +158,11 @@ def chain(work: Work) -> dict[str, list[Any]]:
 def processor(work: Work) -> Any:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    from spa_ray.engine.vllm_engine import engine_arguments
+    from spa_ray.engine.vllm_start import ENVIRONMENT, engine_arguments, own_environment, prepare_environment
 
-    arguments = engine_arguments(work.config.model, work.model)
+    with own_environment():
+        prepare_environment()
+        arguments = engine_arguments(work.config.model, work.model)
     arguments = {key: value for key, value in arguments.items() if key != "model" and value is not None}
     gpus = work.config.resources.gpus_per_engine
     config = vLLMEngineProcessorConfig(
@@ -169,6 +171,7 @@ def processor(work: Work) -> Any:
         concurrency=1,
         placement_group_config=None if gpus else {"bundles": [{"CPU": 1}]},
         log_engine_metrics=False,
+        runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}},
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,

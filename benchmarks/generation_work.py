@@ -161,11 +161,11 @@ def run_raw(work: Work, concurrency: int) -> Run:
     """Side `raw`: `LLM.generate`, stage after stage, every prompt and its parameters made beforehand."""
     del concurrency  # all of a stage at once
     began = time.perf_counter()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    from vllm import LLM
+    from spa_ray.engine.vllm_requests import sampling_params
+    from spa_ray.engine.vllm_start import engine_arguments, prepare_environment
 
-    from spa_ray.engine.vllm_engine import engine_arguments, sampling_params
+    prepare_environment()
+    from vllm import LLM
 
     llm = LLM(**engine_arguments(work.config.model, work.model))
     todo = {}

@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from spa_ray.config.models import Model
+from spa_ray.config.models import Generation, Model
 from spa_ray.engine import Completion, EngineDeadError, Request, create_engine
-from spa_ray.engine import vllm_engine as module
 from spa_ray.errors import InputError
 from spa_ray.generation.judging import Score, expected_score
 from spa_ray.rollout.chat import Chat
@@ -199,10 +198,101 @@ def test_a_folder_that_vllm_refuses_is_a_mistake_of_the_user(tmp_path: Path, tin
     assert "\n" not in str(caught.value)
 
 
+def test_the_deadlines_are_the_configs(engine: Any) -> None:
+    limits = Generation()
+    assert (engine._stall_s, engine._swap_s) == (limits.stall_timeout_s, limits.start_timeout_s)
+
+
+def test_other_weights_may_take_as_long_as_a_start_to_load(
+    engine: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk so slow that the weights take longer than an engine may go without a step."""
+    real = engine._engine.collective_rpc
+    worst: list[float] = []
+
+    def slow(*what: Any, **more: Any) -> Any:
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            worst.append(engine.stats().stalled)  # what the actor's watch looks at
+        return real(*what, **more)
+
+    async def swap_and_ask() -> Completion:
+        swap = asyncio.ensure_future(engine.load_weights(model))
+        await asyncio.sleep(0.2)
+        answer = asyncio.ensure_future(engine.generate(request(engine)))
+        await swap
+        return await answer
+
+    monkeypatch.setattr(engine, "_stall_s", 0.5)
+    monkeypatch.setattr(engine._engine, "collective_rpc", slow)
+    assert asyncio.run(swap_and_ask()).token_ids
+    assert max(worst) == 0.0
+
+
+def test_an_answer_ends_before_a_stop_string(engine: Any) -> None:
+    """The free answers are looked at first: what stops the second one is two characters from the middle of it."""
+    free = answers(engine, [request(engine, q, temperature=0.0, max_tokens=40) for q in QUESTIONS])
+    question, whole, stop = next(
+        (q, c, c.text[k : k + 2])
+        for q, c in zip(QUESTIONS, free, strict=True)
+        for k in range(2, len(c.text) - 2)
+        if c.text[k - 1 : k + 2].isascii() and c.text[k : k + 2].isprintable() and c.text.find(c.text[k : k + 2]) == k
+    )
+    (cut,) = answers(engine, [request(engine, question, temperature=0.0, max_tokens=40, stop=(stop, "never"))])
+    assert cut.finish_reason == "stop"
+    assert (
+        cut.text
+        == whole.text[: whole.text.find(stop)]
+        == engine.tokenizer.decode(cut.token_ids, skip_special_tokens=True)
+    )
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert not set(cut.token_ids) & end_ids(engine.tokenizer)  # none was generated, none is invented
+
+
+def test_a_special_token_can_be_named_as_a_stop_string(engine: Any) -> None:
+    got = answers(
+        engine, [request(engine, q, seed=s, max_tokens=96, stop=("<|user|>",)) for q in QUESTIONS for s in (0, 1, 2)]
+    )
+    mark = engine.tokenizer.convert_tokens_to_ids("<|user|>")
+    stopped = [c for c in got if mark in c.token_ids]
+    assert stopped  # among 36 answers of a model that says every token
+    assert all(c.token_ids[-1] == mark and c.token_ids.count(mark) == 1 and c.finish_reason == "stop" for c in stopped)
+
+
+def test_top_k_min_p_and_the_repetition_penalty_change_what_is_drawn(engine: Any) -> None:
+    greedy = answers(engine, [request(engine, q, temperature=0.0) for q in QUESTIONS])
+    for narrow in ({"top_k": 1}, {"min_p": 1.0}):
+        got = answers(engine, [request(engine, q, temperature=2.0, **narrow) for q in QUESTIONS])
+        assert [c.token_ids for c in got] == [c.token_ids for c in greedy]
+    fresh = answers(engine, [request(engine, q, temperature=0.0, repetition_penalty=10.0) for q in QUESTIONS])
+    assert sum(len(set(c.token_ids)) / len(c.token_ids) for c in fresh) > sum(
+        len(set(c.token_ids)) / len(c.token_ids) for c in greedy
+    )
+
+
+def test_weights_that_do_not_load_in_the_time_of_a_start_end_the_engine(
+    engine: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = threading.Event()
+    real = engine._engine.collective_rpc
+    monkeypatch.setattr(engine, "_dead", None)  # restored afterwards, so that the engine serves the next test
+    monkeypatch.setattr(engine, "_swap_s", 0.5)
+    monkeypatch.setattr(engine._engine, "collective_rpc", lambda *a, **k: (hung.wait(20), real(*a, **k))[1])
+    try:
+        with pytest.raises(EngineDeadError, match="start_timeout_s"):
+            asyncio.run(engine.load_weights(model))
+    finally:
+        hung.set()
+    engine._dead = None
+    threading.Thread(target=engine._watch, daemon=True).start()  # the first one ended with its engine
+    time.sleep(0.5)
+
+
 def test_an_engine_that_stalls_counts_as_dead(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real_step, stalled = engine._engine.step, threading.Event()
     monkeypatch.setattr(engine, "_dead", None)  # restored afterwards, so that the engine serves the next test
-    monkeypatch.setattr(module, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(engine, "_stall_s", 0.5)
     monkeypatch.setattr(engine._engine, "step", lambda: (stalled.wait(20), real_step())[1])
     started = time.monotonic()
     try:

@@ -82,7 +82,7 @@ class Model(Section):
         try:
             return datetime.date.fromisoformat(given)
         except (TypeError, ValueError) as e:  # a bare 20261125 is a number, which would count as seconds since 1970
-            raise ValueError(f"a date is written YYYY-MM-DD, got {given!r}") from e
+            raise ValueError(f"a date is written YYYY-MM-DD, got '{given}'") from e
 
     @field_validator("engine_kwargs")
     @classmethod
@@ -116,13 +116,42 @@ DEFAULT_SYSTEM_PROMPTS: tuple[str | None, ...] = (
 )
 
 
-class Sampling(Section):
+MAX_TEMPERATURE = 2.0  # vLLM and the OpenAI protocol refuse more
+
+
+class Decoding(Section):
+    """How one kind of answer is sampled. The defaults leave the model's distribution as it is."""
+
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+    top_p: float = Field(1.0, gt=0, le=1, description="smallest set of tokens with this probability; 1: all")
+    min_p: float = Field(0.0, ge=0, le=1, description="least probability, as a share of the best token's; 0: none")
+    top_k: int | None = Field(None, ge=1, description="the k most probable tokens; null: all")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="divides the score of tokens of the prompt and the answer so far; 1: none"
+    )
+    max_tokens: int = Field(1024, ge=1, description="of one answer")
+    stop: tuple[str, ...] = Field(
+        (), description="strings that end an answer; the answer ends before them, and no end token is added"
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_string_or_many(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in given:
+            raise ValueError("stop holds an empty text, which would end every answer at once; remove it")
+        return given
+
+
+class Sampling(Decoding):
     """Diverse sampling of n candidates a prompt (SPA, step 1)."""
 
     n: int = Field(5, ge=1, description="candidates a prompt; at least objectives + 1")
-    temperature: float = Field(1.2, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(1024, ge=1, description="of one answer")
+    temperature: float = Field(1.2, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
     system_prompts: tuple[str | None, ...] = Field(
         DEFAULT_SYSTEM_PROMPTS,
         min_length=1,
@@ -145,7 +174,7 @@ class Scoring(Section):
         description="constrained to the scale; free text read by `pattern`; mean over the labels' probabilities",
     )
     draws: int = Field(1, ge=1, description="scores drawn per response and objective; the score is their mean")
-    temperature: float = Field(1.0, ge=0, description="scores are drawn, not read at the mode")
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="scores are drawn, not read at the mode")
     retries: int = Field(2, ge=0, description="further tries after a judgement that cannot be read")
     max_tokens: int = Field(8, ge=1, description="of one judgement")
     prompt: str | None = Field(None, description="Jinja2; null takes the built-in one of the mode")
@@ -161,12 +190,10 @@ class Scoring(Section):
         return scale
 
 
-class Refine(Section):
+class Refine(Decoding):
     """One improved answer a prompt, written over all scored candidates (SPA, step 2)."""
 
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(0.7, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
     prompt: str | None = Field(None, description="Jinja2; null takes the built-in one")
     system: str | None = None
     chat_template_kwargs: TemplateKwargs | None = Field(
@@ -373,10 +400,10 @@ class Resources(Section):
     price_per_gpu_hour: float | None = Field(None, ge=0, description="for plans, in any currency; null: no prices")
 
 
-class EvalSampling(Section):
-    temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(1024, ge=1)
+class EvalSampling(Decoding):
+    """How held-out prompts are answered."""
+
+    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
 
 
 class Evaluation(Section):

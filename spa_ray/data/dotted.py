@@ -6,6 +6,7 @@ Comes in: the text of a config key. Goes out: the object. Never: a guess at what
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -21,15 +22,29 @@ def is_dotted(text: str) -> bool:
     return _DOTTED.fullmatch(text) is not None
 
 
+def source_of(text: str) -> Path | None:
+    """The file of the module that a dotted path names; None where there is no such module, or no file of it."""
+    _search_here()
+    try:
+        found = importlib.util.find_spec(text.partition(":")[0])
+    except ModuleNotFoundError:
+        return None
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
+
+
+def _search_here() -> None:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
 def load_dotted(text: str, *, where: str) -> Any:
     """The object at `package.module:name`; the working folder is searched last, for users' own modules.
 
     Raises: InputError when there is no such module, or no such name in it.
     """
     module_name, _, name = text.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    _search_here()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:

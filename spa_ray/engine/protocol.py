@@ -22,7 +22,7 @@ class Request:
 
     `choices` constrains the text to one of these strings, `choice_ids` being their tokens where each is one token.
     `label_ids` asks for the log-probabilities of these tokens at the first generated position, over the whole
-    vocabulary (no constraint is applied to them).
+    vocabulary (no constraint is applied to them). `stop` ends the answer before any of these strings.
     """
 
     prompt_ids: list[int]
@@ -30,6 +30,10 @@ class Request:
     temperature: float
     seed: int
     top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
     choices: tuple[str, ...] | None = None
     choice_ids: tuple[int, ...] | None = None
     label_ids: tuple[int, ...] | None = None
@@ -38,6 +42,8 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     """`token_ids` are as generated, the end token included when it was generated; `text` is without it.
+
+    An answer that a stop string ended holds the tokens before that string, no end token, and the finish reason "stop".
 
     `label_logprobs` are in the order of the request's `label_ids`.
     """

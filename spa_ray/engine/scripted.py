@@ -186,7 +186,9 @@ class ScriptedEngine:
         return Completion(self.tokenizer.decode([token]), [token], "length", logprobs)
 
     def _completion(self, text: str, request: Request) -> Completion:
-        ids = [*text.encode(), END]
+        cuts = [at for at in map(text.find, request.stop) if at >= 0]
+        text = text[: min(cuts)] if cuts else text
+        ids = [*text.encode(), *([] if cuts else [END])]
         if len(ids) <= request.max_tokens:
             return Completion(text, ids, "stop")
         cut = ids[: request.max_tokens]

@@ -2,15 +2,14 @@
 
 Comes in: `Request`s from any event loop. Goes out: `Completion`s; one wake-up of the loop for all that a step finished.
 The engine thread alone touches vLLM. If it dies, or finishes no step for too long, which a third thread watches, every
-pending and later request gets `EngineDeadError`: nobody waits for what cannot come.
+pending and later request gets `EngineDeadError`: nobody waits for what cannot come. Without a step an engine may take
+`generation.stall_timeout_s`, and while it loads other weights as long as for its start, `generation.start_timeout_s`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-import os
 import queue
 import threading
 import time
@@ -22,21 +21,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from spa_ray.config.models import Model
-from spa_ray.engine.placement import executor_backend
+from spa_ray.config.models import Generation, Model
 from spa_ray.engine.protocol import Completion, EngineDeadError, EngineStats, Request
-from spa_ray.errors import InputError
+from spa_ray.engine.vllm_requests import before_stop, sampling_params, special_tokens
+from spa_ray.engine.vllm_start import reason, start_vllm
 
-STALL_SECONDS = 300.0  # without one finished step: the engine counts as dead
+SWAP = "swap"  # an exchange of weights among the pending jobs, whose other names are numbers
 IDLE_SECONDS = 0.1  # how often an engine without work says that it lives
-CPU_KV_GIB = "2"
 
 
 class VLLMEngine:
     """One vLLM engine. Construct it where its model shall live; `shutdown` ends it."""
 
-    def __init__(self, model: Model, folder: Path, *, verbose: bool = False) -> None:
-        """Load the model. Raises: InputError when vLLM refuses it, naming vLLM's reason."""
+    def __init__(self, model: Model, folder: Path, limits: Generation | None = None, *, verbose: bool = False) -> None:
+        """Load the model. Raises: InputError when vLLM refuses it for good, naming vLLM's reason; RuntimeError for what
+        a later start may not meet."""
+        limits = limits or Generation()
+        self._stall_s, self._swap_s, self._swapping = limits.stall_timeout_s, limits.start_timeout_s, False
         self._engine: Any  # made and used by the engine thread
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: dict[str, _Job] = {}
@@ -49,7 +50,7 @@ class VLLMEngine:
         self._done = 0
         self._ended = threading.Event()
         loaded: Future[Any] = Future()
-        start = partial(_start_vllm, model, folder, verbose=verbose)
+        start = partial(start_vllm, model, folder, verbose=verbose)
         self._thread = threading.Thread(target=self._serve, args=(start, loaded), name="vllm-engine", daemon=True)
         self._thread.start()
         loaded.result()
@@ -71,7 +72,7 @@ class VLLMEngine:
     def stats(self) -> EngineStats:
         now = time.monotonic()
         alive = now - self._first if self._first is not None else 0.0
-        stalled = now - self._last_step if self._pending else 0.0
+        stalled = now - self._last_step if self._pending and not self._swapping else 0.0
         return EngineStats(self._done, self._busy, alive, stalled)
 
     def shutdown(self) -> None:
@@ -92,6 +93,8 @@ class VLLMEngine:
         if output.finish_reason not in ("stop", "length"):  # aborted, or an error inside vLLM: no answer of the model
             raise RuntimeError(f"vLLM ended the request with {output.finish_reason!r}")
         ids = list(output.token_ids)
+        if request.stop and isinstance(output.stop_reason, str):
+            ids = before_stop(self.tokenizer, ids, output.stop_reason)
         labels = None
         if request.label_ids is not None:
             first = output.logprobs[0]
@@ -109,10 +112,13 @@ class VLLMEngine:
 
     def _watch(self) -> None:
         """On a thread of its own: one deadline for all requests, whoever waits for them."""
-        while self._thread.is_alive() and not self._ended.wait(min(1.0, STALL_SECONDS / 4)):
-            idle = time.monotonic() - self._last_step
-            if idle > STALL_SECONDS:
-                self._die(f"vLLM: no step finished for {idle:.0f} s (limit {STALL_SECONDS:.0f} s)")
+        while self._thread.is_alive() and not self._ended.wait(min(1.0, self._stall_s / 4)):
+            swapping, idle = self._swapping, time.monotonic() - self._last_step
+            if swapping and idle > self._swap_s:
+                self._die(f"vLLM: other weights were not loaded in {idle:.0f} s (generation.start_timeout_s)")
+                return
+            if not swapping and idle > self._stall_s:
+                self._die(f"vLLM: no step finished for {idle:.0f} s (generation.stall_timeout_s)")
                 return
 
     # --- the engine thread ------------------------------------------------------------------------------------------
@@ -164,22 +170,31 @@ class VLLMEngine:
         assert job.request is not None
         number = str(next(self._numbers))
         try:
-            params = sampling_params(job.request)
+            stops = special_tokens(self.tokenizer, job.request.stop) if job.request.stop else None
+            params = sampling_params(job.request, stops)
             self._engine.add_request(number, {"type": "token", "prompt_token_ids": job.request.prompt_ids}, params)
         except (ValueError, VLLMClientError) as e:  # this request is at fault, not the engine
-            job.fail(ValueError(f"vLLM: {_first_line(e)}"))
+            job.fail(ValueError(f"vLLM: {reason(e)}"))
             return
         self._pending[number] = job
         self._first = self._first or time.monotonic()
 
     def _swap(self, job: _Job) -> None:
+        self._pending[SWAP] = job  # whoever waits for it hears of the engine's death as well
         while self._engine.has_unfinished_requests():
-            self._hand_out(self._engine.step())
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(job.weights)})
-        if not self._engine.reset_prefix_cache():
-            raise RuntimeError("the prefix cache of the old weights could not be emptied")
-        self._last_step = time.monotonic()
-        job.finish(None)
+            outputs = self._engine.step()
+            self._last_step = time.monotonic()
+            self._hand_out(outputs)
+        self._last_step, self._swapping = time.monotonic(), True
+        try:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(job.weights)})
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError("the prefix cache of the old weights could not be emptied")
+        finally:
+            self._last_step = time.monotonic()
+            self._swapping = False
+        if self._pending.pop(SWAP, None) is not None:  # not given up meanwhile
+            job.finish(None)
 
     def _hand_out(self, outputs: list[Any]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Job, Any]]] = defaultdict(list)
@@ -233,95 +248,3 @@ def _resolve_all(finished: list[tuple[_Job, Any]]) -> None:
 def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], Any]) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(action)
-
-
-def sampling_params(request: Request) -> Any:
-    """vLLM's `SamplingParams` of a request."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-    # One-token choices need no grammar and no end token: one masked step, 1.6 times the requests a second.
-    single = None if request.choice_ids is None else list(request.choice_ids)
-    constrained = request.choices is not None and single is None
-    return SamplingParams(
-        max_tokens=1 if single else request.max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-        allowed_token_ids=single,
-        structured_outputs=StructuredOutputsParams(choice=list(request.choices or ())) if constrained else None,
-        logprob_token_ids=list(request.label_ids) if request.label_ids else None,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # nobody else holds it
-    )
-
-
-def _start_vllm(model: Model, folder: Path, *, verbose: bool) -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_GIB)
-    if not verbose:
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-        os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-    from vllm import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    try:
-        # As vLLM's own offline class: its defaults are the wide batches that throughput wants.
-        arguments = EngineArgs(**engine_arguments(model, folder))
-        loggers = None if arguments.disable_log_stats else _stat_loggers()
-        return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS, stat_loggers=loggers)
-    except (ValueError, TypeError) as e:  # vLLM's own checks of model and arguments
-        raise InputError(f"model {folder}: vLLM refuses it: {_first_line(e)}") from e
-
-
-def _stat_loggers() -> list[Any] | None:
-    """vLLM's own metrics on Ray's Prometheus endpoint, where this process is Ray's."""
-    import ray
-
-    if not ray.is_initialized():
-        return None
-    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
-
-    return [RayPrometheusStatLogger]
-
-
-def engine_arguments(model: Model, folder: Path) -> dict[str, Any]:
-    """vLLM's `EngineArgs` for a model's config section."""
-    return {
-        "model": str(folder),
-        "dtype": model.dtype,
-        "tensor_parallel_size": model.tensor_parallel_size,
-        "distributed_executor_backend": executor_backend(model),
-        "max_model_len": model.max_model_len,
-        "trust_remote_code": model.trust_remote_code,
-        # The tokenizer and config.json that transformers reads, also where Mistral's own files are beside them.
-        "tokenizer_mode": "hf",
-        "config_format": "hf",
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "load_format": "safetensors",
-        "generation_config": "vllm",  # the model's own sampling defaults must not override the config's
-        **_platform_arguments(model),
-        **model.engine_kwargs,
-    }
-
-
-def _platform_arguments(model: Model) -> dict[str, Any]:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return {}
-    # A seeded request whose prefill is chunked kills the CPU engine: prompts must be prefilled whole.
-    budget = max(16384, model.max_model_len or 0)
-    # Only whole blocks of a prompt are shared, and vLLM's block on the CPU is 128 tokens: longer than many a prefix.
-    blocks = {"block_size": 32}
-    return {"enable_chunked_prefill": False, "max_num_batched_tokens": budget, "enforce_eager": True, **blocks}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

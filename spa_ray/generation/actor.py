@@ -101,7 +101,7 @@ class EpisodeActor:
             if work.token is not None:
                 work.token.check()
             folder = local_folder(work.model)
-            self._engine: Engine = create_engine(config.model, folder, verbose=work.verbose)
+            self._engine: Engine = create_engine(config.model, folder, config.generation, verbose=work.verbose)
             self._episodes = make_episodes(config, work.task, self._engine, folder)
             self._earlier = RefinedAnswers(work.earlier) if work.earlier else None
         finally:

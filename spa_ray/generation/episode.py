@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from spa_ray.config.models import Decoding
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
 from spa_ray.generation.judging import Judge, Judgement
 from spa_ray.generation.seeds import seed_for
@@ -36,12 +37,22 @@ class PromptTooLongError(ValueError):
 
 @dataclass(frozen=True)
 class Draw:
-    """How answers are sampled."""
+    """How answers are sampled. `role` is part of the seed: sample, refine or answer."""
 
-    temperature: float
-    top_p: float
-    max_tokens: int
-    role: str  # part of the seed: sample, refine or answer
+    decoding: Decoding
+    role: str
+
+    @property
+    def temperature(self) -> float:
+        return self.decoding.temperature
+
+    @property
+    def max_tokens(self) -> int:
+        return self.decoding.max_tokens
+
+    def request(self, prompt_ids: list[int], seed: int) -> Request:
+        settings = {name: getattr(self.decoding, name) for name in Decoding.model_fields}
+        return Request(prompt_ids=prompt_ids, seed=seed, **settings)
 
 
 @dataclass(frozen=True)
@@ -190,10 +201,7 @@ class _Episode:
         return await self._scored(response)
 
     async def _ask(self, prompt: list[int], draw: Draw, seed: int) -> Completion:
-        request = Request(
-            prompt_ids=prompt, max_tokens=draw.max_tokens, temperature=draw.temperature, top_p=draw.top_p, seed=seed
-        )
-        completion = await self.house._engine.generate(request)
+        completion = await self.house._engine.generate(draw.request(prompt, seed))
         self.prompt_tokens += len(prompt)
         self.generated_tokens += len(completion.token_ids)
         return completion

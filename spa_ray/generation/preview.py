@@ -43,7 +43,7 @@ async def preview(
     Raises: InputError as the generation stage does, before the engine starts.
     """
     check_generation(config, model)
-    engine = Recorder(create_engine(config.model, model, verbose=verbose))
+    engine = Recorder(create_engine(config.model, model, config.generation, verbose=verbose))
     try:
         episodes = make_episodes(config, Task(), engine, model)
         shown = []

@@ -99,11 +99,10 @@ def load_judge(dotted: str) -> Callable[..., float]:
 def recipe(config: Config, task: Task) -> Recipe:
     objectives = load_objectives(config)
     if task.kind != "episode":
-        how = config.evaluation.sampling
         return Recipe(
             objectives=objectives,
             n=1,
-            sample=Draw(how.temperature, how.top_p, how.max_tokens, "answer"),
+            sample=Draw(config.evaluation.sampling, "answer"),
             systems=(None,),
             refine=None,
             resample_duplicates=False,
@@ -114,9 +113,9 @@ def recipe(config: Config, task: Task) -> Recipe:
     return Recipe(
         objectives=objectives,
         n=sampling.n,
-        sample=Draw(sampling.temperature, sampling.top_p, sampling.max_tokens, "sample"),
+        sample=Draw(sampling, "sample"),
         systems=sampling.system_prompts,
-        refine=Draw(refine.temperature, refine.top_p, refine.max_tokens, "refine"),
+        refine=Draw(refine, "refine"),
         resample_duplicates=sampling.resample_duplicates,
         seed=config.seed,
         iteration=task.iteration,

@@ -127,6 +127,7 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
                 with closing(progress), connected(verbose=verbose):
                     check_shared(stage.folder)
                     check_cluster(config, stages=["generate"], say=progress.say)
+                    stage.begin(address.attempt(config))
                     counts = generate(
                         config,
                         Task(day=day),
@@ -229,6 +230,7 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
             with closing(progress), connected(verbose=verbose):
                 check_shared(work.folder)
                 check_cluster(config, stages=["train"], say=progress.say)
+                work.begin(address.attempt(config))
                 (result,) = train_jobs(
                     [job],
                     config.resources,
@@ -267,6 +269,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
                 with closing(progress), connected(verbose=verbose):
                     check_shared(stage.folder)
                     check_cluster(config, stages=["evaluate"], say=progress.say)
+                    stage.begin(address.attempt(config))
                     evaluate(
                         config,
                         [Subject(source, stage)],

@@ -25,6 +25,7 @@ from spa_ray.data.files import (
 from spa_ray.errors import InputError
 
 MARKER = "stage.json"
+ATTEMPTS = "attempts.json"  # in an unfinished stage: with which values each call worked on it
 CLAIM = ".stage"  # in a folder that a user named: whose output it is to become
 LOCKS = "lock"  # a folder in the run folder, or in one that a user named
 
@@ -47,11 +48,21 @@ class Stage:
             raise InputError(f"{self.folder}: unfinished (no {MARKER}); run the same command again to finish it")
         return read_json(self.folder / MARKER)
 
+    def begin(self, attempt: dict[str, Any]) -> None:
+        """Note that a call works on the stage now, and the values that its hash does not cover."""
+        write_json(self.folder / ATTEMPTS, {"attempts": [*self._attempts(), attempt]})
+
     def finish(self, started: float, **facts: Any) -> dict[str, Any]:
         """Write `stage.json`, last of all. `started` is a `time.time()`."""
         record = {"stage": self.name, "hash": self.hash, "seconds": round(time.time() - started, 2), **facts}
+        if attempts := self._attempts():
+            record["attempts"] = attempts
         write_json(self.folder / MARKER, record)
         return record
+
+    def _attempts(self) -> list[dict[str, Any]]:
+        noted = self.folder / ATTEMPTS
+        return read_json(noted)["attempts"] if is_file(noted) else []
 
 
 @dataclass(frozen=True)

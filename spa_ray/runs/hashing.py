@@ -14,7 +14,8 @@ from typing import Any
 from spa_ray.data.files import AnyPath, arrow_filesystem, children, is_file, parquet_files
 
 DIGITS = 16
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.py")
+UNREAD_FILES = ("consolidated*.safetensors",)  # the same weights once more, in another library's names
 
 
 def digest(value: Any) -> str:
@@ -36,10 +37,13 @@ def file_hash(path: AnyPath) -> str:
     return found.hexdigest()[:DIGITS]
 
 
-def folder_hash(folder: AnyPath, patterns: Iterable[str] = ("*",)) -> str:
-    """Hash over names and contents of a folder's files (not its subfolders) that match a pattern."""
-    files = [f for f in children(folder) if any(fnmatchcase(f.name, p) for p in patterns) and is_file(f)]
-    return digest([[f.name, file_hash(f)] for f in files])
+def folder_hash(folder: AnyPath, patterns: Iterable[str] = ("*",), unread: Iterable[str] = ()) -> str:
+    """Hash over names and contents of a folder's files that match a pattern and no `unread` one, subfolders apart."""
+
+    def counts(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in patterns) and not any(fnmatchcase(name, p) for p in unread)
+
+    return digest([[f.name, file_hash(f)] for f in children(folder) if counts(f.name) and is_file(f)])
 
 
 def parquet_hash(folder: AnyPath) -> str:
@@ -50,5 +54,5 @@ def parquet_hash(folder: AnyPath) -> str:
 
 
 def model_hash(folder: AnyPath) -> str:
-    """Hash of a model folder: weights, config, tokenizer and chat template."""
-    return folder_hash(folder, MODEL_FILES)
+    """Hash of a model folder: weights, config, tokenizer, chat template and the model's own code."""
+    return folder_hash(folder, MODEL_FILES, UNREAD_FILES)

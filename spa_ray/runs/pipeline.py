@@ -221,6 +221,7 @@ class Pipeline:
         if not self._done(stage):
             self._check_cluster()
             started = time.time()
+            stage.begin(address.attempt(config))
             counts = generate(
                 config,
                 Task(iteration=iteration, day=self.day),
@@ -288,6 +289,9 @@ class Pipeline:
                 )
         if jobs:
             self._check_cluster()
+            for name in {stage.folder.name: name for name, stage in trained.items()}.values():
+                if trained[name].folder.name in jobs:
+                    trained[name].begin(address.attempt(states[name].config))
             first = next(iter(states.values())).config
             results = train_jobs(
                 list(jobs.values()),
@@ -335,6 +339,8 @@ class Pipeline:
         write_json(self.folder.path / "evaluation.json", {"answers": answers, "stages": names})
         if pending:
             self._check_cluster()
+            for subject in pending.values():
+                subject.stage.begin(address.attempt(config))
             evaluate(
                 config,
                 list(pending.values()),

@@ -12,7 +12,7 @@ from typing import Any
 
 from spa_ray.config.models import Config, Train
 from spa_ray.engine.placement import engine_world
-from spa_ray.engine.vllm_engine import CPU_KV_GIB
+from spa_ray.engine.vllm_start import CPU_KV_GIB
 from spa_ray.runs.plan_model import BYTES, ModelFacts
 from spa_ray.runs.plan_tokens import ANSWER_SHARE, Work
 

@@ -1,17 +1,36 @@
-"""What each stage reads, as the settings that its hash covers. `resources` and `tracking` never appear here.
+"""What each stage reads, as the settings that its hash covers: what changes results, and nothing else.
 
-Comes in: an arm's config and the hashes of the stage's inputs. Goes out: a stage folder's address.
+`resources`, `tracking`, `generation` and the engine's neutral arguments never appear here; `attempt` records their
+values, which a stage keeps in its `stage.json`. tests/test_stage_keys.py says of every config key which stages it
+starts again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
-from spa_ray.config.models import TRAIN_BYSTANDERS, Config, Section
+from spa_ray.config.models import TRAIN_BYSTANDERS, Config, Scoring, Section
+from spa_ray.data.dotted import is_dotted, source_of
 from spa_ray.objectives import load_objectives
-from spa_ray.runs.hashing import stage_hash
+from spa_ray.runs.hashing import file_hash, stage_hash
+
+# vLLM's arguments that leave the distribution of answers as it is, up to rounding: memory, batching, where weights and
+# cache are kept, logs. Every other argument counts.
+NEUTRAL_ENGINE_ARGUMENTS = frozenset(
+    {
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size",
+        "max_num_seqs", "max_num_batched_tokens", "max_num_partial_prefills", "max_long_partial_prefills",
+        "long_prefill_token_threshold", "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling",
+        "enforce_eager", "max_cudagraph_capture_size", "cudagraph_capture_sizes",
+        "disable_log_stats", "max_parallel_loading_workers", "safetensors_load_strategy",
+        "swap_space", "cpu_offload_gb", "cpu_offload_params", "offload_backend", "offload_group_size",
+        "offload_num_in_group", "offload_prefetch_step", "offload_params", "kv_offloading_size",
+        "kv_offloading_backend",
+    }
+)  # fmt: skip
 
 CHAT_KEYS = ("chat_template_kwargs", "date", "think")
 Chat = Mapping[str, Any] | None  # `ChatSettings.key` of the run's settings
@@ -22,14 +41,48 @@ def _plain(section: Section, *leave_out: str) -> dict[str, Any]:
 
 
 def _objectives(config: Config, names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
-    """The objectives with their wording: a changed rubric is another judge."""
+    """The objectives with their wording: a changed rubric is another judge. Thresholds are read by `build` alone."""
     chosen = config if names is None else config.model_copy(update={"objectives": names})
-    return [vars(o) if not hasattr(o, "model_dump") else o.model_dump(mode="json") for o in load_objectives(chosen)]
+    return [o.model_dump(mode="json", exclude={"threshold"}) for o in load_objectives(chosen)]
 
 
 def _engine(config: Config) -> dict[str, Any]:
     """What of the model section changes answers (its path does not: the files' hash stands for it)."""
-    return _plain(config.model, "path", "revision", "tensor_parallel_size", *CHAT_KEYS)
+    engine = _plain(config.model, "path", "revision", "tensor_parallel_size", *CHAT_KEYS)
+    if config.model.engine == "vllm":
+        given = engine["engine_kwargs"]
+        engine["engine_kwargs"] = {k: v for k, v in given.items() if k not in NEUTRAL_ENGINE_ARGUMENTS}
+    else:
+        engine["source"] = _source(config.model.engine)
+    return engine
+
+
+def _scoring(scoring: Scoring) -> dict[str, Any]:
+    """The scoring section without the keys that its mode never reads."""
+    unread: set[str] = set() if scoring.mode == "regex" else {"pattern"}
+    if scoring.mode == "expected":  # one look at the labels' probabilities
+        unread |= {"draws", "retries", "max_tokens"}
+    elif scoring.temperature == 0:  # asked again, the judge says the same
+        unread |= {"retries"}
+    return _plain(scoring, *unread)
+
+
+def _source(dotted: str) -> str | None:
+    """The hash of a user's own module, whose code decides as much as its name; None for a module of this package."""
+    file = None if dotted.startswith("spa_ray.") else source_of(dotted)
+    return None if file is None else file_hash(file)
+
+
+def attempt(config: Config) -> dict[str, Any]:
+    """When a stage is worked on, and the values of the keys that do not change what comes out."""
+    neutral = {k: v for k, v in config.model.engine_kwargs.items() if k in NEUTRAL_ENGINE_ARGUMENTS}
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {"tensor_parallel_size": config.model.tensor_parallel_size, "engine_kwargs": neutral},
+        "resources": _plain(config.resources),
+        "generation": _plain(config.generation),
+        "train": {key: getattr(config.train, key) for key in sorted(TRAIN_BYSTANDERS)},
+    }
 
 
 def _chat(config: Config, chat: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -47,7 +100,8 @@ def generate_hash(
         "iteration": iteration,
         "objectives": _objectives(config),
         "engine": _engine(config),
-        **{name: _plain(getattr(config, name)) for name in ("sampling", "scoring", "refine")},
+        "scoring": _scoring(config.scoring),
+        **{name: _plain(getattr(config, name)) for name in ("sampling", "refine")},
     }
     return stage_hash("generate", generation.STAGE_VERSION, settings, [prompts, model, *([earlier] if earlier else [])])
 
@@ -69,13 +123,15 @@ def train_hash(config: Config, *, pairs: str, model: str, chat: Chat = None) -> 
 
 
 def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str, chat: Chat = None) -> str:
+    named = config.evaluation.judge
+    function = named if is_dotted(named) else None
     settings = {
         "chat": _chat(config, chat),
         "seed": config.seed,
         "objectives": _objectives(config, config.evaluation.objectives),
         "engine": _engine(config),
-        "scoring": _plain(config.scoring),
+        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(config.scoring),
         "sampling": _plain(config.evaluation.sampling),
-        "judge": config.evaluation.judge if ":" in config.evaluation.judge else None,
+        "judge": [function, _source(function)] if function else None,
     }
     return stage_hash("evaluate", evaluation.STAGE_VERSION, settings, [prompts, model, judge])
