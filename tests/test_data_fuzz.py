@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from spa_ray.config.models import Prompts
-from spa_ray.data.prompts import LONGEST_MESSAGE, ROLES, PromptCounts, read_prompts, write_prompts
+from spa_ray.data.forms import ROLES
+from spa_ray.data.prompts import LONGEST_MESSAGE, PromptCounts, read_prompts, write_prompts
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
 
@@ -378,7 +379,7 @@ def hostile_reader(split: str | None = None) -> Iterator[Any]:
                 {"prompt": f"p {number}"},
                 {"prompt": f"q {number}", "x": 10**5000},
                 {"prompt": f"q {number}", "prompt_id": 10**5000},
-                {"prompt": f"q {number}", 3: {4: {5, 6}}, None: b"bytes"},
+                {"prompt": f"p {number}", 3: {4: {5, 6}}, None: b"bytes"},
                 {"prompt": bytes(3)},
                 {"prompt": Path("a")},
                 None,

@@ -170,20 +170,19 @@ OK = {"role": "user", "content": "x"}
 BAD_ROWS: dict[str, tuple[str, str]] = {
     "not JSON": ("{prompt: 1}", "not JSON"),
     "cut JSON": ('{"prompt": "a"', "not JSON"),
-    "NaN": ('{"prompt": "a", "x": NaN}', "NaN is no JSON number"),
     "deep": ("[" * 100_000, "not JSON (nested too deeply)"),
     "an array": ("[1]", "this is a list"),
     "null": ("null", "this is null"),
     "no prompt": ('{"text": "a"}', "no value in `prompt` or `messages` (other columns: text)"),
     "null prompt": ('{"prompt": null}', "no value in `prompt`"),
-    "number": ('{"prompt": 5}', "`prompt` is a int; a prompt is text"),
+    "number": ('{"prompt": 5}', "`prompt` is a whole number; a prompt is text"),
     "empty prompt": ('{"prompt": ""}', "`prompt` is empty"),
     "blank prompt": ('{"prompt": " \\n\\u2028"}', "`prompt` is empty"),
     "half a pair": ('{"prompt": "\\ud800"}', "`prompt` is not valid Unicode"),
     "half a pair in meta": ('{"prompt": "a", "k": "\\ud800"}', "a further column is not valid Unicode"),
     "both": (json.dumps({"prompt": "a", "messages": [OK]}), "has both `prompt` and `messages`"),
     "no messages": ('{"messages": []}', "`messages` is empty"),
-    "messages a number": ('{"messages": 3}', "`messages` is a int"),
+    "messages a number": ('{"messages": 3}', "`messages` is a whole number"),
     "messages as text": ('{"messages": "hello"}', "`messages` is text that is not JSON"),
     "message a string": ('{"messages": ["hello"]}', "`messages`[0] is not an object with `role` and `content`"),
     "no content": ('{"messages": [{"role": "user"}]}', "`messages`[0] is not an object with `role` and `content`"),
@@ -195,8 +194,8 @@ BAD_ROWS: dict[str, tuple[str, str]] = {
     "late system": (json.dumps({"messages": [OK, {"role": "system", "content": "y"}, OK]}), "may only come first"),
     "further key": (json.dumps({"messages": [{**OK, "name": "Ann"}]}), "has the key 'name'"),
     "empty id": ('{"prompt": "a", "prompt_id": ""}', "prompt_id is empty"),
-    "id a float": ('{"prompt": "a", "prompt_id": 1.5}', "prompt_id is a float"),
-    "id a bool": ('{"prompt": "a", "prompt_id": true}', "prompt_id is a bool"),
+    "id a float": ('{"prompt": "a", "prompt_id": 1.5}', "prompt_id is a number"),
+    "id a bool": ('{"prompt": "a", "prompt_id": true}', "prompt_id is true or false"),
     "id taken": ('{"prompt": "other", "prompt_id": "one"}', "prompt_id 'one' belongs to another prompt already"),
 }
 
@@ -219,7 +218,7 @@ def test_a_bad_row_is_refused_with_its_line_and_can_be_left_out(tmp_path: Path, 
 def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n')
-    assert f"{path}:2: not UTF-8 (byte 13 of the line)" in refusal(path)
+    assert f"{path}:2: not UTF-8 (byte 13 of the line is 0xff" in refusal(path)
     assert counted(path)[0] == ["a", "b"]
 
 
@@ -236,9 +235,13 @@ def test_a_mapped_column_that_is_missing_is_a_bad_row(tmp_path: Path) -> None:
     )
 
 
-def test_bytes_in_a_further_column_are_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": ["a"], "image": [b"\x00"]}), tmp_path / "p.parquet")
-    assert f"{tmp_path}/p.parquet: row 1: a further column holds bytes" in refusal(tmp_path / "p.parquet")
+def test_bytes_in_a_further_column_are_left_out_and_counted(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b"], "image": [b"\x00", b"\x01"]}), tmp_path / "p.parquet")
+    counts = PromptCounts()
+    rows = list(read_prompts(Prompts(source=str(tmp_path / "p.parquet")), counts=counts))
+    assert [row["meta"] for row in rows] == ["{}", "{}"]
+    assert counts.left_out == {"image": 2}
+    assert counts.notes() == ["prompts: columns left out (bytes, long lists of numbers, row numbers): image (2 rows)"]
 
 
 # --- the file that is written ----------------------------------------------------------------------------------------

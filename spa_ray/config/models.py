@@ -102,9 +102,13 @@ class Prompts(Section):
     split: str | None = Field(None, description="handed to a reader or a named data set")
     limit: int | None = Field(None, ge=1, description="take the first N prompts")
     columns: dict[Literal["prompt", "messages", "prompt_id"], str] = Field(
-        default_factory=dict, description="names of the user's columns, by ours"
+        default_factory=dict, description="names of the user's columns, by ours; `a.b` is `b` inside `a`"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip leaves such rows out and counts them")
+    last_answer: Literal["error", "drop"] = Field(
+        "error",
+        description="of conversations that end with the assistant's turn (SFT data): refuse the row, or drop it",
+    )
 
 
 DEFAULT_SYSTEM_PROMPTS: tuple[str | None, ...] = (

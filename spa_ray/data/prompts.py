@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,16 +23,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spa_ray.config.models import Prompts
+from spa_ray.data.forms import (
+    BadRowError,
+    LastAnswer,
+    encodable,
+    in_words,
+    is_missing,
+    take,
+    take_messages,
+)
 from spa_ray.data.readers import Row, read_rows
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
 
-ROLES = ("system", "user", "assistant")
 ROWS_PER_GROUP = 1024
+LONGEST_VECTOR = 64  # numbers in a list that is kept in `meta`
+LONGEST_NAME = 80  # characters of a column's name in a note
+MOST_NAMES = 50  # columns that notes name
+_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+|")  # what pandas calls its row numbers; CSV's empty name
 LONGEST_MESSAGE = 600  # characters: a column's name, a role or an id can be a whole document
 
-Message = dict[str, str]
 Prompt = dict[str, Any]  # prompt_id: str, messages: list[Message], meta: str
 
 
@@ -43,10 +55,15 @@ class PromptCounts:
     duplicates: int = 0
     bad: int = 0
     first_bad: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)  # column -> rows in which it was left out
+    told: dict[str, None] = field(default_factory=dict)  # one line for each thing of the source that was left out
 
-
-class BadRowError(Exception):
-    """One row is no prompt; the text says why and how to mend it."""
+    def notes(self, where: str = "prompts") -> list[str]:
+        """One line for each thing that was left out."""
+        if not self.left_out:
+            return list(self.told)
+        columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.left_out.items())
+        return [*self.told, f"{where}: columns left out (bytes, long lists of numbers, row numbers): {columns}"]
 
 
 def read_prompts(
@@ -62,9 +79,11 @@ def read_prompts(
     counts = PromptCounts() if counts is None else counts
     seen = _Seen()
     left = skip
-    for row in read_rows(prompts, where=where):
+    for row in read_rows(prompts, where=where, notes=counts.told):
         try:
-            prompt = to_prompt(row, prompts.columns)
+            prompt = to_prompt(
+                row, prompts.columns, last_answer=prompts.last_answer, left_out=counts.left_out if left == 0 else None
+            )
             new = seen.add(prompt)
         except BadRowError as e:
             message = _brief(f"{row.place}: {e}")
@@ -150,121 +169,75 @@ def messages_digest(messages: Sequence[Mapping[str, str]]) -> bytes:
     return hashlib.blake2b(canonical.encode(), digest_size=16).digest()
 
 
-def to_prompt(row: Row, columns: Mapping[Literal["prompt", "messages", "prompt_id"], str]) -> Prompt:
-    """One row as a prompt; what is neither prompt nor id goes to `meta`. Raises: BadRowError."""
+def to_prompt(
+    row: Row,
+    columns: Mapping[Literal["prompt", "messages", "prompt_id"], str],
+    *,
+    last_answer: LastAnswer = "error",
+    left_out: dict[str, int] | None = None,
+) -> Prompt:
+    """One row as a prompt; what is neither prompt nor id goes to `meta`, or to the count of what is left out.
+
+    Raises: BadRowError.
+    """
     if row.values is None:
         raise BadRowError(str(row.problem))
     values = dict(row.values)
-    messages = _messages(values, columns)
-    name = _prompt_id(_take(values, columns, "prompt_id"))
+    messages = take_messages(values, columns, last_answer)
+    name = _prompt_id(take(values, columns, "prompt_id"))
     return {
         "prompt_id": messages_digest(messages).hex() if name is None else name,
         "messages": messages,
-        "meta": _meta(values),
+        "meta": _meta(values, {} if left_out is None else left_out),
     }
 
 
-def _messages(values: dict[str, Any], columns: Mapping[Any, str]) -> list[Message]:
-    """Take the prompt out of the row: from the column that the config names, else from the one that is there."""
-    chosen = [key for key in ("prompt", "messages") if key in columns]
-    keys = chosen or ["prompt", "messages"]
-    taken = {key: value for key in keys if (value := _take(values, columns, key)) is not None}
-    if len(taken) > 1:
-        raise BadRowError(
-            "has both `prompt` and `messages`; say which one to read, for example prompts.columns={prompt: prompt}"
-        )
-    if not taken:
-        wanted = " or ".join(f"`{columns.get(key, key)}`" for key in keys)
-        have = ", ".join(str(name) for name in values) or "none"
-        raise BadRowError(f"no value in {wanted} (other columns: {have}); name the column with prompts.columns")
-    if "prompt" in taken:
-        return [{"role": "user", "content": _text(taken["prompt"], f"`{columns.get('prompt', 'prompt')}`")}]
-    return _check_messages(taken["messages"], columns.get("messages", "messages"))
-
-
-def _take(values: dict[str, Any], columns: Mapping[Any, str], key: str) -> Any:
-    """Remove and return our column `key`, None where it is absent. Raises: BadRowError when a named one is absent."""
-    name = columns.get(key, key)
-    if key in columns and name not in values:
-        have = ", ".join(str(n) for n in values) or "none"
-        raise BadRowError(f"has no column {name!r}, which prompts.columns names for {key} (columns: {have})")
-    return values.pop(name, None)
-
-
-def _check_messages(value: Any, column: str) -> list[Message]:
-    if isinstance(value, str):  # CSV has no lists
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as e:
-            raise BadRowError(f"`{column}` is text that is not JSON; give a list of {{role, content}}") from e
-    if not isinstance(value, list | tuple) or not value:
-        shown = "empty" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
-        raise BadRowError(f"`{column}` is {shown}; give a list of {{role, content}}, the last one by the user")
-    messages = [_check_message(message, i, f"`{column}`[{i}]") for i, message in enumerate(value)]
-    if messages[-1]["role"] != "user":
-        raise BadRowError(f"the last message's role is {messages[-1]['role']!r}; a prompt ends with the user's message")
-    return messages
-
-
-def _check_message(value: Any, position: int, name: str) -> Message:
-    if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
-        raise BadRowError(f"{name} is not an object with `role` and `content`")
-    extra = sorted(str(key) for key in value if key not in ("role", "content") and value[key] is not None)
-    if extra:
-        raise BadRowError(f"{name} has the key {extra[0]!r}; only `role` and `content` are read, remove it")
-    role = value["role"]
-    if role not in ROLES:
-        raise BadRowError(f"{name} has the role {role!r}; a role is one of {', '.join(ROLES)}")
-    if role == "system" and position > 0:
-        raise BadRowError(f"{name} has the role 'system'; a system message may only come first")
-    return {"role": role, "content": _text(value["content"], name)}
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        shown = "null" if value is None else f"a {type(value).__name__}"
-        raise BadRowError(f"{name} is {shown}; a prompt is text")
-    if not value.strip():
-        raise BadRowError(f"{name} is empty; give it a text or remove the row")
-    return _encodable(value, name)
-
-
-def _encodable(text: str, name: str) -> str:
-    """The text itself. Lone surrogates come from bytes that are not UTF-8, or from half of an escaped pair in JSON."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise BadRowError(f"{name} is not valid Unicode (character {e.start + 1}); save the file as UTF-8") from e
-    return text
-
-
 def _prompt_id(value: Any) -> str | None:
-    if value is None:
+    if is_missing(value):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRowError(f"prompt_id is a {type(value).__name__}; an id is text or a whole number")
+        raise BadRowError(f"prompt_id is {in_words(value)}; an id is text or a whole number")
     try:
         text = str(value)
     except ValueError as e:  # a whole number of more digits than Python writes
         raise BadRowError(f"prompt_id cannot be written ({e})") from e
     if not text.strip():
         raise BadRowError("prompt_id is empty; give each row one, or none for all")
-    return _encodable(text, "prompt_id")
+    return encodable(text, "prompt_id")
 
 
-def _meta(values: Mapping[str, Any]) -> str:
-    """The other columns as a JSON string, keys sorted."""
+def _meta(values: Mapping[str, Any], left_out: dict[str, int]) -> str:
+    """The other columns as a JSON string, keys sorted, without bytes, embeddings and the row numbers of pandas."""
     try:
-        text = json.dumps(_jsonable(values), ensure_ascii=False, sort_keys=True, allow_nan=False)
+        heavy = [name for name, value in values.items() if _INDEX.fullmatch(str(name)) or _is_heavy(value)]
+        for name in heavy:
+            shown = printable(str(name)[:LONGEST_NAME])
+            if shown in left_out or len(left_out) < MOST_NAMES:
+                left_out[shown] = left_out.get(shown, 0) + 1
+        kept = {name: value for name, value in values.items() if name not in heavy}
+        text = json.dumps(_jsonable(kept), ensure_ascii=False, sort_keys=True, allow_nan=False)
     except RecursionError as e:
         raise BadRowError("a further column is nested too deeply to be kept in `meta`") from e
     except ValueError as e:  # a whole number of more digits than Python writes
         raise BadRowError(f"a further column cannot be kept in `meta` ({e})") from e
-    return _encodable(text, "a further column")
+    return encodable(text, "a further column")
+
+
+def _is_heavy(value: Any) -> bool:
+    """Bytes anywhere in it (images, audio), or a long list of numbers (an embedding, token ids)."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return True
+    if isinstance(value, Mapping):
+        return any(_is_heavy(inner) for inner in value.values())
+    if isinstance(value, list | tuple | set):
+        if len(value) > LONGEST_VECTOR and all(isinstance(entry, int | float) for entry in value):
+            return True
+        return any(_is_heavy(inner) for inner in value)
+    return False
 
 
 def _jsonable(value: Any) -> Any:
-    """The value in JSON's types: NaN and infinities are null, dates and decimals their text. Raises: BadRowError."""
+    """The value in JSON's types: NaN and infinities are null, dates and decimals their text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -273,6 +246,4 @@ def _jsonable(value: Any) -> Any:
         return {str(key): _jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
         return [_jsonable(inner) for inner in value]
-    if isinstance(value, bytes):
-        raise BadRowError("a further column holds bytes, which `meta` (JSON) cannot carry; remove that column")
     return str(value)

@@ -1,8 +1,8 @@
-"""Rows out of a data set, as they stand: JSONL, JSON, CSV, Parquet, a folder of them, or a reader by dotted path.
+"""Rows out of a data set: JSONL, JSON, CSV, TSV, Parquet, Arrow, each also compressed; folders; readers by dotted path.
 
-Comes in: `config.prompts`. Goes out: `Row`s, each with its place (file and line) for messages, and either a dict or
-the reason why it cannot be read. Streams: one row (a JSON array: one file) is in memory at a time.
-Never: the meaning of a column; that is `prompts.py`.
+Takes `config.prompts`; gives `Row`s, each with its place (file and line) for messages, and either a dict or the reason
+why it cannot be read. One row (a JSON text that is no line: one file) is in memory at a time. What a column means is
+decided in `forms.py`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ from __future__ import annotations
 import csv
 import inspect
 import io
-import json
+import itertools
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
 from spa_ray.config.models import Prompts
+from spa_ray.data import json_rows
+from spa_ray.data.containers import HEAD, Unreadable, encoding_of, is_compressed, kind_of, looks_like_file, open_data
 from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.data.folders import files_of
+from spa_ray.data.forms import OUR_COLUMNS, in_words
+from spa_ray.data.json_rows import Fault
 from spa_ray.errors import InputError
 
 PARQUET_BATCH = 1024
+UNHOLDABLE = (ValueError, OverflowError, LookupError)
 CSV_CELL_LIMIT = 2**31 - 1  # the csv module's own limit, 131,072 characters, refuses long documents
 
 NAMED = frozenset(
@@ -63,45 +70,50 @@ def source_kind(prompts: Prompts, *, where: str = "prompts") -> SourceKind:
     source = prompts.source
     if not source:
         raise InputError(f"{where}.source: missing; give a file, a folder or a reader (package.module:function)")
-    path = Path(source).expanduser()
-    if path.is_file():
-        return "file"
-    if path.is_dir():
-        return "folder"
+    path = Path(os.path.expanduser(source))
+    try:
+        if path.is_file():
+            return "file"
+        if path.is_dir():
+            return "folder"
+    except OSError as e:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"{where}.source: {source[:200]!r}: {e.strerror}") from e
     if is_dotted(source):
         return "reader"
-    if source.lower() in NAMED or (
-        _HUB_ID.fullmatch(source) and path.suffix.lower() not in READERS and source[0] != "."
-    ):
+    if source.lower() in NAMED or (_HUB_ID.fullmatch(source) and not looks_like_file(source) and source[0] != "."):
         return "named"
-    raise InputError(
-        f"{where}.source: {source!r}: no such file or folder; "
-        "give one that is there, or a reader (package.module:function)"
-    )
+    hint = "give one that is there, or a reader (package.module:function)"
+    if "://" in source:
+        hint = "prompts are read from this machine's disks; copy them here"
+    elif any(sign in source for sign in "*?["):
+        hint = "patterns are not expanded; give the folder"
+    raise InputError(f"{where}.source: {source!r}: no such file or folder; {hint}")
 
 
-def read_rows(prompts: Prompts, *, where: str = "prompts") -> Iterator[Row]:
+def read_rows(prompts: Prompts, *, where: str = "prompts", notes: dict[str, None] | None = None) -> Iterator[Row]:
     """Every row of the source, in the order of the files' names and of the rows in them.
 
-    A row that cannot be read comes with its `problem`; a file that cannot be read at all ends the reading.
-    Raises: InputError (at the first row at the latest), also for a named data set, since none has a loader yet.
+    A row that cannot be read comes with its `problem`; a file that cannot be read at all ends the reading. `notes`
+    is told what is left out. Raises: InputError (at the first row at the latest), also for a named data set, since none
+    has a loader yet.
     """
     kind = source_kind(prompts, where=where)
     source = str(prompts.source)
+    path = Path(os.path.expanduser(source))
     if kind == "reader":
         yield from _rows_of_reader(source, prompts.split, where)
     elif kind == "named":
         _refuse_named(source, where)
     elif kind == "folder":
-        for path in _files_of(Path(source).expanduser(), prompts.split, where):
-            yield from READERS[path.suffix.lower()](path)
+        for file in files_of(path, prompts.split, where, {} if notes is None else notes):
+            yield from _read(file, str(kind_of(file)), None)
     else:
-        path = Path(source).expanduser()
-        if prompts.split is not None:
+        of_file = kind_of(path)
+        if isinstance(of_file, Unreadable):
+            raise InputError(f"{where}.source: {path}: {of_file.form}; {of_file.fix}")
+        if prompts.split is not None and of_file not in ("json", "jsonl"):
             raise InputError(f"{where}.split: {str(path)!r} is one file and has no splits; remove the key")
-        if path.suffix.lower() not in READERS:
-            raise InputError(f"{where}.source: {path}: unknown kind of file; the suffix may be {', '.join(READERS)}")
-        yield from READERS[path.suffix.lower()](path)
+        yield from _read(path, of_file, prompts.split)
 
 
 def _refuse_named(source: str, where: str) -> NoReturn:
@@ -110,22 +122,6 @@ def _refuse_named(source: str, where: str) -> NoReturn:
         f"{where}.source: the named data set {source!r} has no loader yet{missing}; "
         "give its rows as a JSONL, JSON, CSV or Parquet file, or a reader (package.module:function)"
     )
-
-
-def _files_of(folder: Path, split: str | None, where: str) -> list[Path]:
-    """The folder's readable files by name, hidden ones left out; with a split, those that carry its name."""
-    inside = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in READERS and p.is_file()]
-    files = [p for p in inside if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
-    if split is not None:
-        files = [p for p in files if _is_of_split(p.relative_to(folder), split)]
-    if not files:
-        of_split = f" of the split {split!r} (SPLIT.jsonl, SPLIT-00000.parquet or SPLIT/ANY.csv)" if split else ""
-        raise InputError(f"{where}.source: {folder}: no {', '.join(READERS)} file{of_split} in it")
-    return files
-
-
-def _is_of_split(path: Path, split: str) -> bool:
-    return split in path.parts[:-1] or path.stem == split or path.stem.startswith(f"{split}-")
 
 
 def _rows_of_reader(source: str, split: str | None, where: str) -> Iterator[Row]:
@@ -147,84 +143,76 @@ def _rows_of_reader(source: str, split: str | None, where: str) -> Iterator[Row]
 
 def _row(place: str, values: object) -> Row:
     if not isinstance(values, Mapping):
-        shown = "null" if values is None else f"a {type(values).__name__}"
-        return Row(place, problem=f"a row is an object with named columns, this is {shown}")
+        return Row(place, problem=f"a row is an object with named columns, this is {in_words(values)}")
     return Row(place, values)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    """Lines end at "\\n" alone: U+2028 and its kin are legal inside a JSON string."""
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as e:
-                yield Row(place, problem=f"not UTF-8 (byte {e.start + 1} of the line); save the file as UTF-8")
-                continue
-            if not text.strip():
-                continue
-            try:
-                values = json.loads(text, parse_constant=_no_constant)
-            except (ValueError, RecursionError) as e:
-                yield Row(place, problem=f"not JSON ({_json_reason(e)}); a line holds one object")
-                continue
-            yield _row(place, values)
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """A JSON array of objects. Files that do not open with a bracket hold one object a line, as many `.json` do."""
-    with _open(path) as file:
-        if not file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from _read_jsonl(path)
+def _read(path: Path, kind: str, split: str | None) -> Iterator[Row]:
+    """The rows of one file. What is wrong with the file as a whole is an InputError."""
+    if kind in ("parquet", "arrow"):
+        yield from _read_arrow(path, kind)
+        return
+    with open_data(path) as buffered:
+        if kind in ("csv", "tsv"):
+            yield from _read_csv(buffered, path, tabs=kind == "tsv")
             return
-        file.seek(0)
-        data = file.read()
-    try:
-        items = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{e.lineno}: not JSON ({e.msg}); mend the file, or give one object a line") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON ({_json_reason(e)}); mend the file, or give one object a line") from e
-    del data
-    for number, values in enumerate(items, start=1):
-        yield _row(f"{path}: item {number}", values)
+        for place, value in json_rows.read(buffered, path, split=split, lines=kind == "jsonl"):
+            yield Row(place, problem=value.reason) if isinstance(value, Fault) else _row(place, value)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.colno}"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error)
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    """The first line names the columns. An empty cell is a missing value."""
+def _read_csv(file: BinaryIO, path: Path, *, tabs: bool) -> Iterator[Row]:
+    """The first line names the columns; what parts the cells is found there. An empty cell is a missing value."""
     csv.field_size_limit(CSV_CELL_LIMIT)
+    encoding = encoding_of(file.peek(HEAD)[:HEAD])  # type: ignore[attr-defined]
+    encoding = "utf-8-sig" if encoding == "utf-8" else encoding
     # A byte that is not UTF-8 becomes a lone surrogate, which makes that one row bad and not the file.
-    with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        header = _csv_header(reader, path)
-        while True:
-            place = f"{path}:{reader.line_num + 1}"
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as e:
-                yield Row(place, problem=f"not CSV ({e}); double the quotes inside a quoted cell")
-                continue
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                yield Row(place, problem=f"{len(cells)} cells, the header names {len(header)}; quote commas")
-                continue
-            yield Row(place, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+    with io.TextIOWrapper(file, encoding, errors=errors, newline="") as text:
+        try:
+            yield from _csv_rows(text, path, tabs=tabs)
+        except UnicodeError as e:
+            raise InputError(f"{path}: not {encoding.upper()} ({e}); save the file as UTF-8") from e
+
+
+def _csv_rows(text: io.TextIOWrapper, path: Path, *, tabs: bool) -> Iterator[Row]:
+    lines = iter(text)
+    first = next(lines, "")
+    skipped = 0
+    told = re.fullmatch(r"sep=(.)\r?\n", first)  # as spreadsheets write it
+    if told:
+        first, skipped = next(lines, ""), 1
+    delimiter = told[1] if told else _delimiter(first, tabs=tabs)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    header = [name.strip() for name in _csv_header(reader, path)]
+    while True:
+        place = f"{path}:{reader.line_num + 1 + skipped}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield Row(place, problem=f"not CSV ({e}); double the quotes inside a quoted cell")
+            continue
+        if not cells:
+            continue
+        if len(cells) != len(header):
+            commas = "commas" if delimiter == "," else f"cells that hold {delimiter!r}"
+            yield Row(place, problem=f"{len(cells)} cells, the header names {len(header)}; quote {commas}")
+            continue
+        yield Row(place, {name: cell or None for name, cell in zip(header, cells, strict=True) if name or cell})
+
+
+def _delimiter(header: str, *, tabs: bool) -> str:
+    """What parts the cells of the header: of comma, semicolon, tab and bar the one that gives most names."""
+    if tabs and "\t" in header:
+        return "\t"
+    counts = {}
+    for delimiter in (",", ";", "\t", "|"):
+        try:
+            counts[delimiter] = len(next(csv.reader([header], delimiter=delimiter, strict=True), []))
+        except csv.Error:
+            counts[delimiter] = 0
+    return max(counts, key=lambda delimiter: counts[delimiter])  # the first of equals: the comma
 
 
 def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
@@ -232,31 +220,87 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
         header = next(reader, [])
     except csv.Error as e:
         raise InputError(f"{path}:1: not CSV ({e}); the first line names the columns") from e
-    _refuse_twins(header, f"{path}:1")
+    _refuse_twins([name for name in header if name], f"{path}:1")
     return header
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_arrow(path: Path, kind: str) -> Iterator[Row]:
+    import pyarrow as pa
+
+    form = "a Parquet file" if kind == "parquet" else "an Arrow file"
+    try:
+        source: Path | bytes = path
+        if is_compressed(path):
+            with open_data(path) as file:
+                source = file.read()
+        number = 0
+        for batch in _parquet_batches(path, source) if kind == "parquet" else _ipc_batches(path, source):
+            for row in _rows_of_batch(batch, path, number):
+                number += 1
+                yield row
+    except (pa.ArrowException, OSError) as e:
+        raise InputError(f"{path}: not {form} that can be read ({_first_line(e)})") from e
+
+
+def _parquet_batches(path: Path, source: Path | bytes) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            _refuse_twins(file.schema_arrow.names, f"{path}")
-            number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                for row in _rows_of_batch(batch, path, number):
-                    number += 1
-                    yield row
-    except (pa.ArrowException, OSError) as e:
-        raise InputError(f"{path}: not a Parquet file that can be read ({_first_line(e)})") from e
+    with pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source)) as file:
+        names = file.schema_arrow.names
+        _refuse_twins(names, f"{path}")
+        heavy = {
+            field.name for field in file.schema_arrow if _holds_bytes(field.type) and field.name not in OUR_COLUMNS
+        }
+        columns = [name for name in names if name not in heavy] if heavy else None
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=columns):
+            yield from _with_marks(batch, heavy)
+
+
+def _ipc_batches(path: Path, source: Path | bytes) -> Iterator[Any]:
+    """Arrow's file and stream formats; `datasets` writes streams."""
+    import pyarrow as pa
+
+    def opened() -> Any:
+        return pa.memory_map(str(source)) if isinstance(source, Path) else pa.BufferReader(source)
+
+    with opened() as probe:
+        is_file = probe.read(6) == b"ARROW1"
+    with opened() as data:
+        reader = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
+        _refuse_twins(reader.schema.names, f"{path}")
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+        heavy = {field.name for field in reader.schema if _holds_bytes(field.type) and field.name not in OUR_COLUMNS}
+        for batch in batches:
+            slim = batch.select([name for name in batch.schema.names if name not in heavy]) if heavy else batch
+            for first in range(0, slim.num_rows, PARQUET_BATCH):
+                yield from _with_marks(slim.slice(first, PARQUET_BATCH), heavy)
+
+
+def _with_marks(batch: Any, heavy: set[str]) -> Iterator[Any]:
+    """The batch, with a column `Bytes` stands for in place of each that was not read."""
+    import pyarrow as pa
+
+    for name in sorted(heavy):
+        batch = batch.append_column(name, pa.array([b""] * batch.num_rows, pa.binary()))
+    yield batch
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return True
+    if isinstance(kind, pa.BaseExtensionType):
+        return True
+    return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def _rows_of_batch(batch: Any, path: Path, before: int) -> Iterator[Row]:
     """A value that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) costs its row alone."""
     try:
         rows = batch.to_pylist()
-    except (ValueError, OverflowError):
+    except UNHOLDABLE:
         rows = None
     for number in range(batch.num_rows):
         place = f"{path}: row {before + number + 1}"
@@ -265,8 +309,8 @@ def _rows_of_batch(batch: Any, path: Path, before: int) -> Iterator[Row]:
             continue
         try:
             values = batch.slice(number, 1).to_pylist()[0]
-        except (ValueError, OverflowError) as e:
-            yield Row(place, problem=f"a value cannot be read ({_first_line(e)}); mend it or leave its column out")
+        except UNHOLDABLE as e:
+            yield Row(place, problem=f"a value cannot be read ({_first_line(e)}); fix it or leave its column out")
             continue
         yield _row(place, values)
 
@@ -280,19 +324,3 @@ def _refuse_twins(names: Sequence[str], place: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{place}: the column {twice[0]!r} stands twice in the header; rename one")
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}

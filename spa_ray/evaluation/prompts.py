@@ -28,6 +28,7 @@ class EvalPromptCounts:
     """Prompts by family."""
 
     rows: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # one line for each thing of a source that was left out
 
 
 def write_eval_prompts(evaluation: Evaluation, out: Path) -> EvalPromptCounts:
@@ -56,6 +57,7 @@ def _rows(evaluation: Evaluation, counts: EvalPromptCounts) -> Iterator[Prompt]:
                 "messages": prompt["messages"],
                 "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True),
             }
+        counts.notes += found.notes(where)
         if not found.rows:
             raise InputError(f"{where}.source: {prompts.source}: no prompt in it")
         counts.rows[family] = found.rows

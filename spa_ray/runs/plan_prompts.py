@@ -6,13 +6,17 @@ whole large data set; what was not counted is assumed and said so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from spa_ray.config.models import Evaluation, Prompts
-from spa_ray.data.prompts import Message, read_prompts
+from spa_ray.data.containers import kind_of
+from spa_ray.data.folders import files_of
+from spa_ray.data.forms import Message
+from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.data.readers import source_kind
 from spa_ray.errors import InputError
 
@@ -38,7 +42,9 @@ def prompt_facts(prompts: Prompts, notes: list[str], where: str) -> PromptFacts:
         count = prompts.limit or UNKNOWN_COUNT
         notes.append(f"{where}: {prompts.source} has no loader here; {count:,} prompts of one sentence assumed")
         return PromptFacts(str(prompts.source), count, [[{"role": "user", "content": STAND_IN}]], True)
-    read = [row["messages"] for row in islice(read_prompts(prompts, where=where), COUNTED)]
+    counts = PromptCounts()
+    read = [row["messages"] for row in islice(read_prompts(prompts, where=where, counts=counts), COUNTED)]
+    notes += counts.notes(where)
     if not read:
         raise InputError(f"{where}.source: {prompts.source}: no prompt in it")
     whole = len(read) < COUNTED or prompts.limit == COUNTED
@@ -51,9 +57,9 @@ def _beyond(prompts: Prompts, notes: list[str], where: str) -> int:
     """The count of a source that holds more than was read: Parquet files say theirs, else the limit is believed."""
     import pyarrow.parquet as pq
 
-    path = Path(str(prompts.source)).expanduser()
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and p.name[0] not in "._"]
-    if files and prompts.split is None and all(file.suffix == ".parquet" for file in files):
+    path = Path(os.path.expanduser(str(prompts.source)))
+    files = [path] if path.is_file() else files_of(path, prompts.split, where, {}) if path.is_dir() else []
+    if files and all(kind_of(file) == "parquet" and file.suffix == ".parquet" for file in files):
         rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
         notes.append(f"{where}: {rows:,} rows by the files' own count; repetitions are not taken off")
         return min(rows, prompts.limit or rows)

@@ -48,11 +48,11 @@ def check_run(arms: dict[str, Config], base: Path) -> list[str]:
             check_settings(config, base)
         lengths = Lengths(first, base)
         for config in {_prompts_key(c): c for c in arms.values()}.values():
-            for _ in each_prompts(config, fresh):
+            for _ in each_prompts(config, fresh, warnings):
                 warnings += lengths.of_prompts(fresh, config)
         if has_evaluation(first):
             check_evaluation(first, base)
-            write_eval_prompts(first.evaluation, fresh)
+            warnings += write_eval_prompts(first.evaluation, fresh).notes
             warnings += lengths.of_held_out(fresh, first)
     return list(dict.fromkeys(warnings))
 
@@ -115,19 +115,24 @@ def _prompts_key(config: Config) -> str:
     return config.model_dump_json(include={"prompts", "iterations", "sampling"})
 
 
-def each_prompts(config: Config, scratch: Path) -> Iterator[int]:
-    """Write each iteration's prompts to `scratch`, one after the other, and yield their number.
+def each_prompts(config: Config, scratch: Path, notes: list[str]) -> Iterator[int]:
+    """Write each iteration's prompts to `scratch`, one after the other, and yield their number. `notes` is told what
+    of the source is left out.
 
     Raises: InputError for a bad row, and for too few.
     """
     rounds, limit = config.iterations.count, config.prompts.limit
     if rounds == 1 or config.iterations.prompts == "same":
-        yield write_prompts(config.prompts, scratch).rows
+        counts = write_prompts(config.prompts, scratch)
+        notes += counts.notes()
+        yield counts.rows
         return
     if limit is None:
         raise InputError("iterations.prompts: diff needs prompts.limit, so that the next iteration can take the next")
     for iteration in range(1, rounds + 1):
-        found = write_prompts(config.prompts, scratch, skip=(iteration - 1) * limit).rows
+        counts = write_prompts(config.prompts, scratch, skip=(iteration - 1) * limit)
+        notes += counts.notes()
+        found = counts.rows
         if found < limit:
             raise InputError(
                 f"prompts.source: {config.prompts.source}: iteration {iteration} would have {found} new prompts, not "
