@@ -95,7 +95,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Funnels, metric tables, three examples, the path."""
+    """Funnels, metric tables, examples, the path."""
     run_dir = as_path(result["run_dir"])
     funnels = {json.dumps(arm["iterations"][0]["funnel"]): name for name, arm in reversed(result["arms"].items())}
     for text, name in reversed(funnels.items()):

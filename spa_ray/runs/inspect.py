@@ -6,6 +6,8 @@ Reads finished stages only.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,28 +104,62 @@ def _one_row(episodes: AnyPath, prompt_id: str) -> pa.Table | None:
 
 
 def print_story(told: dict[str, Any]) -> None:
-    """The story as text."""
+    """The story as text: each episode once, under the names of the arms that share it, then what each made of it."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(markup=False, highlight=False)  # what models wrote is text, never a style
-    for arm, chapters in told["arms"].items():
+    for shared in shared_chapters(told["arms"], ("episode",)):
+        chapter = shared[0][1]
+        console.rule(Text(printable(f"{_arms(shared)}: {chapter['episode']['prompt_id']}")))
+        _print_episode(console, chapter)
+        by_arm: dict[str, list[dict[str, Any]]] = {}
+        for arm, one in shared:
+            by_arm.setdefault(arm, []).append(one)
+        outcomes = shared_chapters(by_arm, ("filters", "pairs", "train"))
+        for outcome in outcomes:
+            if len(outcomes) > 1:
+                console.print(Text(printable(f"{_arms(outcome)}:"), style="bold"))
+            if "filters" in outcome[0][1]:
+                _print_filters(console, outcome[0][1])
+
+
+Told = list[tuple[str, dict[str, Any]]]  # arm and chapter
+
+
+def shared_chapters(arms: Mapping[str, list[dict[str, Any]]], keys: Sequence[str]) -> list[Told]:
+    """The arms' chapters in groups that are equal in these keys, in the order of their first arms."""
+    groups: dict[str, Told] = {}
+    for arm, chapters in arms.items():
         for chapter in chapters:
-            episode, names = chapter["episode"], chapter["objectives"]
-            console.rule(Text(printable(f"arm {arm}, iteration {chapter['iteration']}: {episode['prompt_id']}")))
-            for message in episode["messages"]:
-                console.print(Text.assemble((message["role"], "bold"), f": {printable(message['content'])}"))
-            if episode["error"]:
-                console.print(f"error: {printable(episode['error'])}")
-            table = Table("#", "kind", *names, "status", "answer")
-            for response in episode["responses"] or []:
-                scores = ["–" if s is None else f"{s:g}" for s in response["scores"]]
-                status = printable(", ".join(sorted(set(response["score_status"]))))
-                table.add_row(str(response["index"]), response["kind"], *scores, status, printable(response["text"]))
-            console.print(table)
-            if "filters" in chapter:
-                _print_filters(console, chapter)
+            same = json.dumps([chapter.get(key) for key in keys], sort_keys=True, default=str)
+            groups.setdefault(same, []).append((arm, chapter))
+    return list(groups.values())
+
+
+def _arms(shared: Told) -> str:
+    """«arms sft, spa, iteration 1»."""
+    names = list(dict.fromkeys(arm for arm, _ in shared))
+    numbers = sorted({chapter["iteration"] for _, chapter in shared})
+    arms = f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}"
+    return f"{arms}, iteration{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _print_episode(console: Any, chapter: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    episode, names = chapter["episode"], chapter["objectives"]
+    for message in episode["messages"]:
+        console.print(Text.assemble((message["role"], "bold"), f": {printable(message['content'])}"))
+    if episode["error"]:
+        console.print(f"error: {printable(episode['error'])}")
+    table = Table("#", "kind", *names, "status", "answer")
+    for response in episode["responses"] or []:
+        scores = ["–" if s is None else f"{s:g}" for s in response["scores"]]
+        status = printable(", ".join(sorted(set(response["score_status"]))))
+        table.add_row(str(response["index"]), response["kind"], *scores, status, printable(response["text"]))
+    console.print(table)
 
 
 def _print_filters(console: Any, chapter: dict[str, Any]) -> None:

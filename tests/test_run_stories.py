@@ -1,0 +1,86 @@
+"""What a run tells of single prompts: an episode once for all arms that share it, examples by a stated rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spa_ray.runs.examples import RULE, Example, median_and_worst, print_examples
+from spa_ray.runs.inspect import print_story
+
+
+def chapter(text: str, *, kept: bool, iteration: int = 1) -> dict[str, Any]:
+    response = {"index": 0, "kind": "candidate", "scores": [1.0, 2.0], "score_status": ["ok"], "text": text}
+    episode = {
+        "prompt_id": "p1",
+        "messages": [{"role": "user", "content": "How?"}],
+        "error": None,
+        "responses": [response],
+    }
+    filters = {"det": 1.0, "tau": 2.0, "kept": kept, "drop_reason": None if kept else "inconsistent"}
+    return {
+        "iteration": iteration,
+        "episode": episode,
+        "objectives": ["harmless", "helpful"],
+        "filters": filters,
+        "pairs": [],
+        "train": {"gap": "l1", "alpha": 1.0},
+    }
+
+
+def test_an_episode_is_printed_once_with_the_arms_that_share_it(capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {
+        "sft": [chapter("shared answer", kept=True)],
+        "spa": [chapter("shared answer", kept=True)],
+        "robust": [chapter("shared answer", kept=False)],
+        "other": [chapter("own answer", kept=True)],
+    }
+    print_story({"arms": arms})
+    out = capsys.readouterr().out
+    assert out.count("shared answer") == 1
+    assert out.count("own answer") == 1
+    assert "arms sft, spa, robust, iteration 1: p1" in out
+    assert "arm other, iteration 1: p1" in out
+    assert "arms sft, spa, iteration 1:\n" in out
+    assert "arm robust, iteration 1:\n" in out
+    assert (out.count("kept"), out.count("dropped: inconsistent")) == (2, 1)
+
+
+def test_one_arm_is_told_without_a_heading_of_outcomes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_story({"arms": {"main": [chapter("a", kept=True), chapter("b", kept=True, iteration=2)]}})
+    out = capsys.readouterr().out
+    assert out.count("arm main, iteration 1") == out.count("arm main, iteration 2") == 1
+
+
+def example(before: list[float | None], after: list[float | None], question: str = "q") -> Example:
+    return Example(question, "harmful", "b", "a", before, after)
+
+
+def test_the_median_and_the_worst_change_are_shown_with_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    group = [
+        example([5, 5], [9, 5], "best"),
+        example([5, 5], [5, 5], "median"),
+        example([5, 5], [2, 9], "worst"),
+        example([5, None], [9, 9], "unscored"),
+    ]
+    chosen = median_and_worst(group)
+    assert [(e.question, e.shown_as) for e in chosen] == [("median", "median change"), ("worst", "worst change")]
+    print_examples(chosen)
+    out = capsys.readouterr().out
+    assert out.count(RULE) == 1
+    assert "[harmful: worst change, -3/+4] worst" in out
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9))
+def test_a_failure_is_among_the_examples_wherever_there_is_one(changes: list[tuple[int, int]]) -> None:
+    group = [example([0, 0], [a - 5, b - 5]) for a, b in changes]
+    chosen = median_and_worst(group)
+    assert min(e.change for e in chosen if e.change) == min(e.change for e in group if e.change)
+    assert len(chosen) == min(2, len(group))
+
+
+def test_nothing_scored_is_no_example() -> None:
+    assert median_and_worst([example([None], [1.0])]) == []
