@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spa_ray.config.models import Evaluation, Prompts
+from spa_ray.data.readers import Row
 from spa_ray.runs.examples import RULE, Example, median_and_worst, print_examples
 from spa_ray.runs.inspect import print_story
+from spa_ray.runs.prompt_files import PromptFiles
 
 
 def chapter(text: str, *, kept: bool, iteration: int = 1) -> dict[str, Any]:
@@ -84,3 +90,29 @@ def test_a_failure_is_among_the_examples_wherever_there_is_one(changes: list[tup
 
 def test_nothing_scored_is_no_example() -> None:
     assert median_and_worst([example([None], [1.0])]) == []
+
+
+# --- prompts are read once ----------------------------------------------------------------------------------------
+
+
+def test_the_checks_and_the_run_read_each_source_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("spa_ray.data.readers._read", lambda path, kind, split: read.append(path.name) or rows(path))
+
+    def rows(path: Path) -> Iterator[Row]:
+        yield Row(f"{path}:1", {"prompt": "one"})
+        yield Row(f"{path}:2", {"prompt": "two"})
+
+    for name in ("train.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    files = PromptFiles()
+    evaluation = Evaluation(prompts=Prompts(source=str(tmp_path / "held.jsonl")))
+    for number in range(3):
+        out = tmp_path / f"{number}.parquet"
+        assert files.write(Prompts(source=str(tmp_path / "train.jsonl")), out).rows == 2
+        assert pq.read_table(out).num_rows == 2
+        assert files.write_held_out(evaluation, out).rows == {"test": 2}
+        assert pq.read_table(out)["prompt_id"][0].as_py().startswith("test/")
+    assert read == ["train.jsonl", "held.jsonl"]
+    assert files.write(Prompts(source=str(tmp_path / "train.jsonl")), tmp_path / "x.parquet", skip=1).rows == 1
+    assert len(read) == 3

@@ -37,6 +37,7 @@ from spa_ray.runs.preflight import check_run, has_evaluation, judge_folder
 from spa_ray.runs.preflight_cluster import check_cluster
 from spa_ray.runs.preflight_files import disk_warning
 from spa_ray.runs.progress import Progress
+from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.shared_folder import check_shared
 
 LOG = Path("logs") / "driver.jsonl"
@@ -74,6 +75,7 @@ class Pipeline:
         self.chat_key = self.chat.key(template_text(self.base))
         self.used: dict[str, dict[str, Any]] = {}
         self.started = datetime.now(UTC)
+        self.prompt_files = PromptFiles()
         self._checked = False
 
     def run(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class Pipeline:
 
     def check(self) -> None:
         """What can be known before Ray starts or anything is written; warnings are said. Raises: InputError."""
-        warnings = check_run(self.arms, self.base)
+        warnings = check_run(self.arms, self.base, self.prompt_files)
         if isinstance(self.folder.path, Path):
             sizes = self.plan["output_gib"]
             full = disk_warning(self.folder.path, models_gib=sizes["models"], rest_gib=sizes["rest"])
@@ -135,9 +137,7 @@ class Pipeline:
             self._checked = True
 
     def _eval_prompts(self, config: Config) -> Stage:
-        from spa_ray.evaluation.prompts import write_eval_prompts
-
-        return self._prompt_stage("evalprompts", lambda out: write_eval_prompts(config.evaluation, out))
+        return self._prompt_stage("evalprompts", lambda out: self.prompt_files.write_held_out(config.evaluation, out))
 
     def _iterate(self, states: dict[str, ArmState], iteration: int) -> None:
         for state in states.values():
@@ -177,12 +177,10 @@ class Pipeline:
     # --- prompts and generate ---------------------------------------------------------------------------------------
 
     def _prompts(self, config: Config, skip: int) -> Stage:
-        from spa_ray.data.prompts import write_prompts
-
-        return self._prompt_stage("prompts", lambda out: write_prompts(config.prompts, out, skip=skip))
+        return self._prompt_stage("prompts", lambda out: self.prompt_files.write(config.prompts, out, skip=skip))
 
     def _prompt_stage(self, name: str, write: Callable[[Path], Any]) -> Stage:
-        """Prompts are read anew each time (a bad row must show at once); their contents are the stage's address."""
+        """Each command reads its prompts again (a bad row must show at once); their contents are the address."""
         started = time.time()
         with tempfile.TemporaryDirectory() as scratch:
             fresh = Path(scratch) / "prompts.parquet"

@@ -14,10 +14,8 @@ from pathlib import Path
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted, load_dotted
 from spa_ray.data.files import AnyPath, as_path, is_file
-from spa_ray.data.prompts import write_prompts
 from spa_ray.engine.placement import check_placement
 from spa_ray.errors import InputError
-from spa_ray.evaluation.prompts import write_eval_prompts
 from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat
@@ -26,18 +24,19 @@ from spa_ray.runs.manifest import versions
 from spa_ray.runs.models import check_model_folder
 from spa_ray.runs.plan_model import context_of
 from spa_ray.runs.preflight_files import check_model_files, context_warning, find_too_long
+from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.versions import untested
 from spa_ray.training.trackers import check_backends
 
 SHARED = ("model", "evaluation", "resources")  # one engine and one worker group serve all arms
 
 
-def check_run(arms: dict[str, Config], base: Path) -> list[str]:
-    """Check every arm of a run. `base` is the folder of the model it starts from.
+def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = None) -> list[str]:
+    """Check every arm of a run. `base` is the folder of the model it starts from; `files` keeps its prompts.
 
     Returns: warnings. Raises: InputError for what cannot work.
     """
-    first = next(iter(arms.values()))
+    first, files = next(iter(arms.values())), files or PromptFiles()
     warnings = untested(versions(), where="this machine")
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
@@ -48,11 +47,11 @@ def check_run(arms: dict[str, Config], base: Path) -> list[str]:
             check_settings(config, base)
         lengths = Lengths(first, base)
         for config in {_prompts_key(c): c for c in arms.values()}.values():
-            for _ in each_prompts(config, fresh, warnings):
+            for _ in each_prompts(config, fresh, warnings, files):
                 warnings += lengths.of_prompts(fresh, config)
         if has_evaluation(first):
             check_evaluation(first, base)
-            warnings += write_eval_prompts(first.evaluation, fresh).notes
+            warnings += files.write_held_out(first.evaluation, fresh).notes
             warnings += lengths.of_held_out(fresh, first)
     return list(dict.fromkeys(warnings))
 
@@ -115,7 +114,7 @@ def _prompts_key(config: Config) -> str:
     return config.model_dump_json(include={"prompts", "iterations", "sampling"})
 
 
-def each_prompts(config: Config, scratch: Path, notes: list[str]) -> Iterator[int]:
+def each_prompts(config: Config, scratch: Path, notes: list[str], files: PromptFiles) -> Iterator[int]:
     """Write each iteration's prompts to `scratch`, one after the other, and yield their number. `notes` is told what
     of the source is left out.
 
@@ -123,14 +122,14 @@ def each_prompts(config: Config, scratch: Path, notes: list[str]) -> Iterator[in
     """
     rounds, limit = config.iterations.count, config.prompts.limit
     if rounds == 1 or config.iterations.prompts == "same":
-        counts = write_prompts(config.prompts, scratch)
+        counts = files.write(config.prompts, scratch)
         notes += counts.notes()
         yield counts.rows
         return
     if limit is None:
         raise InputError("iterations.prompts: diff needs prompts.limit, so that the next iteration can take the next")
     for iteration in range(1, rounds + 1):
-        counts = write_prompts(config.prompts, scratch, skip=(iteration - 1) * limit)
+        counts = files.write(config.prompts, scratch, skip=(iteration - 1) * limit)
         notes += counts.notes()
         found = counts.rows
         if found < limit:

@@ -1,0 +1,45 @@
+"""The prompts of one command, each source read and checked once: the checks and the run take the same file.
+
+A new command reads its sources again, so that a row that went bad shows at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spa_ray.config.models import Evaluation, Prompts
+from spa_ray.data.prompts import PromptCounts, write_prompts
+from spa_ray.evaluation.prompts import EvalPromptCounts, write_eval_prompts
+
+
+class PromptFiles:
+    """Writes a source's prompts to a file of the `PROMPTS` schema; a second time it copies what it wrote."""
+
+    def __init__(self) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="spa-prompts-")
+        self._made: dict[str, tuple[Path, Any]] = {}
+
+    def write(self, prompts: Prompts, out: Path, *, skip: int = 0) -> PromptCounts:
+        """As `data.prompts.write_prompts`. Raises: InputError as it does."""
+        counts: PromptCounts = self._once(
+            f"{skip} {prompts.model_dump_json()}", out, lambda file: write_prompts(prompts, file, skip=skip)
+        )
+        return counts
+
+    def write_held_out(self, evaluation: Evaluation, out: Path) -> EvalPromptCounts:
+        """As `evaluation.prompts.write_eval_prompts`. Raises: InputError as it does."""
+        sources = evaluation.model_dump_json(include={"prompts", "families"})
+        counts: EvalPromptCounts = self._once(sources, out, lambda file: write_eval_prompts(evaluation, file))
+        return counts
+
+    def _once(self, key: str, out: Path, write: Callable[[Path], Any]) -> Any:
+        if key not in self._made:
+            file = Path(self._scratch.name) / f"{len(self._made)}.parquet"
+            self._made[key] = (file, write(file))
+        file, counts = self._made[key]
+        shutil.copyfile(file, out)
+        return counts
