@@ -65,4 +65,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from spa_ray.cli.guard import guarded
+
+    guarded(main, name="planning")

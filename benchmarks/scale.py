@@ -364,4 +364,6 @@ def options() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    from spa_ray.cli.guard import guarded
+
+    guarded(main, name="scale")

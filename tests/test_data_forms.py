@@ -417,6 +417,12 @@ def test_a_csv_of_one_column_and_one_that_names_its_delimiter(tmp_path: Path) ->
     assert texts(put(tmp_path / "c.csv", ",prompt\n0,a\n1,b\n")) == ["a", "b"]
 
 
+def test_a_csv_without_a_header_is_named(tmp_path: Path) -> None:
+    assert "this one looks like a row" in refusal(
+        put(tmp_path / "p.csv", "What is the answer here?,a,b\nAnd there?,c,d\n")
+    )
+
+
 def test_bytes_of_another_encoding_are_named(tmp_path: Path) -> None:
     message = refusal(put(tmp_path / "p.jsonl", '{"prompt": "é"}\n'.encode("latin-1")))
     assert "0xe9, 'é' in Windows-1252" in message

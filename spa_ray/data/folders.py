@@ -95,7 +95,11 @@ def _of_split(
 
 
 def _no_split(folder: Path, split: str, where: str, known: list[str]) -> str:
-    there = f"; it has {', '.join(known)}" if known else " (SPLIT.jsonl, SPLIT-00000.parquet or SPLIT/ANY.csv)"
+    there = (
+        f"; it has {', '.join(known)}"
+        if known
+        else f" (SPLIT.jsonl, SPLIT-00000.parquet or SPLIT/ANY.csv); without {where}.split all its files are read"
+    )
     return f"{where}.source: {folder}: no file of the split {split!r} in it{there}"
 
 

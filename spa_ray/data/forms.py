@@ -172,11 +172,11 @@ def _advice(values: Mapping[str, Any]) -> str:
         for name, value in values.items():
             if isinstance(value, Mapping) and not is_missing(value.get(ours)):
                 return f"name the column with prompts.columns={{{ours}: {name}.{ours}}}"
-    if values and all(len(str(name).split()) > 4 for name in values):
-        return "the first line of a CSV names the columns; add one"
     for likely in _LIKELY:
         if isinstance(values.get(plain.get(likely, "")), str):
             return f"name the column with prompts.columns, for example prompts.columns={{prompt: {plain[likely]}}}"
+    if any(str(name).rstrip().endswith(("?", ".", ":")) and len(str(name).split()) > 3 for name in values):
+        return "the first line of a CSV names the columns, and this one looks like a row; add a line of names"
     return "name the column with prompts.columns"
 
 
