@@ -279,6 +279,23 @@ def test_demands_follow_the_stages() -> None:
     assert asked("build") == []
 
 
+def test_ranks_that_must_share_a_node_are_one_bundle_on_it() -> None:
+    raw = {"model": {"path": "m"}, "resources": {"train_workers": 4}}
+    config = arm_configs(raw, [], where="test", stem="test")["main"]
+
+    def verdict(nodes: list[Node], *, one_node: bool) -> str:
+        (wanted,) = demands(config, engine_gpus=0, worker_gpus=1, stages=["train"], one_node=one_node)
+        found = judge(Cluster(nodes), wanted)
+        return found.text if found.kind == "never" else found.kind
+
+    assert verdict([node(gpus=1)] * 4, one_node=False) == "fits"
+    assert verdict([node(gpus=4), node(gpus=1)], one_node=True) == "fits"
+    refused = verdict([node(gpus=1)] * 4, one_node=True)
+    assert "1 × {GPU: 4, CPU: 4}" in refused
+    assert "all ranks on one node, since the run is on an object store" in refused
+    assert "resources.train_workers" in refused
+
+
 def test_gpus_that_are_spread_over_nodes_do_not_make_one_engine() -> None:
     four_by_two = [node(gpus=2)] * 4
     assert held(four_by_two, engines(4, gpus=2))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from spa_ray.config.models import Resources
-from spa_ray.errors import InputError
+from spa_ray.errors import InputError, RunError
 from spa_ray.training.job import TrainJob, TrainResult
 from spa_ray.training.launch import train_jobs
 from tests.training_support import make_job, pair_rows, write_pairs
@@ -137,3 +137,18 @@ def test_without_ray_a_bad_job_ends_with_exit_status_2_and_one_line(tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert "not a training job" in done.stderr.splitlines()[-1]
+
+
+def test_workers_that_find_no_place_end_the_run_in_one_line_and_in_time(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
+    job = replace(runs.two["zero2"], name="nowhere", out=tmp_path / "out", work=tmp_path / "work")
+    started = time.monotonic()
+    with pytest.raises(RunError, match=r"99 workers found no place.*2 × 3 s \(resources\.node_wait_s\)") as e:
+        train_jobs([job], Resources(train_workers=99, node_wait_s=3), storage=runs.storage, name="nowhere")
+    assert time.monotonic() - started < 60
+    assert "\n" not in str(e.value)
+    assert "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S" not in os.environ

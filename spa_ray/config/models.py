@@ -399,7 +399,11 @@ class Resources(Section):
     train_workers: int = Field(1, ge=1, description="ranks")
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 on a GPU cluster, else 0")
     cpus_per_worker: float = Field(1, gt=0, description="logical CPUs")
-    node_wait_s: float = Field(900, gt=0, description="for an autoscaling cluster to bring the nodes that a run needs")
+    node_wait_s: float = Field(
+        900,
+        gt=0,
+        description="for an autoscaling cluster to bring the nodes that a run needs; also for training's start",
+    )
     gpu_memory_gib: float | None = Field(None, gt=0, description="of one GPU, for plans; null: 80")
     price_per_gpu_hour: float | None = Field(None, ge=0, description="for plans, in any currency; null: no prices")
 

@@ -86,7 +86,7 @@ class EpisodeFolder:
         if not self.files:
             raise FileNotFoundError(f"{episodes}: no *.parquet in it")
         self.filesystem, root = arrow_filesystem(episodes)
-        base = None if self.files == [root] else root
+        base = root.rpartition("/")[0] if self.files == [root] else root  # `key=value` above it is no column
         with self._named():
             self.data: pds.Dataset = pds.dataset(
                 self.files,

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import ray
+from pyarrow.fs import SubTreeFileSystem
 from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
@@ -35,7 +36,7 @@ from spa_ray.generation.actor import EpisodeActor, Observe, Pass
 from spa_ray.generation.commits import settle
 from spa_ray.generation.episode import RETRYABLE
 from spa_ray.generation.follow import Line, OnProgress, followed
-from spa_ray.generation.pool import engine_pool, growing_pool
+from spa_ray.generation.pool import growing_pool, layout
 from spa_ray.generation.setup import Task
 from spa_ray.generation.shards import SHARD_ROWS, shards
 from spa_ray.generation.usage import Spent, Usage
@@ -125,21 +126,24 @@ def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, l
     """One pass of Ray Data. Nothing is started where every row is there already."""
     config = work.config
     settle(out, checkpoint)
-    if finished_rows(out) == parquet_dataset(prompts).count_rows():
+    left = parquet_dataset(prompts).count_rows() - finished_rows(out)
+    if not left:
         return
+    how = layout(config, left)
     make_folder(out)
     make_folder(checkpoint)
     files, source = arrow_filesystem(prompts)
     out_files, target = arrow_filesystem(out)
     with _row_checkpoint(checkpoint), growing_pool(), _patience(config):
-        data = ray.data.read_parquet(source, filesystem=files)
-        data = data.repartition(target_num_rows_per_block=config.generation.rows_per_block)
+        # A run folder may lie below `key=value`: that is no column of the rows.
+        data = ray.data.read_parquet(source, filesystem=files, partitioning=None)
+        data = data.repartition(target_num_rows_per_block=how.rows_per_block)
         data = data.map_batches(
             EpisodeActor,
             fn_constructor_args=(work, ledger),
-            batch_size=config.generation.rows_per_block,  # a whole block; where engines have GPUs, Ray wants it said
+            batch_size=how.rows_per_block,  # a whole block; where engines have GPUs, Ray wants it said
             batch_format="pyarrow",
-            compute=engine_pool(config),
+            compute=how.pool,
             **engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0)),
         )
         try:
@@ -232,8 +236,11 @@ def _row_checkpoint(folder: AnyPath) -> Iterator[None]:
     context = DataContext.get_current()
     before = context.checkpoint_config
     files, path = arrow_filesystem(folder)
+    above, _, name = path.rstrip("/").rpartition("/")
+    # Ray reads `key=value` in the checkpoint's path as a column, a prompt_id for example: it sees the last name alone.
+    below = SubTreeFileSystem(above, files)
     context.checkpoint_config = CheckpointConfig(
-        id_column="prompt_id", checkpoint_path=path, override_filesystem=files, delete_checkpoint_on_success=False
+        id_column="prompt_id", checkpoint_path=name, override_filesystem=below, delete_checkpoint_on_success=False
     )
     try:
         yield

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spa_ray.data.files import STORAGE_VARIABLES
+from spa_ray.runs.ray_address import check_address, named_address, refused, short_folder
 
 FOOTER_READERS = 2
 MIN_LOCAL_CPUS = 4  # logical: with fewer, a resumed pass waits behind its own checkpoint actors
@@ -33,17 +34,29 @@ def connected(*, verbose: bool) -> Iterator[None]:
         yield
         return
     level = logging.INFO if verbose else logging.ERROR
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+    address = named_address()
+    if address is not None:
+        check_address(address)
+    if address is not None or os.environ.get("RAY_JOB_ID"):
         storage = {key: os.environ[key] for key in STORAGE_VARIABLES if key in os.environ}
         there = {"env_vars": storage} if storage else None  # its nodes know their keys, not the driver's endpoint
         # A job that was submitted with these variables is no conflict: here they came from there.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there)
+        try:
+            ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as e:
+            lines = str(e).strip().splitlines() or [type(e).__name__]
+            raise refused(address or "none", f"Ray cannot be joined ({' '.join(lines)[:300]})") from e
     else:
         cpus = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
         with _loopback():
             ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, logging_level=level, log_to_driver=verbose
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                logging_level=level,
+                log_to_driver=verbose,
+                _temp_dir=short_folder(),
             )
     quiet_ray_data(verbose)
     try:

@@ -195,7 +195,7 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
     """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands."""
     from spa_ray.training.job import RESULT
     from spa_ray.training.launch import train_jobs
-    from spa_ray.training.stored import train_job
+    from spa_ray.training.stored import StoredJob, train_job
     from spa_ray.training.trackers import check_backends
 
     check_backends(config.tracking.backends)
@@ -229,7 +229,8 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
             progress, started = Progress(), time.time()
             with closing(progress), connected(verbose=verbose):
                 check_shared(work.folder)
-                check_cluster(config, stages=["train"], say=progress.say)
+                stored = isinstance(job, StoredJob)
+                check_cluster(config, stages=["train"], say=progress.say, one_node=stored)
                 work.begin(address.attempt(config))
                 (result,) = train_jobs(
                     [job],

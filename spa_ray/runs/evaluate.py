@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder
-from spa_ray.data.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder
+from spa_ray.data.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder, parquet_dataset
 from spa_ray.data.schemas import EPISODES, PROMPTS
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
@@ -100,8 +100,7 @@ def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[st
 
 def write_rows(prompts: AnyPath, subjects: list[Subject], out: AnyPath) -> None:
     """Every prompt once a model, the models one after the other; ids are made unique by the model's stage."""
-    filesystem, source = arrow_filesystem(prompts)
-    table = pq.read_table(source, filesystem=filesystem).cast(PROMPTS)
+    table = parquet_dataset(prompts).to_table().cast(PROMPTS)
     parts = []
     for subject in subjects:
         ids = pc.binary_join_element_wise(pa.scalar(subject.stage.hash), table["prompt_id"], SEPARATOR)

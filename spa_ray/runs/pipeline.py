@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.data.files import AnyPath, as_path, copy_file, write_json, write_text
+from spa_ray.data.files import AnyPath, as_path, copy_file, is_local, write_json, write_text
 from spa_ray.errors import InputError, RunError
 from spa_ray.logs import driver_log, redact_tree
 from spa_ray.preferences import live_reasons
@@ -133,7 +133,9 @@ class Pipeline:
         """Once, before the first stage that is not done yet: what Ray has against what the run asks for."""
         if not self._checked:
             config = next(iter(self.arms.values()))
-            check_cluster(config, stages=STAGES[: STAGES.index(self.until) + 1], say=self.progress.say)
+            stored = not (is_local(self.folder.path) and is_local(self.shared_base))
+            stages = STAGES[: STAGES.index(self.until) + 1]
+            check_cluster(config, stages=stages, say=self.progress.say, one_node=stored)
             self._checked = True
 
     def _eval_prompts(self, config: Config) -> Stage:

@@ -57,6 +57,7 @@ class Demand:
     count: int
     spare: int = 0
     comfortable: int = 0  # further CPUs below which it may wait
+    why: str = ""  # it is asked for in this way
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,13 @@ class Verdict:
     text: str = ""
 
 
-def demands(config: Config, *, engine_gpus: float, worker_gpus: float, stages: Iterable[str]) -> list[Demand]:
-    """What the stages ask for, in the order in which they run. Engines and training never run at the same time."""
+def demands(
+    config: Config, *, engine_gpus: float, worker_gpus: float, stages: Iterable[str], one_node: bool = False
+) -> list[Demand]:
+    """What the stages ask for, in the order in which they run. Engines and training never run at the same time.
+
+    `one_node`: all ranks of a training share a node, as they do for a run on an object store.
+    """
     resources, wanted = config.resources, set(stages)
     found = []
     if wanted & {"generate", "evaluate"}:
@@ -83,12 +89,16 @@ def demands(config: Config, *, engine_gpus: float, worker_gpus: float, stages: I
             )
         )
     if "train" in wanted:
+        ranks = resources.train_workers
+        together = ranks if one_node else 1
+        shared = "all ranks on one node, since the run is on an object store; a run_dir on a shared disk needs no such"
         found.append(
             Demand(
                 "the training workers",
                 "resources.train_workers, gpus_per_worker, cpus_per_worker",
-                _bundle(resources.cpus_per_worker, worker_gpus),
-                resources.train_workers,
+                _bundle(together * resources.cpus_per_worker, together * worker_gpus),
+                ranks // together,
+                why=f" ({shared})" if together > 1 else "",
             )
         )
     return found
@@ -166,6 +176,7 @@ def _missing(cluster: Cluster, demand: Demand) -> str:
     beside = f" and {demand.spare} CPU beside them" if demand.spare else ""
     nodes = f"{len(cluster.nodes)} node{'s' * (len(cluster.nodes) != 1)}: {there}"
     needed = f"{demand.count} × {show(demand.bundle)}{beside}, each on one node"
+    needed += demand.why
     return f"{demand.what} need {needed}; {min(fit, demand.count):g} fit now ({nodes})"
 
 

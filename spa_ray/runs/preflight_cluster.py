@@ -41,14 +41,15 @@ TYPE_LABEL = "ray.io/node-group"  # set by Ray on nodes that a launcher or an op
 Say = Callable[[str], None]
 
 
-def check_cluster(config: Config, *, stages: Iterable[str], say: Say) -> None:
+def check_cluster(config: Config, *, stages: Iterable[str], say: Say, one_node: bool = False) -> None:
     """Everything here, in this order: can it ever fit, what is installed, is it there (waited for where it may come).
 
-    `stages` are those that the run may come to. Warnings go to `say`, a line each.
+    `stages` are those that the run may come to; `one_node`: its training keeps all ranks on one node. Warnings go to
+    `say`, a line each.
     Raises: InputError, RunError.
     """
     nodes = live_nodes()
-    wanted = wanted_of(config, nodes, stages)
+    wanted = wanted_of(config, nodes, stages, one_node=one_node)
     cluster = Cluster(nodes)
     if not all(held(nodes, demand) for demand in wanted):
         cluster = Cluster(nodes, *autoscaler_types(nodes))
@@ -62,7 +63,7 @@ def check_cluster(config: Config, *, stages: Iterable[str], say: Say) -> None:
         wait_for(wanted[0], verdicts[0], seconds=config.resources.node_wait_s, say=say)
 
 
-def wanted_of(config: Config, nodes: Iterable[Node], stages: Iterable[str]) -> list[Demand]:
+def wanted_of(config: Config, nodes: Iterable[Node], stages: Iterable[str], *, one_node: bool = False) -> list[Demand]:
     """The demands of the stages on these nodes, GPUs as the stages themselves would ask for them."""
     gpus = sum(node.resources.get("GPU", 0.0) for node in nodes)
     stages, engine, worker = set(stages), 0.0, 0.0
@@ -70,7 +71,7 @@ def wanted_of(config: Config, nodes: Iterable[Node], stages: Iterable[str]) -> l
         engine = engine_resources(config.model, config.resources, cluster_gpus=gpus).get("num_gpus", 0.0)
     if "train" in stages:
         worker = gpus_wanted(config.resources.gpus_per_worker, 1.0, cluster_gpus=gpus, key="resources.gpus_per_worker")
-    return demands(config, engine_gpus=engine, worker_gpus=worker, stages=stages)
+    return demands(config, engine_gpus=engine, worker_gpus=worker, stages=stages, one_node=one_node)
 
 
 # --- what is there, and what may come ---------------------------------------------------------------------------------

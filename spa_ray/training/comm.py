@@ -5,10 +5,12 @@ Comes in: torch.distributed, initialised by Ray Train, torchrun or `single_proce
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from spa_ray.errors import InputError, RunError
 
 T = TypeVar("T")
+RANK_ZERO_SECONDS = 4 * 3600.0  # for what rank 0 does alone: merging an adapter, writing and uploading a model
+_turns = itertools.count()
 
 
 def rank() -> int:
@@ -51,7 +55,11 @@ def gather_lists(mine: list[str]) -> list[str]:
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Do it on rank 0, hand the result to all. If it fails, it fails on every rank, so that none waits for ever."""
+    """Do it on rank 0, hand the result to all. If it fails, it fails on every rank, so that none waits for ever.
+
+    The other ranks wait at the group's key-value store, not in a collective, whose time-out of 30 minutes is meant for
+    steps: rank 0 may merge, write or upload for `RANK_ZERO_SECONDS`.
+    """
     answer: list[tuple[T | None, InputError | RunError | None]] = [(None, None)]
     failure: Exception | None = None
     if rank() == 0:
@@ -62,6 +70,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
         except Exception as e:  # noqa: BLE001  # raised again below, once the other ranks know
             failure = e
             answer[0] = (None, RunError(f"training failed on rank 0: {type(e).__name__}: {e}"))
+    _meet_rank_zero()
     dist.broadcast_object_list(answer, src=0)
     if failure is not None:
         raise failure
@@ -69,6 +78,23 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
+
+
+def _meet_rank_zero() -> None:
+    """Return on every rank once rank 0 is here. Raises: RunError when it does not come."""
+    turn = next(_turns)  # the same on every rank: all of them make the same calls
+    if world_size() == 1:
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"spa_ray/rank_zero/{turn}"
+    if rank() == 0:
+        store.set(key, "done")
+        return
+    try:
+        store.wait([key], timedelta(seconds=RANK_ZERO_SECONDS))
+    except dist.DistNetworkError:  # rank 0 has died: the group is started again
+        raise
+    except RuntimeError as e:  # what a store raises differs between stores
+        raise RunError(f"training: rank 0 was not done with its own work in {RANK_ZERO_SECONDS:g} s") from e
 
 
 @contextmanager

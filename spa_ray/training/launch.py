@@ -25,6 +25,9 @@ from spa_ray.training.stored import LOOK_EVERY, StoredJob, run_stored
 
 # A worker group that dies is started again this often; the job resumes from its last checkpoint.
 MAX_RESTARTS = 2
+# Starts of the worker group that may find no room, each waited for `resources.node_wait_s`; Ray's own limit is none.
+FRUITLESS_STARTS = 1
+START_LIMIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 LOG = "train_log.jsonl"
 Job = TrainJob | StoredJob
 
@@ -46,12 +49,14 @@ def train_jobs(
     """
     if not jobs:
         return []
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     trainer = _trainer(jobs, resources, storage=storage, name=name, verbose=verbose)
     try:
-        with _following(jobs, on_progress):
+        with _start_limit(resources.node_wait_s), _following(jobs, on_progress):
             result = trainer.fit()
+    except ControllerError as e:
+        raise RunError(f"training: {_no_start(e, resources)}") from e
     except TrainingFailedError as e:
         raise RunError(f"training: {_last_line(e)}; logs are in {storage / name} and Ray's session folder") from e
     outcome = result.return_value
@@ -72,8 +77,6 @@ def _trainer(jobs: Sequence[Job], resources: Resources, *, storage: AnyPath, nam
     if stored:
         _check_one_node(resources.train_workers, share)
     filesystem, place = arrow_filesystem(storage)
-    cold_start = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}  # importing torch on a busy machine takes a while
-    os.environ.update({k: os.environ.get(k, v) for k, v in cold_start.items()})
     return TorchTrainer(
         _train_on_worker,
         train_loop_config={
@@ -93,7 +96,7 @@ def _trainer(jobs: Sequence[Job], resources: Resources, *, storage: AnyPath, nam
             name=name,
             storage_path=place,
             storage_filesystem=None if is_local(storage) else filesystem,
-            failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            failure_config=FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=FRUITLESS_STARTS),
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
             worker_runtime_env={"env_vars": _worker_env()},
         ),
@@ -120,6 +123,31 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     except (InputError, RunError) as e:
         return {"results": results, "error": str(e), "kind": type(e).__name__}
     return {"results": results, "error": None, "kind": None}
+
+
+@contextmanager
+def _start_limit(seconds: float) -> Iterator[None]:
+    """How long Ray Train waits for the workers' place, unless the environment says it."""
+    if START_LIMIT in os.environ:
+        yield
+        return
+    os.environ[START_LIMIT] = f"{seconds:g}"
+    try:
+        yield
+    finally:
+        del os.environ[START_LIMIT]
+
+
+def _no_start(error: Any, resources: Resources) -> str:
+    """Why Ray Train gave up before or between steps."""
+    what = type(error.controller_failure).__name__
+    if what != "WorkerGroupStartupTimeoutError":
+        return f"{what}: {_last_line(error)}"
+    return (
+        f"{resources.train_workers} workers found no place on the cluster in {FRUITLESS_STARTS + 1} × "
+        f"{resources.node_wait_s:g} s (resources.node_wait_s); see `ray status`, then run the same command again, or "
+        "change resources.train_workers, gpus_per_worker, cpus_per_worker"
+    )
 
 
 def _check_one_node(workers: int, share: Mapping[str, float]) -> None:
