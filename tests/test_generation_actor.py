@@ -361,3 +361,31 @@ def test_a_recipe_for_a_held_out_answer_reads_the_evaluations_own_settings() -> 
     episodes, _ = scripted_episodes(config, Task(kind="answer", judge="none"))
     recipe = episodes._recipe
     assert (recipe.n, recipe.refine, recipe.sample.temperature, recipe.sample.max_tokens) == (1, None, 0.3, 7)
+
+
+@pytest.mark.parametrize(
+    ("shares", "task", "message"),
+    [
+        ((0, 4), Task(), "generate: no judgement could be read, of 4 prompts; the first: parse_failure"),
+        ((0, 4), Task(kind="score"), "evaluate: no judgement could be read"),
+        ((3, 1), Task(kind="score"), "evaluate: 1 of 4 answers have no score, more than generation.max_error_fraction"),
+        ((3, 1), Task(), None),
+        ((4, 0), Task(kind="score"), None),
+        ((0, 4), Task(kind="answer", judge="none"), None),
+    ],
+)
+def test_answers_that_nobody_could_score_end_the_stage(
+    tmp_path: Path, shares: tuple[int, int], task: Task, message: str | None
+) -> None:
+    scored, unscored = shares
+    config = scripted_config(scoring={"mode": "regex", "max_tokens": 40})
+    mute = scripted_config({"unreadable": 1.0}, scoring={"mode": "regex", "max_tokens": 40})
+    rows = [play(config, f"question {k}?") for k in range(scored)] + [play(mute, f"mute {k}?") for k in range(unscored)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=EPISODES), tmp_path / "part.parquet")
+    counts = count_rows(tmp_path, Spent())
+    assert (counts.errors, counts.unscored) == (0, unscored)
+    if message is None:
+        stage._check_counts(counts, 4, config, tmp_path, task)
+    else:
+        with pytest.raises(RunError, match=message):
+            stage._check_counts(counts, 4, config, tmp_path, task)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
@@ -50,12 +51,14 @@ START_DEATHS = 2  # engine processes that may be killed at their start, one afte
 class PassCounts:
     """What a finished stage holds, over all its passes and attempts; from `seconds` on: what all calls for it spent.
 
+    `unscored`: rows without an error, none of whose answers has all its scores.
     `engine_busy`: the engines' seconds at work over their seconds since the first request. `tokens_per_second`:
     generated tokens over `seconds`, start-up included.
     """
 
     rows: int
     errors: int
+    unscored: int
     retried: int
     prompt_tokens: int
     generated_tokens: int
@@ -118,7 +121,7 @@ def generate(
                 break
             source = again
     counts = count_rows(out, usage.total())
-    _check_counts(counts, total, config, out)
+    _check_counts(counts, total, config, out, task)
     return counts
 
 
@@ -186,15 +189,17 @@ def count_rows(out: AnyPath, spent: Spent) -> PassCounts:
     folder = EpisodeFolder(out)
     sums: Counter[str] = Counter()
     first_error = None
-    for batch in folder.batches(["error", "prompt_tokens", "generated_tokens"]):
+    for batch in folder.batches(["error", "scores", "prompt_tokens", "generated_tokens"]):
         errors = batch["error"].drop_null()
-        sums.update(rows=batch.num_rows, errors=len(errors))
+        unscored = pc.sum(pc.and_(pc.is_null(batch["error"]), pc.invert(_is_scored(batch["scores"])))).as_py() or 0
+        sums.update(rows=batch.num_rows, errors=len(errors), unscored=unscored)
         sums.update({name: pc.sum(batch[name]).as_py() or 0 for name in ("prompt_tokens", "generated_tokens")})
         if first_error is None and len(errors):
             first_error = errors[0].as_py()
     return PassCounts(
         rows=sums["rows"],
         errors=sums["errors"],
+        unscored=sums["unscored"],
         retried=len(folder.retried.ids),
         prompt_tokens=sums["prompt_tokens"],
         generated_tokens=sums["generated_tokens"],
@@ -219,15 +224,51 @@ def _check_pass(prompts: AnyPath, out: AnyPath, *, stage: AnyPath) -> None:
         )
 
 
-def _check_counts(counts: PassCounts, total: int, config: Config, out: AnyPath) -> None:
+def _is_scored(scores: pa.Array) -> pa.Array:
+    """(rows,) bool: whether one of the row's answers has all its scores."""
+    answers = pc.list_flatten(scores)
+    complete = np.asarray(pc.fill_null(pc.list_value_length(answers), 0)) > 0
+    complete[np.asarray(pc.list_parent_indices(answers))[np.asarray(pc.is_null(pc.list_flatten(answers)))]] = False
+    rows = np.zeros(len(scores), dtype=np.bool_)
+    rows[np.asarray(pc.list_parent_indices(scores))[complete]] = True
+    return pa.array(rows)
+
+
+def _check_counts(counts: PassCounts, total: int, config: Config, out: AnyPath, task: Task | None = None) -> None:
+    """Raises: RunError for missing rows, too many failed ones, and answers without scores where they were asked for:
+    all of them, or in an evaluation too many."""
+    task = task or Task()
+    name, limit = "generate" if task.kind == "episode" else "evaluate", config.generation.max_error_fraction
+    again = f"or remove {out.parent} to ask all again"
     if counts.rows != total:
-        raise RunError(f"generate: {counts.rows} episodes were written for {total} prompts; run the command again")
-    if counts.errors > config.generation.max_error_fraction * total:
+        raise RunError(f"{name}: {counts.rows} episodes were written for {total} prompts; run the command again")
+    if counts.errors > limit * total:
         raise RunError(
-            f"generate: {counts.errors} of {total} prompts failed, more than generation.max_error_fraction "
-            f"{config.generation.max_error_fraction:g} allows; the first: {counts.first_error}; raise the key to go on "
-            f"without them, or remove {out.parent} to ask all again"
+            f"{name}: {counts.errors} of {total} prompts failed, more than generation.max_error_fraction "
+            f"{limit:g} allows; the first: {counts.first_error}; raise the key to go on without them, {again}"
         )
+    if task.judge == "none" or not counts.unscored:
+        return
+    if counts.unscored + counts.errors == total:
+        raise RunError(
+            f"{name}: no judgement could be read, of {counts.unscored} prompts; the first: {_first_failure(out)}; "
+            f"change the judge, its prompt or scoring.mode, {again}"
+        )
+    if task.kind != "episode" and counts.unscored + counts.errors > limit * total:
+        raise RunError(
+            f"{name}: {counts.unscored} of {total} answers have no score, more than generation.max_error_fraction "
+            f"{limit:g} allows; the first: {_first_failure(out)}; raise the key to go on without them, {again}"
+        )
+
+
+def _first_failure(out: AnyPath) -> str:
+    """The status of the first judgement that failed."""
+    for batch in EpisodeFolder(out).batches(["error", "responses"]):
+        status = pc.list_flatten(pc.struct_field(pc.list_flatten(batch["responses"]), "score_status"))
+        failed = status.filter(pc.not_equal(status, "ok"))
+        if len(failed):
+            return failed[0].as_py()
+    return "there is no answer"
 
 
 @contextmanager
