@@ -18,7 +18,7 @@ import yaml
 from spa_ray.config import arm_configs
 from spa_ray.config.gpus import gpus_wanted
 from spa_ray.config.models import Model, Resources
-from spa_ray.engine.placement import check_placement, engine_resources, executor_backend
+from spa_ray.engine.placement import check_placement, engine_resources, executor_backend, takes_all_cores
 from spa_ray.errors import InputError
 
 TOP = Path(__file__).parents[1]
@@ -347,3 +347,22 @@ def test_no_gpu_yet_and_packages_for_gpus_is_asked_about_not_guessed(monkeypatch
 def test_vllm_places_several_gpus_by_processes_of_its_own() -> None:
     assert executor_backend(model(2)) == executor_backend(model(pipeline_parallel_size=2)) == "mp"
     assert executor_backend(model()) is None
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "environment", "expected"),
+    [
+        ({}, 0, {}, True),
+        ({}, 1, {}, False),
+        ({"cpus_per_engine": 1}, 0, {}, False),
+        ({"engines": {"min": 1, "max": 2}}, 0, {}, False),
+        ({}, 0, {"OMP_NUM_THREADS": "3"}, False),
+    ],
+)
+def test_one_engine_alone_on_a_cpu_machine_takes_its_cores(
+    resources: dict[str, Any], gpus: float, environment: dict[str, str], expected: bool
+) -> None:
+    given = Resources.model_validate(resources)
+    assert takes_all_cores(given, gpus=gpus, environment=environment) == expected
+    if "cpus_per_engine" not in resources:
+        assert engine_resources(Model(path="m"), given, cluster_gpus=0)["num_cpus"] == 1

@@ -389,3 +389,43 @@ def test_answers_that_nobody_could_score_end_the_stage(
     else:
         with pytest.raises(RunError, match=message):
             stage._check_counts(counts, 4, config, tmp_path, task)
+
+
+def test_the_display_hears_of_tokens_and_finished_episodes_before_a_block_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(actors, "REPORT_SECONDS", 0.05)
+    line = HereLine()
+    here = actor(scripted_config({"hang": "two"}, generation={"prompt_timeout_s": 1.0}), line=line)
+    seen = []
+
+    async def look() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            seen.append(line.ledger.counts())
+
+    async def play() -> None:
+        looking = asyncio.ensure_future(look())
+        await here(block("one?", "three?"))
+        await here(block("two?"))
+        looking.cancel()
+
+    asyncio.run(play())
+    last = line.ledger.counts()
+    assert any(counts.inside == 1 and counts.rows == 2 and counts.tokens for counts in seen)
+    assert (last.rows, last.inside, last.ahead) == (3, 0, 0)
+
+
+def test_counts_of_an_engine_that_is_gone_are_not_in_flight_and_its_tokens_stay() -> None:
+    ledger = Ledger()
+    ledger.born("A", "N1", "log")
+    ledger.begin("A", ["p", "q", "r"])
+    ledger.work("A", 1.0, 1.0, 2, 1, 70)
+    assert (ledger.counts().inside, ledger.counts().ahead, ledger.counts().tokens) == (2, 1, 70)
+    ledger.finished("A", ["p"], {"rows": 1}, {}, fruit=True)
+    assert (ledger.counts().rows, ledger.counts().ahead) == (1, 0)
+    ledger.died("A", ["q", "r"], "why")
+    assert (ledger.counts().inside, ledger.counts().tokens) == (0, 70)
+    ledger.born("A", "N1", "log")
+    ledger.work("A", 1.0, 1.0, 1, 0, 5)
+    assert ledger.counts().tokens == 75

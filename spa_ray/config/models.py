@@ -394,7 +394,12 @@ class Resources(Section):
 
     engines: Engines = Engines()
     gpus_per_engine: float | None = Field(None, ge=0, description="null: tensor_parallel_size on a GPU cluster, else 0")
-    cpus_per_engine: float = Field(1, ge=0, description="logical CPUs")
+    cpus_per_engine: float | None = Field(
+        None,
+        ge=0,
+        description="logical CPUs, and on a CPU host threads; null: 1, and an engine that is the only one of a run"
+        " without GPUs computes with all cores of its machine",
+    )
     concurrency: int = Field(128, ge=1, description="prompts in flight in one engine")
     train_workers: int = Field(1, ge=1, description="ranks")
     gpus_per_worker: float | None = Field(None, ge=0, description="null: 1 on a GPU cluster, else 0")

@@ -7,6 +7,8 @@ they see the GPUs that Ray gave the actor. So an engine never spans nodes. Never
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from spa_ray.config.gpus import gpus_wanted
 from spa_ray.config.models import Model, Resources
 from spa_ray.errors import InputError
@@ -55,10 +57,22 @@ def check_placement(model: Model, resources: Resources) -> None:
         )
 
 
+def engine_cpus(resources: Resources) -> float:
+    """Logical CPUs that one engine's actor asks for."""
+    return 1.0 if resources.cpus_per_engine is None else resources.cpus_per_engine
+
+
+def takes_all_cores(resources: Resources, *, gpus: float, environment: Mapping[str, str]) -> bool:
+    """Whether an engine computes with every core of its machine rather than one per logical CPU that it asks for: it is
+    the only one, it has no GPU, and neither the config nor the driver's environment says a number of threads."""
+    alone = resources.cpus_per_engine is None and resources.engines.max == 1 and not gpus
+    return alone and "OMP_NUM_THREADS" not in environment
+
+
 def engine_resources(model: Model, resources: Resources, *, cluster_gpus: float) -> dict[str, float]:
     """Ray's resource arguments of one engine's actor. Raises: InputError as `check_placement` and `gpus_wanted` do."""
     check_placement(model, resources)
     gpus = gpus_wanted(
         resources.gpus_per_engine, engine_world(model), cluster_gpus=cluster_gpus, key="resources.gpus_per_engine"
     )
-    return {"num_cpus": resources.cpus_per_engine, **({"num_gpus": gpus} if gpus else {})}
+    return {"num_cpus": engine_cpus(resources), **({"num_gpus": gpus} if gpus else {})}

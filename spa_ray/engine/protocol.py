@@ -62,6 +62,7 @@ class EngineStats:
     busy: float  # seconds at work
     alive: float  # seconds since the first request
     stalled: float
+    tokens: int = 0  # generated, those of requests that are not answered yet included
 
 
 class Engine(Protocol):

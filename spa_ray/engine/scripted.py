@@ -84,7 +84,7 @@ class ScriptedEngine:
     def __init__(self, model: Model, folder: Path, **script: Any) -> None:
         self.tokenizer = ScriptedTokenizer()
         self.max_model_len = model.max_model_len or MAX_MODEL_LEN
-        self.served = 0
+        self.served = self._tokens = 0
         self._script, self._weights = Script(**script), folder.name
         self._dead = self._hung = False
         self._inside = 0
@@ -109,13 +109,16 @@ class ScriptedEngine:
             await self._wait(request)
         finally:
             self._enter(-1)
-        return self._answer(prompt, request)
+        answer = self._answer(prompt, request)
+        self._tokens += len(answer.token_ids)
+        return answer
 
     def stats(self) -> EngineStats:
         now = time.monotonic()
         since = now - self._changed
         busy = self._busy + (since if self._inside else 0.0)
-        return EngineStats(self.served, busy, now - self._first if self.served else 0.0, since if self._hung else 0.0)
+        alive = now - self._first if self.served else 0.0
+        return EngineStats(self.served, busy, alive, since if self._hung else 0.0, self._tokens)
 
     def _enter(self, change: int) -> None:
         now = time.monotonic()

@@ -48,6 +48,7 @@ class VLLMEngine:
         self._first: float | None = None  # when the first request came
         self._busy = 0.0  # seconds in vLLM's steps
         self._done = 0
+        self._tokens = 0  # of finished requests
         self._ended = threading.Event()
         loaded: Future[Any] = Future()
         start = partial(start_vllm, model, folder, verbose=verbose)
@@ -73,7 +74,11 @@ class VLLMEngine:
         now = time.monotonic()
         alive = now - self._first if self._first is not None else 0.0
         stalled = now - self._last_step if self._pending and not self._swapping else 0.0
-        return EngineStats(self._done, self._busy, alive, stalled)
+        return EngineStats(self._done, self._busy, alive, stalled, self._tokens + self._tokens_in_flight())
+
+    def _tokens_in_flight(self) -> int:
+        states = list(self._engine.output_processor.request_states.values())
+        return sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer is not None)
 
     def shutdown(self) -> None:
         self._ended.set()
@@ -203,6 +208,7 @@ class VLLMEngine:
                 job = self._pending.pop(output.request_id, None)
                 if job is not None:  # not given up meanwhile
                     self._done += 1
+                    self._tokens += len(output.outputs[0].token_ids)
                     by_loop[job.loop].append((job, output.outputs[0]))
         for loop, finished in by_loop.items():
             _call_in(loop, partial(_resolve_all, finished))

@@ -48,7 +48,7 @@ class Pass:
     """What every actor of a pass knows.
 
     `part` counts the tries; `observe` says what a live funnel shows of rows; `log` names run and stage in logs and
-    metrics; `token` shows whether this node sees the run's folder as the driver does.
+    metrics; `all_cores`: the engine computes with every core of its machine; `token` shows whether this node sees the run's folder as the driver does.
     """
 
     config: Config
@@ -60,6 +60,7 @@ class Pass:
     verbose: bool = False
     log: WorkerLog = field(default_factory=lambda: WorkerLog("INFO", {"run": "", "stage": ""}))
     token: Token | None = None
+    all_cores: bool = False
 
 
 class EpisodeActor:
@@ -69,6 +70,7 @@ class EpisodeActor:
         self._work, self._ledger = work, ledger
         (self._me, node), self._log = who_am_i(), own_log()
         self._inside: set[str] = set()  # prompts whose episodes run now
+        self._ahead: set[str] = set()  # prompts whose episodes are finished, of blocks that are not
         self._folders: dict[str, asyncio.Future[Path]] = {}
         self._requests = 0  # that the ledger knows of
         work.log.start(engine=self._me)
@@ -100,6 +102,8 @@ class EpisodeActor:
         try:
             if work.token is not None:
                 work.token.check()
+            if work.all_cores:  # before the first library that computes is loaded
+                os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
             folder = local_folder(work.model)
             self._engine: Engine = create_engine(config.model, folder, config.generation, verbose=work.verbose)
             self._episodes = make_episodes(config, work.task, self._engine, folder)
@@ -129,6 +133,7 @@ class EpisodeActor:
         requests = self._engine.stats().requests
         news = totals(episodes) | {"requests": requests - self._requests}
         self._requests = requests
+        self._ahead.difference_update(ids)
         await self._ledger.asked("finished", self._me, ids, news, dict(reasons), any(map(is_fruit, episodes)))
         return pa.Table.from_pylist(episodes, schema=EPISODES)
 
@@ -148,6 +153,7 @@ class EpisodeActor:
             except TimeoutError:
                 episode = error_row(row, f"timeout: no episode within generation.prompt_timeout_s {limit:g}", part)
             self._inside.discard(row["prompt_id"])
+            self._ahead.add(row["prompt_id"])
             self._metrics.finished(episode, time.monotonic() - started)
             if episode["error"] is not None:
                 LOGGER.warning(episode["error"], extra={"prompt_id": row["prompt_id"], "attempt": part})
@@ -172,7 +178,8 @@ class EpisodeActor:
             self._tick = time.monotonic()
             await asyncio.sleep(REPORT_SECONDS)
             stats = self._engine.stats()
-            self._ledger.tell("work", self._me, stats.busy, stats.alive)
+            here = (len(self._inside), len(self._ahead), stats.tokens)
+            self._ledger.tell("work", self._me, stats.busy, stats.alive, *here)
             share = (stats.busy - last.busy) / (time.monotonic() - self._tick)
             self._metrics.engine(share, len(self._inside), stats.requests)
             last = stats

@@ -62,17 +62,22 @@ def followed(before: Callable[[], int], total: int, on_progress: OnProgress | No
 
 
 def _follow(ledger: Line, before: int, total: int, tell: OnProgress, usage: Usage, ended: threading.Event) -> None:
-    started = time.monotonic()
+    started, done = time.monotonic(), 0
     while True:
         last = ended.wait(1.0)
         counts: Counts = ledger.ask("counts")
+        if not counts.tokens and not last:
+            started = time.monotonic()  # engines that start are no pace
+        done = max(done, min(before + counts.rows + counts.ahead, total))
         usage.note(counts, last=last)  # the last one here is for a pass that failed
         extra = {"errors": counts.errors, "engine deaths": counts.deaths}
         tell(
             {
-                "done": min(before + counts.rows, total),  # a death repeats rows, a further part asks some again
+                "done": done,  # a death repeats rows, a further part asks some again
                 "total": total,
-                "tokens/s": counts.generated_tokens / (time.monotonic() - started),
+                "tokens": counts.tokens,
+                "tokens/s": counts.tokens / max(1.0, time.monotonic() - started),
+                **({"in flight": counts.inside} if counts.inside else {}),
                 **{name: value for name, value in extra.items() if value},
                 **counts.reasons,
             }

@@ -26,6 +26,9 @@ class EngineRecord:
     holds: set[str] = field(default_factory=set)  # prompt ids of its blocks that are not finished
     busy: float = 0.0  # seconds at work, of its present life
     alive: float = 0.0  # seconds since its first request
+    inside: int = 0  # prompts in flight
+    ahead: int = 0  # episodes that are finished, in blocks that are not
+    tokens: int = 0  # generated, of its present life
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Counts:
     deaths: int
     busy: float  # seconds at work, over all engines' present lives
     alive: float  # seconds since the first request, likewise
+    inside: int  # prompts in flight
+    ahead: int  # episodes that are finished, in blocks that are not; `rows` does not hold them
+    tokens: int  # generated so far, those of unfinished requests included; a death repeats some
     reasons: dict[str, int]  # the live funnel: what `observe` said of finished rows, `passed` for None
 
 
@@ -54,6 +60,7 @@ class Ledger:
         self._reasons: Counter[str] = Counter()
         self._words: list[tuple[str, str]] = []
         self._died = 0
+        self._tokens = 0  # generated in lives of engines that are over
 
     def born(self, engine: str, node: str, log: str) -> int:
         """An engine's actor starts, or starts again. Returns: its starts in a row that led to no answered prompt."""
@@ -61,6 +68,7 @@ class Ledger:
         if old is None:
             self._engines[engine] = EngineRecord(node, log)
             return 1
+        self._tokens += old.tokens
         if old.node == node:  # on another node: the old one is gone, which says nothing about the prompts
             self._suspect(old.holds)
         self._engines[engine] = EngineRecord(node, log, old.starts + 1, old.fruitless + 1)
@@ -104,14 +112,17 @@ class Ledger:
         if record is not None:
             record.holds.difference_update(prompt_ids)
             record.fruitless = 0 if fruit else record.fruitless
+            record.ahead = max(0, record.ahead - len(prompt_ids))
         self._totals.update(totals)
         self._reasons.update(reasons)
 
-    def work(self, engine: str, busy: float, alive: float) -> None:
-        """An engine's present life: seconds at work of the seconds since its first request."""
+    def work(self, engine: str, busy: float, alive: float, inside: int = 0, ahead: int = 0, tokens: int = 0) -> None:
+        """An engine's present life, once a second: seconds at work of the seconds since its first request, prompts in
+        flight, finished episodes of unfinished blocks, tokens generated so far."""
         record = self._engines.get(engine)
         if record is not None:
             record.busy, record.alive = busy, alive
+            record.inside, record.ahead, record.tokens = inside, ahead, tokens
 
     def counts(self) -> Counts:
         names = ("rows", "errors", "requests", "prompt_tokens", "generated_tokens")
@@ -121,6 +132,10 @@ class Ledger:
             deaths=self._died,
             busy=sum(record.busy for record in self._engines.values()),
             alive=sum(record.alive for record in self._engines.values()),
+            # An engine that is gone holds nothing, whatever it said last.
+            inside=sum(min(record.inside, len(record.holds)) for record in self._engines.values()),
+            ahead=sum(min(record.ahead, len(record.holds)) for record in self._engines.values()),
+            tokens=self._tokens + sum(record.tokens for record in self._engines.values()),
             reasons=dict(self._reasons),
         )
 

@@ -9,6 +9,7 @@ beyond one shard's ids and one shard's failed prompts.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, sha
 from spa_ray.data.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
 from spa_ray.data.schemas import EPISODES, with_metadata
 from spa_ray.data.token import Token
-from spa_ray.engine.placement import engine_resources
+from spa_ray.engine.placement import engine_resources, takes_all_cores
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.actor import EpisodeActor, Observe, Pass
 from spa_ray.generation.commits import settle
@@ -103,10 +104,12 @@ def generate(
     log = WorkerLog.of(run=out.parent.name, stage=task.kind, verbose=verbose)
     make_folder(checkpoint)
     usage = Usage(checkpoint / "usage")
+    gpus = engine_resources(config.model, config.resources, cluster_gpus=_cluster_gpus()).get("num_gpus", 0.0)
+    cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
     with Token.left(checkpoint) as token, followed(lambda: finished_rows(out), total, on_progress, usage) as ledger:
         source = prompts
         for part in range(config.generation.max_attempts):
-            work = Pass(config, task, model, earlier, part, observe, verbose, log, token)
+            work = Pass(config, task, model, earlier, part, observe, verbose, log, token, cores)
             pieces = shards(source, checkpoint / f"shards-{part}", shard_rows)
             again = checkpoint / f"retry-{part + 1}"
             failed = 0
@@ -147,12 +150,16 @@ def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, l
             batch_size=how.rows_per_block,  # a whole block; where engines have GPUs, Ray wants it said
             batch_format="pyarrow",
             compute=how.pool,
-            **engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0)),
+            **engine_resources(config.model, config.resources, cluster_gpus=_cluster_gpus()),
         )
         try:
             data.write_parquet(target, filesystem=out_files, schema=schema, **WRITE_OPTIONS)
         except Exception as e:
             raise explained(e, ledger.ask("last_word")) from e
+
+
+def _cluster_gpus() -> float:
+    return ray.cluster_resources().get("GPU", 0)
 
 
 def finished_rows(out: AnyPath) -> int:

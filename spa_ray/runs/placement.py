@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spa_ray.config.models import Config
+from spa_ray.engine.placement import engine_cpus
 from spa_ray.errors import InputError
 
 Bundle = Mapping[str, float]
@@ -82,7 +83,7 @@ def demands(
             Demand(
                 "the engines",
                 "resources.engines.min, gpus_per_engine, cpus_per_engine",
-                _bundle(resources.cpus_per_engine, engine_gpus),
+                _bundle(engine_cpus(resources), engine_gpus),
                 resources.engines.min,
                 spare=1,
                 comfortable=DATA_CPUS,
