@@ -48,7 +48,8 @@ class Pass:
     """What every actor of a pass knows.
 
     `part` counts the tries; `observe` says what a live funnel shows of rows; `log` names run and stage in logs and
-    metrics; `all_cores`: the engine computes with every core of its machine; `token` shows whether this node sees the run's folder as the driver does.
+    metrics; `token` shows whether this node sees the run's folder as the driver does; `all_cores`: the engine computes
+    with every core of its machine.
     """
 
     config: Config
