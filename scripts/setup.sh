@@ -2,6 +2,7 @@
 # Make .venv from the complete lock: requirements/gpu.lock where an NVIDIA GPU answers, else requirements/cpu.lock.
 # Asks nothing, is safe to run again, and installs nothing that is there already. `make` calls it when it is needed.
 #   SPA_DEVICE=cpu|gpu   overrules the choice of the lock
+#                        (gpu: an NVIDIA driver of 580 or newer; no CUDA toolkit is needed)
 #   SPA_PYTHON=PATH      overrules the choice of the interpreter (3.11 to 3.13)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +20,7 @@ print(sys.executable) if (3, 11) <= sys.version_info < (3, 14) and headers else 
 
 find_python() {
     local name headers
-    for headers in present any; do
+    for headers in present $([ "${device:-}" = gpu ] || echo any); do
         for name in ${SPA_PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
             "$name" -c "$serves" "$headers" 2>/dev/null && return
         done
@@ -32,7 +33,7 @@ make_venv() {
         say "$("$python" --version) ($python)"
         "$python" -m venv .venv
     elif [ -z "${SPA_PYTHON:-}" ] && python3 -c 'import ensurepip, venv' 2>/dev/null; then
-        say "no Python 3.11 to 3.13 with venv here; uv fetches one"
+        say "no Python 3.11 to 3.13 with venv and its C headers here; uv fetches one"
         python3 -m venv .cache/uv
         .cache/uv/bin/pip install --quiet "uv==$UV_VERSION"
         .cache/uv/bin/uv venv --quiet --seed --managed-python --python 3.11 .venv
@@ -87,7 +88,9 @@ install_lock() { # LOCK
     fi
     # Compiled once here: where Python may not write byte code, every engine and worker would compile all it imports.
     "$uv" pip install --quiet --no-deps --compile-bytecode -r /dev/stdin <<<"$rest"
-    "$uv" pip install --quiet --no-deps --compile-bytecode --no-build-isolation "$deepspeed" # its set-up looks for torch
+    # Its set-up looks for torch, and where torch sees a GPU for nvcc too, which only its own kernels need: none is built.
+    DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 \
+        "$uv" pip install --quiet --no-deps --compile-bytecode --no-build-isolation "$deepspeed"
     "$uv" pip install --quiet --no-deps --no-build-isolation --editable .
 }
 
@@ -98,6 +101,8 @@ case $device in cpu) ;; gpu) check_driver ;; *) die "SPA_DEVICE is '$device'; it
 lock=requirements/$device.lock
 
 [ -x .venv/bin/python ] || make_venv
+[ "$device" = cpu ] || .venv/bin/python -c "$serves" present >/dev/null ||
+    die "no Python.h for $(.venv/bin/python --version), and Triton compiles against it: apt install python3-dev, then make clean-venv"
 export VIRTUAL_ENV=$PWD/.venv
 .venv/bin/pip install --quiet "uv==$UV_VERSION"
 configure_uv

@@ -33,8 +33,11 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """The device that this rank computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device that this rank computes on: a GPU only where the group's backend can reach it. On a GPU host, ranks
+    without GPUs of their own (`gpus_per_worker: 0`) talk by gloo."""
+    if torch.cuda.is_available() and not (dist.is_initialized() and dist.get_backend() == "gloo"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def barrier() -> None:
