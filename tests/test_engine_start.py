@@ -17,6 +17,7 @@ from spa_ray.engine.protocol import Request
 from spa_ray.engine.vllm_requests import before_stop, sampling_params, special_tokens
 from spa_ray.engine.vllm_start import check_engine, engine_arguments, reason, start_error
 from spa_ray.errors import InputError
+from spa_ray.runs.plan_model import context_of, text_settings
 from tests.tiny_model import build_tiny_tokenizer
 
 FOLDER = Path("models/m")
@@ -151,6 +152,50 @@ def test_what_vllm_would_refuse_is_refused_before_it_starts_with_its_reason(
     assert "errors.pydantic.dev" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({}, 1024),
+        ({"max_position_embeddings": 512}, 512),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "linear", "factor": 2.0}}, 1024),
+        ({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 2048),
+        ({"max_position_embeddings": 512, "model_max_length": 2048}, 2048),
+        (
+            {
+                "max_position_embeddings": 512,
+                "original_max_position_embeddings": 128,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+            },
+            128,
+        ),
+        (
+            {
+                "max_position_embeddings": 512,
+                "rope_scaling": {
+                    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+                },
+            },
+            512,
+        ),
+        (
+            {
+                "max_position_embeddings": 512,
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+            512,
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plans_context_is_vllms(config: dict[str, Any], context: int, tiny_model: Path, tmp_path: Path) -> None:
+    folder = changed(tiny_model, tmp_path / "m", **config)
+    assert check_engine(Model(path=str(folder), dtype="float32"), folder) == context
+    assert context_of(text_settings(folder)) == context
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

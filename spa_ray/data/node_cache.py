@@ -1,7 +1,8 @@
 """Model folders on this node's own disk: what lies on an object store or a hub is fetched once a node.
 
 Comes in: a folder as the driver named it. Goes out: a local folder with the same last name. A file lock lets one
-process of a node fetch while the others wait; the copy appears by rename. Never: deletes a copy, or looks into a file.
+process of a node fetch while the others wait; the copy appears by rename, and an interrupted fetch goes on with the
+files that it lacks. Never: deletes a copy, or looks into a file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
     from upath import UPath
 
 CACHE = "SPA_RAY_CACHE"  # environment variable: this node's folder for copies and for training's scratch
-FETCH_SECONDS = 3600.0  # a process waits this long for another one's fetch
+FETCH_SECONDS = 24 * 3600.0  # a process waits this long for another one's fetch
+FETCH_THREADS = 8  # files at a time from a store
+# What of a hub's repository is fetched, and what of that is not: the same weights once more in another library's names.
+# A model's own code is fetched as well; it is run only with `model.trust_remote_code`.
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model*", "*.txt", "*.py")
+HUB_UNREAD = ("consolidated*", "original/*", "*/*.safetensors", "onnx/*", "metal/*")
 VERSIONS = ("size", "ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "created")  # of a stored file
 
 
@@ -44,14 +50,20 @@ def local_folder(folder: AnyPath) -> Path:
     if folder.is_dir():
         return folder
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        from huggingface_hub import snapshot_download
-
         owner_and_name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return Path(snapshot_download(owner_and_name, revision=folder.name))
+        return hub_folder(owner_and_name, folder.name)
     raise InputError(
         f"{folder}: no such folder on node {os.uname().nodename}; put the model where every node sees it: "
         "a shared disk, a URI (s3://…) or a hub id"
     )
+
+
+def hub_folder(name: str, revision: str | None) -> Path:
+    """The files of a hub's model that an engine or training reads, in the hub's cache. Raises: as huggingface_hub."""
+    from huggingface_hub import snapshot_download
+
+    found = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_UNREAD))
+    return Path(found)
 
 
 def _stored(folder: UPath) -> Path:
@@ -68,20 +80,34 @@ def _stored(folder: UPath) -> Path:
     try:
         with FileLock(copies / f"{key}.lock", timeout=FETCH_SECONDS):
             if not target.is_dir():
-                _fetch(folder, list(found), target)
+                _fetch(folder, {name: int(info.get("size") or 0) for name, info in found.items()}, target)
     except Timeout as e:
         raise RunError(f"{folder}: another process has been fetching it to {target} for {FETCH_SECONDS:g} s") from e
     return target
 
 
-def _fetch(folder: UPath, names: list[str], target: Path) -> None:
+def _fetch(folder: UPath, sizes: dict[str, int], target: Path) -> None:
+    """Fetch the files, several at a time. Files that an earlier, interrupted call completed are kept."""
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     root = folder.path.rstrip("/") + "/"
-    for name in names:
+    wanted: dict[str, Path] = {}
+    for name in sizes:
         inside = name.removeprefix(root)
         if ".." in inside.split("/"):  # a key may hold anything
             raise InputError(f"{folder}: the name {inside!r} leaves the folder")
-        (partial / inside).parent.mkdir(parents=True, exist_ok=True)
-        folder.fs.get_file(name, str(partial / inside))
+        wanted[name] = partial / inside
+
+    def get(name: str) -> None:
+        file = wanted[name]
+        if file.is_file() and file.stat().st_size == sizes[name]:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        begun = file.with_name(f".{file.name}.begun")
+        folder.fs.get_file(name, str(begun))
+        begun.rename(file)
+
+    with ThreadPoolExecutor(FETCH_THREADS) as threads:
+        list(threads.map(get, wanted))
+    for begun in partial.rglob(".*.begun"):
+        begun.unlink()
     partial.rename(target)

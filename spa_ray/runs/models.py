@@ -11,7 +11,7 @@ from pathlib import Path
 
 from spa_ray.config.models import Model
 from spa_ray.data.files import AnyPath, as_path
-from spa_ray.data.node_cache import local_folder
+from spa_ray.data.node_cache import hub_folder, local_folder
 from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
 
@@ -33,13 +33,25 @@ def local_model(model: Model) -> Path | None:
         return None
     else:
         folder = Path(model.path).expanduser()
-        looks_local = model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1
+        looks_local = not is_hub_id(model.path)
         if not folder.exists() and not looks_local:
             return None
     if not folder.exists():
         raise InputError(f"model.path: {folder}: no such folder; give a model folder or a hub id (owner/name)")
     check_model_folder(folder)
     return folder.resolve()
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a hub could have a model of this name: `owner/name`, as huggingface_hub writes it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1 and not text.startswith((".", "~"))
 
 
 def check_model_folder(folder: Path) -> None:
@@ -68,12 +80,10 @@ def fetch_model(model: Model) -> Path:
         copy = local_folder(as_path(model.path))
         check_model_folder(copy)
         return copy
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        folder = snapshot_download(model.path, revision=model.revision, allow_patterns=patterns)
+        folder = hub_folder(model.path, model.revision)
     except RepositoryNotFoundError as e:  # also what a gated model answers without a token
         raise InputError(
             f"model.path: {model.path!r} is no folder here and no model on the hub that you may read"
@@ -82,8 +92,8 @@ def fetch_model(model: Model) -> Path:
         raise InputError(
             f"model.path: {model.path!r} could not be fetched ({type(e).__name__}); give a local folder"
         ) from e
-    check_model_folder(Path(folder))
-    return Path(folder)
+    check_model_folder(folder)
+    return folder
 
 
 def shared_model(model: Model, folder: Path) -> AnyPath:

@@ -46,9 +46,8 @@ def model_facts(model: Model, notes: list[str], folder: Path | None = None) -> M
     folder = folder or local_model(model) or _downloaded(model)
     if folder is None:
         return _estimated(model, notes)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = settings.get("text_config", settings)
-    headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]
+    settings = text_settings(folder)
+    headers = [read_header(file) for file in weight_files(folder)]
     parameters = float(sum(math.prod(t["shape"]) for header in headers for t in tensors(header).values()))
     dtype = engine_dtype(model.dtype, settings.get("dtype") or settings.get("torch_dtype"))
     stored = sum(t["data_offsets"][1] - t["data_offsets"][0] for header in headers for t in tensors(header).values())
@@ -66,6 +65,22 @@ def model_facts(model: Model, notes: list[str], folder: Path | None = None) -> M
         estimated=False,
         folder=folder,
     )
+
+
+def text_settings(folder: Path) -> dict[str, Any]:
+    """config.json's settings of the language model. Raises: InputError where they are not an object."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    inner = settings.get("text_config") if isinstance(settings, dict) else None
+    found = inner if inner is not None else settings
+    if not isinstance(found, dict):
+        raise InputError(f"{folder / 'config.json'}: not a model's settings; fetch the model again")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that make up the model: not a second copy in another library's names beside them."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if not file.name.startswith("consolidated")] or files
 
 
 def _downloaded(model: Model) -> Path | None:
@@ -116,11 +131,30 @@ def kv_values(settings: dict[str, Any]) -> tuple[int | None, int | None]:
     return 2 * layers * kv_heads * (settings.get("head_dim") or width // heads), kv_heads
 
 
+LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")  # their lengths are so already
+
+
 def context_of(settings: dict[str, Any]) -> int | None:
-    """The model's own context in tokens, as its config states it; None where it does not."""
-    found = [settings.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")]
-    known = [value for value in found if isinstance(value, int) and value > 0]
-    return min(known) if known else None
+    """The model's own context in tokens by its config.json, reckoned as vLLM does; None where it does not say.
+
+    A plan takes this, so that it needs no vLLM; before a run starts vLLM itself is asked (`preflight`).
+    """
+    known = [value for value in map(settings.get, LENGTHS) if isinstance(value, int) and value > 0]
+    if not known:
+        return None
+    own = settings.get("model_max_length")
+    length = own if isinstance(own, int) and own > 0 else min(known)
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") if isinstance(rope, dict) else None
+    if kind == "longrope":
+        return int(settings.get("original_max_position_embeddings") or length)
+    if kind is None or kind in SCALED or "gemma3" in str(settings.get("model_type")):
+        return length
+    return int(length * (rope.get("factor") or 1.0))
 
 
 def read_header(file: Path) -> Header:

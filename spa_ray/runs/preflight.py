@@ -6,23 +6,25 @@ the run folder. (Once Ray is there: `preflight_cluster`.)
 
 from __future__ import annotations
 
-import json
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from spa_ray.config.models import Config
+from spa_ray.config.models import Config, Model
 from spa_ray.data.dotted import is_dotted, load_dotted
 from spa_ray.data.files import AnyPath, as_path, is_file
 from spa_ray.engine.placement import check_placement
+from spa_ray.engine.vllm_start import check_engine
 from spa_ray.errors import InputError
 from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat
 from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.runs.hashing import file_hash
 from spa_ray.runs.manifest import versions
 from spa_ray.runs.models import check_model_folder
-from spa_ray.runs.plan_model import context_of
+from spa_ray.runs.plan_model import context_of, text_settings
 from spa_ray.runs.preflight_files import check_model_files, context_warning, find_too_long
 from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.versions import untested
@@ -57,11 +59,25 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
 
 
 def context_length(config: Config, base: Path) -> int | None:
-    """`model.max_model_len`, or what the model's own config says; None where neither does."""
-    if config.model.max_model_len is not None or config.model.engine != "vllm":
+    """The context in tokens that vLLM will give the model; another engine's is `model.max_model_len`, or not known.
+
+    Raises: InputError for whatever vLLM refuses of the model and its arguments.
+    """
+    if config.model.engine != "vllm":
         return config.model.max_model_len
-    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return context_of(settings.get("text_config", settings))
+    return _asked(config.model.model_dump_json(), base, file_hash(base / "config.json"))
+
+
+@functools.lru_cache(maxsize=64)
+def _asked(model: str, base: Path, settings: str) -> int | None:
+    """What vLLM says of a model section and a folder whose config.json has this hash: asked once."""
+    section = Model.model_validate_json(model)
+    try:
+        return check_engine(section, base)
+    except ModuleNotFoundError as e:  # a driver without engines: their nodes are asked for their versions
+        if e.name != "vllm":
+            raise
+        return section.max_model_len or context_of(text_settings(base))
 
 
 class Lengths:
