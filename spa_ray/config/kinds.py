@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -14,7 +15,14 @@ from pydantic import BaseModel
 from spa_ray.config.models import Config
 from spa_ray.config.yaml_text import Plain
 
-_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+_WORDS = {
+    date: "a day, YYYY-MM-DD",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+}
 _MANY = {str: "texts", int: "whole numbers", float: "numbers"}
 _COUNTS = {2: "two", 3: "three"}
 
