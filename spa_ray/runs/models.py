@@ -6,6 +6,7 @@ Raises InputError for a folder that is not a model or a model that cannot be fet
 from __future__ import annotations
 
 import json
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def local_model(model: Model) -> Path | None:
     elif "://" in model.path:
         return None
     else:
-        folder = Path(model.path).expanduser()
+        folder = Path(os.path.expanduser(model.path))  # a user that is not known stays as it is
         looks_local = not is_hub_id(model.path)
         if not folder.exists() and not looks_local:
             return None
