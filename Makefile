@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: real bench-test chaos docs demo test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: real bench-test chaos docs demo families test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -13,7 +13,7 @@ demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CP
 
 test: lint types ## lint, types, every test, coverage of the pure rooms
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone" $(ARGS)
-	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m alone $(ARGS)
+	$(BIN)/python -m pytest --cov --cov-append --cov-report=term -m "alone and not families" $(ARGS)
 	$(BIN)/python -m pytest -m chaos $(ARGS)
 
 real: .venv/.ready ## the whole loop on a real instruct model of 135 M parameters (about 20 minutes)
@@ -24,6 +24,10 @@ unit: .venv/.ready ## the tests that start no engine
 
 bench-test: .venv/.ready ## every benchmark at toy size
 	$(BIN)/python -m pytest -m bench $(ARGS)
+
+families: .venv/.ready ## every model family through rendering, training, export and vLLM; writes docs/MODELS.md
+	SPA_FAMILIES_OUT=docs/MODELS.json $(BIN)/python -m pytest -m alone tests/test_families.py $(ARGS)
+	$(BIN)/python scripts/families_doc.py
 
 chaos: .venv/.ready ## kill generation and training at random, again and again, and look for what it cost (up to 2 hours)
 	$(BIN)/python -m tests.chaos_generation --schedules 100

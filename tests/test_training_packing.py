@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spa_ray.errors import InputError
-from spa_ray.training.attention import NAME, packed_attention, use_packed_attention, why_not_packed
+from spa_ray.training.attention import NAME, packed_attention, use_attention, use_packed_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps, Rows
 from spa_ray.training.losses import sequence_logps
 
@@ -137,6 +137,24 @@ def test_a_softcapped_head_in_chunks_is_the_models_own() -> None:
     own, _ = summed_and_gradients(ResponseLogps(tiny("Gemma2", final_logit_softcapping=3.0)), rows())
     chunked = ResponseLogps(tiny("Gemma2", final_logit_softcapping=3.0), logits_budget=5 * VOCAB)
     torch.testing.assert_close(summed_and_gradients(chunked, rows())[0], own, rtol=0, atol=1e-9)
+
+
+def test_capped_attention_scores_are_trained_as_the_model_has_them() -> None:
+    def capped(cap: float | None = 0.5) -> Any:
+        return tiny("Gemma2", attn_logit_softcapping=cap, sliding_window=6)
+
+    truth = capped()
+    truth.set_attn_implementation("eager")
+    expected = torch.cat([left_padded_logps(truth, [row]) for row in rows()])
+    model = capped()
+    use_attention(model, packed=False)
+    # eager takes its softmax in float32
+    policy = ResponseLogps(model, logits_budget=5 * VOCAB)
+    torch.testing.assert_close(summed_and_gradients(policy, rows())[0], expected, rtol=0, atol=1e-5)
+    with policy.plain():
+        torch.testing.assert_close(summed_and_gradients(policy, rows())[0], expected, rtol=0, atol=1e-5)
+    uncapped = summed_and_gradients(ResponseLogps(capped(None)), rows())[0]
+    assert (uncapped - expected).abs().max() > 1e-2
 
 
 def test_packed_attention_without_lengths_or_with_unknown_scores_is_an_error() -> None:

@@ -43,6 +43,22 @@ def why_not_packed(model: Any) -> str | None:
     return None
 
 
+def plain_attention(model: Any) -> str:
+    """The fastest of transformers' own implementations that computes what the model's config says: sdpa leaves out a
+    cap on attention scores without a word."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
+def use_attention(model: Any, *, packed: bool) -> None:
+    """Let every layer of the model attend within packed sequences (its forward then needs `cu_seq_lens_q`), or over
+    padded rows."""
+    if packed:
+        use_packed_attention(model)
+    else:
+        model.set_attn_implementation(plain_attention(model))
+
+
 def use_packed_attention(model: Any) -> None:
     """Let every layer of the model attend within sequences; its forward then needs `cu_seq_lens_q`."""
     from transformers import AttentionInterface

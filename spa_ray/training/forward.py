@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from spa_ray.training.attention import plain_attention
 from spa_ray.training.head import LogitTransform, head_logps
 from spa_ray.training.losses import token_logps
 
@@ -161,7 +162,7 @@ class ResponseLogps(nn.Module):
         """While it lasts: padded rows, the model's own head, all logits at once. What every other path must equal."""
         layout = self.packed, self.logits_budget, self.model.config._attn_implementation
         self.packed, self.logits_budget = False, None
-        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
+        self.model.set_attn_implementation(plain_attention(self.model))
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from spa_ray.config.models import Lora, Train
 from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
 from spa_ray.training import comm
-from spa_ray.training.attention import use_packed_attention, why_not_packed
+from spa_ray.training.attention import use_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
@@ -113,8 +113,7 @@ def make_engine(job: TrainJob) -> Any:
     if not torch.cuda.is_available() and train.zero_stage < 3:
         use_onednn_linear(model)
     packed = _packs(job, model)
-    if packed:
-        use_packed_attention(model)
+    use_attention(model, packed=packed)
     budget = None if train.logits_mib is None else int(train.logits_mib * 2**20 / 4)
     policy = ResponseLogps(model, packed=packed, logits_budget=budget)
     engine, *_ = deepspeed.initialize(
