@@ -56,7 +56,10 @@ class Model(Section):
 
     path: str = Field(description="local folder or hub id of a Hugging Face causal LM")
     revision: str | None = Field(None, description="of a hub id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the engine's weights")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the engine's weights; auto: the model's own; float32 on a processor without bfloat16",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine's weights")
     max_model_len: int | None = Field(None, ge=8, description="context in tokens; null reads the model's own")
     trust_remote_code: bool = Field(False, description="run Python code that lies in the model folder")

@@ -17,6 +17,7 @@ from typing import Any
 from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, kind, read_json, write_json
 from spa_ray.data.node_cache import local_folder
+from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
 from spa_ray.preferences import live_reasons
@@ -111,6 +112,7 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
     from spa_ray.generation.stage import generate
     from spa_ray.runs.preflight import check_settings
 
+    config = with_dtype(config)
     model = fetch_model(config.model)
     check_settings(config, model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -250,6 +252,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     from spa_ray.runs.evaluate import Subject, evaluate, run_metrics
     from spa_ray.runs.preflight import check_evaluation, check_settings, judge_folder
 
+    config = with_dtype(config)
     source, model = as_path(model), local_folder(as_path(model))
     check_model_folder(model)
     check_settings(config, model)
@@ -322,6 +325,7 @@ def preview_prompts(config: Config, *, verbose: bool, count: int = 3) -> dict[st
     from spa_ray.data.prompts import read_prompts
     from spa_ray.generation.preview import preview
 
+    config = with_dtype(config)
     model = fetch_model(config.model)
     rows = list(islice(read_prompts(config.prompts), count))
     shown = asyncio.run(preview(config, model, rows, verbose=verbose))

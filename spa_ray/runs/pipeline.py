@@ -19,6 +19,7 @@ from typing import Any
 
 from spa_ray.config.models import Config
 from spa_ray.data.files import AnyPath, as_path, copy_file, is_local, write_json, write_text
+from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError, RunError
 from spa_ray.logs import driver_log, redact_tree
 from spa_ray.preferences import live_reasons
@@ -64,6 +65,7 @@ class Pipeline:
     def __init__(self, arms: dict[str, Config], *, progress: Progress, until: str = "evaluate", verbose: bool = False):
         if until not in STAGES:
             raise InputError(f"--until {until}: no such stage; one of {', '.join(STAGES)}")
+        arms = {name: with_dtype(config) for name, config in arms.items()}
         self.arms, self.until, self.progress, self.verbose = arms, until, progress, verbose
         first = next(iter(arms.values()))
         self.folder = RunFolder(as_path(first.run_dir))
