@@ -128,7 +128,7 @@ def test_cut_and_damaged_compressed_files_are_refused_in_one_line(tmp_path: Path
         ("p.xlsx", b"PK\x03\x04", "a spreadsheet; save it as CSV"),
         ("p.zip", b"PK\x03\x04", "a zip archive; unpack it"),
         ("p.jsonl", b"PK\x03\x04", "a zip archive; unpack it"),
-        ("p.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300), "a tar archive"),
+        ("p.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300, mtime=0), "a tar archive"),
         ("p.pkl", b"\x80\x04\x95", "a pickle, which can run code"),
         ("p.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("p.csv", b"<!DOCTYPE html><html>", "a web page and not the file itself"),

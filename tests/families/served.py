@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 from spa_ray.config.models import Model
 from spa_ray.engine.protocol import Request
-from spa_ray.engine.vllm_engine import _start_vllm, sampling_params
+from spa_ray.engine.vllm_engine import sampling_params
+from spa_ray.engine.vllm_start import start_vllm
 
 CONTEXT = 512
 FAST_START = {"max_num_batched_tokens": 1024, "max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 26}
@@ -25,7 +26,7 @@ def served(folder: Path) -> Iterator[Any]:
 
     model = Model(path=str(folder), dtype="float32", max_model_len=CONTEXT, engine_kwargs=FAST_START)
     threads = torch.get_num_threads()
-    engine = _start_vllm(model, folder, verbose=False)
+    engine = start_vllm(model, folder, verbose=False)
     try:
         yield engine
     finally:
