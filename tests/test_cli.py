@@ -66,6 +66,8 @@ def refused(answer: tuple[int, str, str], *parts: str) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_planned(spa: Any, path: Path) -> None:
+    if path.stem == "real" and not Path(yaml.safe_load(path.read_text())["model"]["path"]).is_dir():
+        pytest.skip("`make real` fetches this config's model")
     status, out, _ = spa("plan", path, "--json")
     assert status == 0
     plan = json.loads(out.strip().splitlines()[-1])
