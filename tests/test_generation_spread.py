@@ -121,9 +121,8 @@ def test_a_run_folder_may_be_named_like_a_partition(tmp_path: Path, where: str) 
     prompts = write_prompts(folder / "prompts.parquet", 6)
     assert play(config(1, 1), prompts, folder).rows == 6
     first = part_folder(folder / "episodes", 0)
-    assert sorted(EpisodeFolder(folder / "episodes").table()["prompt_id"].to_pylist()) == [
-        f"p{k:02d}" for k in range(6)
-    ]
+    ids = [f"p{k:02d}" for k in range(6)]
+    assert sorted(EpisodeFolder(folder / "episodes").table()["prompt_id"].to_pylist()) == ids
     a_file = next(first.glob("*.parquet"))
     rows = parquet_dataset(a_file).count_rows()
     assert EpisodeFolder(a_file).count() == rows

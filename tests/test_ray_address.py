@@ -99,6 +99,7 @@ def test_a_local_ray_starts_under_a_long_temporary_folder_and_can_be_found_by_it
     long.mkdir()
     script = """
 import ray
+from spa_ray.runs.cluster import connected
 from spa_ray.runs.ray_address import check_address
 with connected(verbose=False):
     assert ray.get(ray.remote(lambda: 7).remote(), timeout=60) == 7
