@@ -202,6 +202,23 @@ def test_coroutines_that_run_together_keep_their_own_fields(tmp_path: Path) -> N
     assert [(line["message"], line["prompt_id"]) for line in lines(tmp_path / "log")] == [("a", "a"), ("b", "b")]
 
 
+def test_what_vllm_adds_to_every_record_is_not_told(tmp_path: Path) -> None:
+    plain = logging.getLogRecordFactory()
+
+    def with_a_name(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = plain(*args, **kwargs)
+        record.vllm_process_name = "MainProcess"
+        return record
+
+    logging.setLogRecordFactory(with_a_name)
+    try:
+        with driver_log(tmp_path / "log", run="r"):
+            LOG.info("a step")
+    finally:
+        logging.setLogRecordFactory(plain)
+    assert "vllm_process_name" not in lines(tmp_path / "log")[0]
+
+
 def test_nothing_is_logged_twice_and_nothing_stays_behind(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

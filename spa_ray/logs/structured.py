@@ -29,7 +29,8 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _HERE: ContextVar[Mapping[str, Any]] = ContextVar("spa_ray.logs", default=_NOTHING)
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_VLLM = {"vllm_process_name"}  # in every record of a process that has imported vLLM
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"} | _VLLM
 
 
 @contextmanager
