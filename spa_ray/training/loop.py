@@ -28,7 +28,7 @@ from spa_ray.training.export import export_model
 from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr
 from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.objective import OBJECTIVES
-from spa_ray.training.policy import make_engine
+from spa_ray.training.policy import make_engine, parameter_count
 from spa_ray.training.prepare import Prepared, micro_batch_tokens, prepare
 from spa_ray.training.reference import Reference, cached_reference, compute_reference, reference_path
 from spa_ray.training.step import StepLoop
@@ -127,7 +127,7 @@ def _run_steps(loop: StepLoop, prepared: Prepared, first: int, progress: Progres
 def _first_warnings(loop: StepLoop, prepared: Prepared) -> list[str]:
     """What can be said before the first step; it stands in the first row that this start logs."""
     train, policy = loop.job.train, loop.engine.module
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters())
+    parameters = parameter_count(policy)
     dropped = check_dropped(prepared.dropped, len(prepared.selection), train.max_length)
     found = [check_lr(train, parameters), dropped]
     if train.packing is None and not policy.packed:

@@ -26,6 +26,7 @@ from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
 from spa_ray.training.linear import use_onednn_linear
+from spa_ray.training.zero3 import freed_at_once, gathered_at_once, partitioned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,7 +41,7 @@ def check_model_folder(model: Path) -> None:
 
 
 def load_policy(job: TrainJob, dtype: torch.dtype) -> Any:
-    """The causal LM, dropout off everywhere; on the CPU unless it is quantised."""
+    """The causal LM, dropout off everywhere; on the CPU unless it is quantised or partitioned."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -95,13 +96,15 @@ def add_lora(model: Any, lora: Lora, seed: int) -> Any:
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+@freed_at_once()
 def make_engine(job: TrainJob) -> Any:
     """A fresh DeepSpeed engine over the job's policy; `engine(batch)` returns (summed log-probs, counts)."""
     train = job.train
     quiet_deepspeed()
     import deepspeed
 
-    model = load_policy(job, DTYPES[train.dtype])
+    with partitioned(deepspeed_config(train)):
+        model = load_policy(job, DTYPES[train.dtype])
     if train.liger:
         use_liger(model)
     if train.gradient_checkpointing:
@@ -120,7 +123,7 @@ def make_engine(job: TrainJob) -> Any:
         model=policy,
         model_parameters=[p for p in policy.parameters() if p.requires_grad],
         optimizer=lambda parameters: torch.optim.AdamW(_decay_groups(parameters, train), lr=train.lr, fused=True),
-        config=deepspeed_config(train),
+        config=deepspeed_config(train, parameters=parameter_count(policy)),
     )
     engine.train()
     check_layout(engine, job)
@@ -162,9 +165,19 @@ def check_layout(engine: Any, job: TrainJob) -> None:
         )
 
 
-def deepspeed_config(train: Train) -> dict[str, Any]:
-    """DeepSpeed's own config. The loop plans and scales micro-batches itself, so the batch sizes here mean nothing."""
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of the model, those of other ranks' partitions as well."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def deepspeed_config(train: Train, *, parameters: int | None = None) -> dict[str, Any]:
+    """DeepSpeed's own config. The loop plans and scales micro-batches itself, so the batch sizes here mean nothing.
+
+    `parameters`: of the model, once they are known; ZeRO-3 then gathers no more than a share of them at a time.
+    """
     zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage == 3 and parameters is not None:
+        zero |= gathered_at_once(parameters)
     if train.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # Micro-batches' gradients are summed in float32: in bfloat16 the later ones would be lost beside a large sum.
