@@ -146,6 +146,8 @@ def pairs_of(row: Row, config: Config) -> list[Row]:
                 continue
             if rule.include == "candidates_only" and "refined" in (y["kind"], z["kind"]):
                 continue
+            if rule.truncated == "reject" and y.get("finish_reason") == "length":
+                continue
             if y["text"] == z["text"] or y["token_ids"] == z["token_ids"]:
                 continue
             if not comes_before(a, b, rule.order) or margin < rule.delta:

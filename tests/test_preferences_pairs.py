@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spa_ray.errors import InputError
-from spa_ray.preferences import Funnel, build_pairs, denoise, pairing
+from spa_ray.preferences import Funnel, build_pairs, denoise, pairing, resolve_delta
 from tests.preferences_tables import Row, make_config, make_episodes, make_row
 
 SPREAD = [[4, 5], [5, 4], [6, 6], [3, 2], [5, 5]]
@@ -147,9 +148,49 @@ def test_an_empty_answer_never_pairs(key: str, empty: Any) -> None:
 def test_token_ids_are_the_generated_ones_with_no_end_token_added_or_removed(ids: list[int]) -> None:
     row = only([9, 9], [2, 2])
     row["responses"][0] |= {"token_ids": ids, "finish_reason": "length"}
-    (pair,) = build(row)
+    (pair,) = build(row, pairs__truncated="allow")
     assert pair["chosen_ids"] == ids
     assert pair["rejected_ids"] == [101, 7, 2]
+
+
+def test_a_cut_answer_is_never_the_chosen_one_unless_that_is_allowed() -> None:
+    row = only([9, 9], [5, 5], [2, 2])
+    row["responses"][0]["finish_reason"] = "length"
+    assert ends(build(row)) == [(1, 2)]
+    assert ends(build(row, pairs__truncated="allow")) == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_a_cut_answer_may_be_the_rejected_one() -> None:
+    row = only([9, 9], [2, 2])
+    row["responses"][1]["finish_reason"] = "length"
+    assert ends(build(row)) == [(0, 1)]
+
+
+def test_the_funnel_counts_what_was_left_out_because_it_was_cut() -> None:
+    row = only([9, 9], [5, 5], [2, 2])
+    row["responses"][0]["finish_reason"] = "length"
+    for rule, left_out in (("reject", 2), ("allow", 0)):
+        config = make_config(**OPEN, pairs__truncated=rule)
+        denoised = denoise(make_episodes([row], config), config, tau=None)
+        funnel = Funnel.of(denoised, build_pairs(denoised, config), config, tau=None)
+        assert (funnel.truncated_pairs, funnel.pairs) == (left_out, 3 - left_out)
+
+
+def test_delta_auto_is_half_a_standard_deviation_of_score_sums_within_prompts() -> None:
+    config = make_config(**OPEN, pairs__delta="auto")
+    # Sums 4, 8, 6 around 6 and 10, 10 around 10: squared deviations 8 over 5 - 2 degrees of freedom.
+    scores = pa.array([[[2.0, 2.0], [4.0, 4.0], [3.0, 3.0]], [[5.0, 5.0], [5.0, 5.0]]])
+    expected = 0.5 * math.sqrt(8 / 3)
+    assert resolve_delta(scores, config) == pytest.approx(expected, abs=1e-9)
+    assert resolve_delta([scores[:1], scores[1:]], config) == resolve_delta(scores, config)
+    assert resolve_delta(scores, make_config(**OPEN, pairs__delta=3.0)) == 3.0
+
+
+def test_delta_auto_leaves_out_what_has_no_score() -> None:
+    config = make_config(**OPEN, pairs__delta="auto")
+    some = pa.array([[[2.0, 2.0], [4.0, None], None, [4.0, 4.0]], None, []])
+    assert resolve_delta(some, config) == pytest.approx(0.5 * math.sqrt(8 / 1), abs=1e-9)
+    assert resolve_delta(pa.array([None, [[1.0, 1.0]]], some.type), config) == 0.0
 
 
 def test_answers_that_share_a_long_beginning_are_kept_whole() -> None:

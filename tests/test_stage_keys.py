@@ -73,6 +73,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "pairs.thresholds": ({"harmless": 7}, "B"),
     "pairs.score_grid": (0.5, "B"),
     "pairs.keep_system": (True, "B"),
+    "pairs.truncated": ("allow", "B"),
     "evaluation.judge": ("spa_ray.microworld.oracle:judge", "E"),
     "evaluation.objectives": (["helpful", "harmless"], "E"),
     "evaluation.sampling.temperature": (0.5, "E"),

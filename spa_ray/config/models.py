@@ -233,7 +233,11 @@ class Denoise(Section):
 class Pairs(Section):
     """Preference pairs (SPA, Eq. 2)."""
 
-    delta: float = Field(2.0, gt=0, description="least sum of absolute score differences (Eq. 2)")
+    delta: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        2.0,
+        description="least sum of absolute score differences (Eq. 2); `auto`: half a standard deviation of the score"
+        " sums within prompts, over all episodes",
+    )
     order: Literal["lex", "pareto"] = Field("lex", description="strict priority, or dominance on every objective")
     include: Literal["all", "refined_only", "candidates_only"] = Field(
         "all", description="what the chosen answer may be"
@@ -243,6 +247,10 @@ class Pairs(Section):
     )
     score_grid: float | None = Field(None, gt=0, description="round real-valued scores to this grid first")
     keep_system: bool = Field(False, description="train under the system prompt that the chosen was sampled with")
+    truncated: Literal["reject", "allow"] = Field(
+        "reject",
+        description="whether an answer that was cut by its max_tokens may be the chosen one; it may be rejected",
+    )
 
 
 class Lora(Section):

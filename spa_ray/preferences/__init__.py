@@ -1,12 +1,13 @@
 """Denoising and preference pairs: pure, vectorised functions on Arrow tables of episodes.
 
-`resolve_tau`, then `denoise`, then `build_pairs`, and `Funnel.of` to count. Never: Ray, torch, vLLM, files.
+`resolve_tau` and `resolve_delta`, then `denoise`, then `build_pairs`, and `Funnel.of` to count. No Ray, no model and
+no files in them.
 """
 
 from spa_ray.preferences.denoising import DROP_REASONS, denoise, resolve_tau
 from spa_ray.preferences.funnel import ALL_REASONS, Funnel
 from spa_ray.preferences.live import LIVE_CLASSES, live_reason, live_reasons
-from spa_ray.preferences.pairing import build_pairs
+from spa_ray.preferences.pairing import build_pairs, resolve_delta
 
 __all__ = [
     "ALL_REASONS",
@@ -17,8 +18,9 @@ __all__ = [
     "denoise",
     "live_reason",
     "live_reasons",
+    "resolve_delta",
     "resolve_tau",
 ]
 
 # Raise it when the same config and inputs would give another output than before.
-STAGE_VERSION = 1
+STAGE_VERSION = 2

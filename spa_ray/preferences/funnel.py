@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validat
 
 from spa_ray.config.models import Config
 from spa_ray.preferences.denoising import DROP_REASONS
+from spa_ray.preferences.pairing import resolve_delta, truncated_pairs
 
 Counts = dict[str, NonNegativeInt]
 ALL_REASONS = (*DROP_REASONS, "no_pair")
@@ -35,6 +36,10 @@ class Funnel(BaseModel):
     dead_pairs: NonNegativeInt = Field(description="pairs whose gap (SPA, Eq. 3's Δ_i) is 0: no weight under `abs_sum`")
     tau: float | None = Field(description="upper bound of det Σ that was used; null: none")
     ddof: Literal[0, 1]
+    delta: float | None = Field(None, description="least margin of a pair that was used")
+    truncated_pairs: NonNegativeInt = Field(
+        0, description="pairs left out because the chosen answer was cut by its max_tokens; not part of `pairs`"
+    )
 
     @model_validator(mode="after")
     def _adds_up(self) -> Funnel:
@@ -50,11 +55,15 @@ class Funnel(BaseModel):
         return self
 
     @classmethod
-    def of(cls, denoised: pa.Table, pairs: pa.Table, config: Config, *, tau: float | None) -> Funnel:
-        """Count one block: `denoised` from `denoise`, `pairs` from `build_pairs` on it, `tau` as given to `denoise`.
+    def of(
+        cls, denoised: pa.Table, pairs: pa.Table, config: Config, *, tau: float | None, delta: float | None = None
+    ) -> Funnel:
+        """Count one block: `denoised` from `denoise`, `pairs` from `build_pairs` on it, `tau` and `delta` as given to
+        them.
 
         A prompt that denoising kept and that gave no pair is dropped as `no_pair`.
         """
+        least = resolve_delta(denoised["scores"], config) if delta is None else delta
         reasons = _counted(denoised["drop_reason"], DROP_REASONS)
         kept = int(pc.count_distinct(pairs["prompt_id"]).as_py())
         return cls(
@@ -67,13 +76,15 @@ class Funnel(BaseModel):
             dead_pairs=int(np.count_nonzero(pairs["gap"].to_numpy() == 0)),
             tau=tau,
             ddof=config.denoise.ddof,
+            delta=least,
+            truncated_pairs=truncated_pairs(denoised, pairs, config, delta=least),
         )
 
     def __add__(self, other: Funnel) -> Funnel:
         """Both blocks together. Raises: ValueError when they were filtered by different bounds or objectives."""
-        rules = [(f.tau, f.ddof, set(f.pairs_by_decided_by)) for f in (self, other)]
+        rules = [(f.tau, f.ddof, f.delta, set(f.pairs_by_decided_by)) for f in (self, other)]
         if rules[0] != rules[1]:
-            raise ValueError("funnels of builds with another tau, ddof or objectives do not add up")
+            raise ValueError("funnels of builds with another tau, ddof, delta or objectives do not add up")
         return Funnel(
             prompts=self.prompts + other.prompts,
             dropped=_sum(self.dropped, other.dropped),
@@ -84,6 +95,8 @@ class Funnel(BaseModel):
             dead_pairs=self.dead_pairs + other.dead_pairs,
             tau=self.tau,
             ddof=self.ddof,
+            delta=self.delta,
+            truncated_pairs=self.truncated_pairs + other.truncated_pairs,
         )
 
     def to_dict(self) -> dict[str, Any]:

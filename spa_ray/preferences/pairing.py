@@ -6,8 +6,10 @@ token ids are the generated ones, none invented, none cut. A response without al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +20,44 @@ from spa_ray.config.models import Config
 from spa_ray.data.schemas import MESSAGE, MESSAGES, PAIRS
 from spa_ray.errors import InputError
 from spa_ray.preferences.denoising import consistent, view_episodes
-from spa_ray.preferences.scores import Bools, Floats, Ints, list_lengths
+from spa_ray.preferences.scores import Bools, Floats, Ints, list_lengths, score_grid
+
+Column: TypeAlias = pa.Array | pa.ChunkedArray
 
 # Arrow's string and list offsets are 32 bits wide: inputs are combined and outputs written in pieces well below 2 GiB.
 BLOCK_BYTES = 2**28
 BATCH_BYTES = 2**29
 
 
-def build_pairs(denoised: pa.Table, config: Config) -> pa.Table:
+def resolve_delta(scores: Column | Iterable[Column], config: Config) -> float:
+    """δ, the least margin of a pair (SPA, Eq. 2), over a whole data set's `scores` column.
+
+    `pairs.delta` where it is a number. `auto` is half a standard deviation of the score sums Σ_o s_o(y) within prompts:
+    the root of the squared deviations from each prompt's mean over all its scored responses (the refined one included),
+    divided by the responses less the prompts. Scores are rounded to `pairs.score_grid` first. 0, which asks for any
+    difference, where no two responses of a prompt are scored. An iterable of pieces is read once, and the result does
+    not depend on how the rows are cut or ordered; 8 bytes are kept for every prompt.
+    """
+    if config.pairs.delta != "auto":
+        return config.pairs.delta
+    pieces = (scores,) if isinstance(scores, pa.Array | pa.ChunkedArray) else scores
+    scatter: list[float] = []
+    degrees = 0
+    for piece in pieces:
+        grid = score_grid(piece, len(config.objectives))
+        sums = _rounded(grid.values, config.pairs.score_grid).sum(axis=0)
+        count = grid.scored.sum(axis=0)
+        mean = np.where(grid.scored, sums, 0.0).sum(axis=0) / count.clip(min=1)
+        scatter.extend((np.where(grid.scored, sums - mean, 0.0) ** 2).sum(axis=0).tolist())
+        degrees += int((count - 1).clip(min=0).sum())
+    return round(0.5 * math.sqrt(math.fsum(scatter) / degrees), 10) if degrees else 0.0
+
+
+def build_pairs(denoised: pa.Table, config: Config, *, delta: float | None = None) -> pa.Table:
     """All preference pairs of the kept prompts, as a PAIRS table with the episodes' metadata.
 
-    (y, y⁻) is a pair iff y comes before y⁻ in `pairs.order` and Σ_o |s_o(y) - s_o(y⁻)| >= `pairs.delta` (SPA, Eq. 2):
+    `delta` is `resolve_delta` of the whole data set; None takes this table for it.
+    (y, y⁻) is a pair iff y comes before y⁻ in `pairs.order` and Σ_o |s_o(y) - s_o(y⁻)| >= `delta` (SPA, Eq. 2):
       order lex       s(y) is greater on the first objective on which they differ.
       order pareto    s(y) is nowhere lower, and greater on at least one objective below the first (preliminaries).
       thresholds      the order compares min(score, threshold); margin, gap and the stored scores are not clipped.
@@ -36,6 +65,8 @@ def build_pairs(denoised: pa.Table, config: Config) -> pa.Table:
                       stored scores all use the rounded ones.
       include         `refined_only`: the refined answer is the chosen; `candidates_only`: it is in no pair.
       keep_system     the chosen's sampling system prompt, where it has one, heads the prompt in place of its own.
+      truncated       `reject`: an answer that was cut (finish_reason `length`) is not the chosen one; it may be the
+                      rejected one. Answers of which nothing is known, as in imported tables, count as complete.
     Two answers with the same text or the same token ids are no pair, nor is an answer whose text or ids are empty.
     margin and gap are rounded to 10 decimals.
     With `denoise.on_inconsistent: drop_refined` an inconsistent prompt pairs its candidates only. Rows stand in the
@@ -47,8 +78,23 @@ def build_pairs(denoised: pa.Table, config: Config) -> pa.Table:
         raise InputError(f"pairs: no column {sorted(needed)[0]!r}; give the table that `denoise` returns")
     columns = ["prompt_id", "messages", "responses", "scores", "error", "attempt", "kept"]
     schema = PAIRS.with_metadata(denoised.schema.metadata)
-    batches = [b for block in _blocks(denoised.select(columns)) for b in _pairs_of(block, config, schema)]
+    least = resolve_delta(denoised["scores"], config) if delta is None else delta
+    blocks = _blocks(denoised.select(columns))
+    batches = [b for block in blocks for b in _pairs_of(block, config, least, schema)]
     return pa.Table.from_batches(batches, schema)
+
+
+def truncated_pairs(denoised: pa.Table, pairs: pa.Table, config: Config, *, delta: float) -> int:
+    """How many pairs `pairs.truncated: reject` kept out of `pairs`, built from `denoised`; 0 with `allow`."""
+    if config.pairs.truncated == "allow":
+        return 0
+    kept = denoised.filter(denoised["kept"])
+    cut = [_cut(chunk.flatten()) for chunk in kept["responses"].chunks]
+    if not any(flags.any() for flags in cut):
+        return 0
+    rule = config.pairs.model_copy(update={"truncated": "allow"})
+    allowed = build_pairs(kept, config.model_copy(update={"pairs": rule}), delta=delta)
+    return allowed.num_rows - pairs.num_rows
 
 
 def _blocks(table: pa.Table) -> Iterator[pa.Table]:
@@ -62,16 +108,18 @@ def _blocks(table: pa.Table) -> Iterator[pa.Table]:
 class _Scored:
     """What decides over pairs, for N prompts with at most L responses and k objectives each.
 
-    scores, keys: (k, L, N), as stored and as compared. usable, refined: (L, N).
+    scores, keys: (k, L, N), as stored and as compared. usable, choosable, refined: (L, N); `choosable` ones may be the
+    chosen.
     """
 
     scores: Floats
     keys: Floats
     usable: Bools
+    choosable: Bools
     refined: Bools
 
 
-def _pairs_of(block: pa.Table, config: Config, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _pairs_of(block: pa.Table, config: Config, delta: float, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     answers = _Answers.of(block)
     view = view_episodes(block, config)
     kept = pc.fill_null(block["kept"], False).to_numpy()
@@ -80,8 +128,9 @@ def _pairs_of(block: pa.Table, config: Config, schema: pa.Schema) -> Iterator[pa
         usable &= ~view.refined | consistent(view, config)
     scores = _rounded(view.grid.values, config.pairs.score_grid)
     caps = np.array([config.pairs.thresholds.get(name, np.inf) for name in config.objectives])
-    scored = _Scored(scores, np.minimum(scores, caps[:, None, None]), usable, view.refined)
-    row, i, j = _ordered(scored, config)
+    whole = ~view.grid.scatter(answers.cut) | (config.pairs.truncated == "allow")
+    scored = _Scored(scores, np.minimum(scores, caps[:, None, None]), usable, usable & whole, view.refined)
+    row, i, j = _ordered(scored, config, delta)
     starts = view.grid.starts
     differ = answers.differ(starts[row] + i, starts[row] + j)
     row, i, j = row[differ], i[differ], j[differ]
@@ -103,7 +152,7 @@ def _clean(sums: Floats) -> Floats:
     return np.round(sums, 10)
 
 
-def _ordered(scored: _Scored, config: Config) -> tuple[Ints, Ints, Ints]:
+def _ordered(scored: _Scored, config: Config, delta: float) -> tuple[Ints, Ints, Ints]:
     """Prompt, chosen position and rejected position of every pair by scores alone, sorted by all three."""
     positions, prompts = scored.usable.shape
     chosen_over = np.zeros((prompts, positions, positions), dtype=bool)
@@ -111,11 +160,11 @@ def _ordered(scored: _Scored, config: Config) -> tuple[Ints, Ints, Ints]:
     for i in range(positions):
         for j in range(i):
             difference = scored.scores[:, i] - scored.scores[:, j]
-            enough = _clean(sum(np.abs(difference))) >= config.pairs.delta
+            enough = _clean(sum(np.abs(difference))) >= delta
             both = scored.usable[i] & scored.usable[j] & enough
             above, below = _precedence(scored.keys[:, i], scored.keys[:, j], pareto=pareto)
-            chosen_over[:, i, j] = both & above
-            chosen_over[:, j, i] = both & below
+            chosen_over[:, i, j] = both & above & scored.choosable[i]
+            chosen_over[:, j, i] = both & below & scored.choosable[j]
     if config.pairs.include == "refined_only":
         chosen_over &= scored.refined.T[:, :, None]
     elif config.pairs.include == "candidates_only":
@@ -147,6 +196,7 @@ class _Answers:
     text: pa.Array
     ids: pa.ListArray
     system: pa.Array
+    cut: Bools
     text_bytes: Ints
     ids_count: Ints
 
@@ -171,6 +221,7 @@ class _Answers:
             text=text,
             ids=ids,
             system=flat.field("system"),
+            cut=_cut(flat),
             text_bytes=text_bytes,
             ids_count=list_lengths(ids),
         )
@@ -211,6 +262,14 @@ class _Answers:
         content = pa.concat_arrays([flat.field("content"), pc.cast(system, pa.string())]).take(order)
         offsets = np.concatenate([[0], np.cumsum(lengths + (given & ~own))]).astype(np.int32)
         return _message_lists(role, content, offsets)
+
+
+def _cut(responses: pa.StructArray) -> Bools:
+    """(M,) which responses were cut by their max_tokens."""
+    if responses.type.get_field_index("finish_reason") < 0:
+        return np.zeros(len(responses), dtype=bool)
+    cut = pc.equal(pc.cast(responses.field("finish_reason"), pa.string()), "length")
+    return pc.fill_null(cut, False).to_numpy(zero_copy_only=False)
 
 
 def _same(values: pa.Array, lengths: Ints, left: Ints, right: Ints) -> Bools:

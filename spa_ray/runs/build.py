@@ -23,7 +23,7 @@ from spa_ray.data.episodes import EpisodeFolder, Retried
 from spa_ray.data.files import AnyPath, arrow_filesystem, delete_tree, make_folder, write_json
 from spa_ray.data.schemas import EPISODES
 from spa_ray.errors import InputError, RunError
-from spa_ray.preferences import Funnel, resolve_tau
+from spa_ray.preferences import Funnel, resolve_delta, resolve_tau
 from spa_ray.runs.build_files import from_text, pair_task, plan_tasks, to_text
 from spa_ray.runs.folder import Stage
 
@@ -35,8 +35,17 @@ def data_set_tau(episodes: AnyPath, config: Config) -> float | None:
 
     Raises: InputError when the folder holds no episodes.
     """
+    return resolve_tau(_scores(episodes), config)
+
+
+def data_set_delta(episodes: AnyPath, config: Config) -> float:
+    """δ; `pairs.delta: auto` reads the `scores` column as `data_set_tau` does. Raises: as it."""
+    return resolve_delta(_scores(episodes), config)
+
+
+def _scores(episodes: AnyPath) -> Iterator[pa.ChunkedArray]:
     batches = open_episodes(episodes).batches(["scores"])
-    return resolve_tau(_joined(batch.column(0) for batch in batches), config)
+    return _joined(batch.column(0) for batch in batches)
 
 
 def _joined(columns: Iterable[pa.Array]) -> Iterator[pa.ChunkedArray]:
@@ -68,15 +77,17 @@ def open_episodes(folder: AnyPath) -> EpisodeFolder:
 
 
 def build(episodes: AnyPath, out: AnyPath, config: Config, *, tau: float | None) -> Funnel:
-    """Denoise every episode and write all pairs under `out`. `tau` comes from `data_set_tau` (or an earlier iteration).
+    """Denoise every episode and write all pairs under `out`. `tau` comes from `data_set_tau` (or an earlier iteration);
+    δ is this data set's own.
 
     Raises: InputError for a folder without episodes or with a damaged file; RunError when a task fails for good.
     """
     found = open_episodes(episodes)
+    delta = data_set_delta(episodes, config)
     make_folder(out)
     tasks = plan_tasks(found.sizes, arrow_filesystem(episodes)[1], found.filesystem)
     items = [{"name": f"{number:06d}", "pieces": to_text(task)} for number, task in enumerate(tasks)]
-    sink = _PairsSink(out, config, tau, found)
+    sink = _PairsSink(out, config, tau, delta, found)
     try:
         ray.data.from_items(items, override_num_blocks=len(items)).write_datasink(sink)
     except ray.exceptions.RayError as e:
@@ -101,8 +112,8 @@ def build_into(stage: Stage, episodes: AnyPath, config: Config, *, frozen_tau: f
 class _PairsSink(Datasink[Funnel]):
     """Reads a task's episodes and writes their pairs; the task's return value is the funnel."""
 
-    def __init__(self, out: AnyPath, config: Config, tau: float | None, episodes: EpisodeFolder) -> None:
-        self.out, self.config, self.tau = out, config, tau
+    def __init__(self, out: AnyPath, config: Config, tau: float | None, delta: float, episodes: EpisodeFolder) -> None:
+        self.out, self.config, self.tau, self.delta = out, config, tau, delta
         self.filesystem, self.metadata = episodes.filesystem, episodes.schema.metadata
         self.retried: Retried | None = episodes.retried if len(episodes.retried.ids) else None
         self.funnels: list[Funnel] = []
@@ -116,6 +127,7 @@ class _PairsSink(Datasink[Funnel]):
                 f"{root}/{row['name']}.parquet",
                 self.config,
                 tau=self.tau,
+                delta=self.delta,
                 filesystem=self.filesystem,
                 target=target,
                 metadata=self.metadata,

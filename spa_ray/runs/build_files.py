@@ -22,7 +22,7 @@ from spa_ray.data.episodes import PART, PARTITIONING, READ_OPTIONS, Retried, unr
 from spa_ray.data.schemas import EPISODES, PAIRS, RESPONSE
 from spa_ray.preferences import Funnel, build_pairs, denoise
 
-RESPONSE_FIELDS = ("index", "kind", "text", "token_ids", "system")
+RESPONSE_FIELDS = ("index", "kind", "text", "token_ids", "system", "finish_reason")
 _RESPONSES = pa.list_(pa.struct([RESPONSE.field(name) for name in RESPONSE_FIELDS]))
 NARROW = pa.schema(
     [
@@ -97,6 +97,7 @@ def pair_task(
     config: Config,
     *,
     tau: float | None,
+    delta: float,
     filesystem: FileSystem,
     target: FileSystem,
     metadata: Mapping[bytes, bytes] | None,
@@ -108,9 +109,9 @@ def pair_task(
     with pq.ParquetWriter(out, schema, filesystem=target) as writer:
         for table in _joined(_read(pieces, filesystem, retried)):
             denoised = denoise(table.replace_schema_metadata(metadata), config, tau=tau)
-            pairs = build_pairs(denoised, config).cast(schema)
+            pairs = build_pairs(denoised, config, delta=delta).cast(schema)
             writer.write_table(pairs)
-            funnels.append(Funnel.of(denoised, pairs, config, tau=tau))
+            funnels.append(Funnel.of(denoised, pairs, config, tau=tau, delta=delta))
     return functools.reduce(operator.add, funnels)
 
 

@@ -78,6 +78,8 @@ def print_funnel(funnel: dict[str, Any], title: str) -> None:
             table.add_row(f"pairs, {label} {name}", str(count))
     table.add_row("pairs", str(funnel["pairs"]))
     table.add_row("of them dead (gap 0)", str(funnel["dead_pairs"]))
+    if funnel.get("truncated_pairs"):
+        table.add_row("− pairs, the chosen answer was cut", str(funnel["truncated_pairs"]))
     Console().print(table)
 
 
