@@ -29,6 +29,7 @@ from spa_ray.runs.preflight_files import check_model_files, context_warning, fin
 from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.versions import untested
 from spa_ray.training.trackers import check_backends
+from spa_ray.training.trainable import check_trainable
 
 SHARED = ("model", "evaluation", "resources")  # one engine and one worker group serve all arms
 
@@ -47,6 +48,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
                 if getattr(config, section) != getattr(first, section):
                     raise InputError(f"arms: {arm}: {section} cannot differ between the arms of a run")
             check_settings(config, base)
+            check_trainable(base, config.train)
         lengths = Lengths(first, base)
         for config in {_prompts_key(c): c for c in arms.values()}.values():
             for _ in each_prompts(config, fresh, warnings, files):

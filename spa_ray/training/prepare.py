@@ -23,6 +23,7 @@ from spa_ray.training.job import TrainJob, check_train
 from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.policy import check_model_folder
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
+from spa_ray.training.trainable import check_trainable
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def tokens_path(job: TrainJob, mark: str) -> Path:
 def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
     check_train(job)
     check_model_folder(job.model)
+    check_trainable(job.model, job.train)
     if not job.pairs.exists():
         raise InputError(f"{job.pairs}: no such file or folder; give the pairs that `spa build` wrote")
     mark = fingerprint(job)
