@@ -5,9 +5,13 @@ Its chat template is of Mistral's form: no system role, `[INST]` turns. Goes out
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -17,20 +21,33 @@ CHAT_TEMPLATE = (
 )
 
 
+@cache
+def _loaded() -> Any:
+    import mistral_common
+    from transformers import AutoTokenizer
+
+    data = Path(mistral_common.__file__).parent / "data"
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch)
+        shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", source / "tokenizer.model")
+        (source / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+        return AutoTokenizer.from_pretrained(source)
+
+
+def mistral_tokenizer() -> Any:
+    """Mistral's real tokenizer (v3) with `CHAT_TEMPLATE`."""
+    tokenizer = copy.deepcopy(_loaded())
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def build_mistral_like(folder: Path) -> Path:
     """Write the model folder."""
-    import mistral_common
     import torch
-    from transformers import AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
+    from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
-    source = folder.with_name("mistral_tokenizer")
-    source.mkdir(parents=True)
-    data = Path(mistral_common.__file__).parent / "data"
-    shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", source / "tokenizer.model")
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = mistral_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = MistralConfig(

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,7 @@ MOST_NAMES = 50  # columns that notes name
 _INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+|")  # what pandas calls its row numbers; CSV's empty name
 LONGEST_MESSAGE = 600  # characters: a column's name, a role or an id can be a whole document
 
+Check = Callable[[Sequence[Mapping[str, str]]], None]  # a prompt's messages; raises ValueError
 Prompt = dict[str, Any]  # prompt_id: str, messages: list[Message], meta: str
 
 
@@ -67,13 +68,19 @@ class PromptCounts:
 
 
 def read_prompts(
-    prompts: Prompts, *, where: str = "prompts", skip: int = 0, counts: PromptCounts | None = None
+    prompts: Prompts,
+    *,
+    where: str = "prompts",
+    skip: int = 0,
+    counts: PromptCounts | None = None,
+    check: Check | None = None,
 ) -> Iterator[Prompt]:
     """The valid prompts of a source, in its order: at most `prompts.limit`, after leaving out the first `skip` of them.
 
     Two calls with `skip` 0 and `limit` thus share no prompt. `counts` is filled while the iterator runs, and counts
-    only what stands behind the skipped prompts. Nothing is read beyond the last prompt that is wanted.
-    Raises: InputError naming file, row and mend: at a bad row (unless `on_bad_row` is skip), and when the source
+    only what comes after the skipped prompts. Nothing is read beyond the last prompt that is wanted. Where `check`
+    raises a ValueError, the row is a bad one.
+    Raises: InputError naming file, row and the fix: at a bad row (unless `on_bad_row` is skip), and when the source
     cannot be read.
     """
     counts = PromptCounts() if counts is None else counts
@@ -84,6 +91,8 @@ def read_prompts(
             prompt = to_prompt(
                 row, prompts.columns, last_answer=prompts.last_answer, left_out=counts.left_out if left == 0 else None
             )
+            if check is not None:
+                _checked(prompt, check)
             new = seen.add(prompt)
         except BadRowError as e:
             message = _brief(f"{row.place}: {e}")
@@ -104,14 +113,23 @@ def read_prompts(
                 return
 
 
-def write_prompts(prompts: Prompts, out: Path, *, where: str = "prompts", skip: int = 0) -> PromptCounts:
+def _checked(prompt: Prompt, check: Check) -> None:
+    try:
+        check(prompt["messages"])
+    except ValueError as e:
+        raise BadRowError(str(e)) from e
+
+
+def write_prompts(
+    prompts: Prompts, out: Path, *, where: str = "prompts", skip: int = 0, check: Check | None = None
+) -> PromptCounts:
     """Write a source's prompts to one Parquet file of the `PROMPTS` schema.
 
     The file appears whole, by rename, after the last row was checked; on an error nothing is left behind.
     Raises: InputError as `read_prompts` does, and when no prompt is left.
     """
     counts = PromptCounts()
-    rows = read_prompts(prompts, where=where, skip=skip, counts=counts)
+    rows = read_prompts(prompts, where=where, skip=skip, counts=counts, check=check)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:

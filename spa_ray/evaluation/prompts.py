@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spa_ray.config.models import Evaluation
-from spa_ray.data.prompts import Prompt, PromptCounts, read_prompts
+from spa_ray.data.prompts import Check, Prompt, PromptCounts, read_prompts
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
 
@@ -31,10 +31,10 @@ class EvalPromptCounts:
     notes: list[str] = field(default_factory=list)  # one line for each thing of a source that was left out
 
 
-def write_eval_prompts(evaluation: Evaluation, out: Path) -> EvalPromptCounts:
+def write_eval_prompts(evaluation: Evaluation, out: Path, *, check: Check | None = None) -> EvalPromptCounts:
     """Write all families to one file, by rename. Raises: InputError as `read_prompts` does, or without any prompts."""
     counts = EvalPromptCounts()
-    rows = list(_rows(evaluation, counts))
+    rows = list(_rows(evaluation, counts, check))
     if not rows:
         raise InputError(
             "evaluation.prompts.source: missing; name held-out prompts, or stop earlier with --until train"
@@ -45,12 +45,12 @@ def write_eval_prompts(evaluation: Evaluation, out: Path) -> EvalPromptCounts:
     return counts
 
 
-def _rows(evaluation: Evaluation, counts: EvalPromptCounts) -> Iterator[Prompt]:
+def _rows(evaluation: Evaluation, counts: EvalPromptCounts, check: Check | None) -> Iterator[Prompt]:
     sets = {**({MAIN_FAMILY: evaluation.prompts} if evaluation.prompts else {}), **evaluation.families}
     for family, prompts in sets.items():
         where = "evaluation.prompts" if family == MAIN_FAMILY else f"evaluation.families.{family}"
         found = PromptCounts()
-        for prompt in read_prompts(prompts, where=where, counts=found):
+        for prompt in read_prompts(prompts, where=where, counts=found, check=check):
             meta = {**json.loads(prompt["meta"]), "family": family}
             yield {
                 "prompt_id": f"{family}/{prompt['prompt_id']}",

@@ -192,10 +192,11 @@ class Chat:
             raise InputError(f"model {self.model}: its tokenizer reads {kept[0]} in a message as a control token")
 
 
-def open_chat(model: Model, folder: Path, *, day: date | None = None) -> Chat:
+def open_chat(model: Model, folder: Path, *, day: date | None = None, estimate: bool = False) -> Chat:
     """The chat of a model folder by a config's model section. `day` is what templates see as today where the section
-    names no date. Raises: InputError for a tokenizer, template or embedding that does not work."""
-    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+    names no date; `estimate` is `load_tokenizer`'s. Raises: InputError for a tokenizer, template or embedding that does
+    not work."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code, estimate=estimate)
     return chat_of(tokenizer, folder, ChatSettings.of(model, day=day))
 
 

@@ -13,14 +13,19 @@ from spa_ray.logs import printable
 FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False, estimate: bool = False) -> Any:
     """The folder's Hugging Face tokenizer, also where Mistral's own files are beside it, as vLLM's `tokenizer_mode: hf`
-    loads it. Raises: InputError, in one line, whatever goes wrong.
+    loads it. `estimate`: one that counts alike where there is a tokenizer.json, and is loaded without torch, in a third
+    of the time. Raises: InputError, in one line, whatever goes wrong.
     """
     check_pointers(folder, FILES)
-    from transformers import AutoTokenizer
-
     try:
+        if estimate and (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, mistral_format=False)
     except Exception as e:
         raise InputError(

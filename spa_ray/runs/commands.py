@@ -21,6 +21,7 @@ from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
 from spa_ray.preferences import live_reasons
+from spa_ray.rollout.chat import open_chat
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
 from spa_ray.runs import stages as address
@@ -112,17 +113,18 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
     from spa_ray.data.prompts import write_prompts
     from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
-    from spa_ray.runs.preflight import check_settings
+    from spa_ray.runs.preflight import check_settings, prompt_check
 
     config = with_dtype(config)
     model = fetch_model(config.model)
     check_settings(config, model)
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
-        write_prompts(config.prompts, fresh)
+        chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
+        write_prompts(config.prompts, fresh, check=prompt_check(chat, [config]))
         day, hashes = first_day(as_path(out)), {"prompts": file_hash(fresh), "model": model_hash(model)}
-        chat = ChatSettings.of(config.model, day=day).key(template_text(model))
-        digest = address.generate_hash(config, iteration=1, earlier=None, chat=chat, **hashes)
+        rendered = ChatSettings.of(config.model, day=day).key(template_text(model))
+        digest = address.generate_hash(config, iteration=1, earlier=None, chat=rendered, **hashes)
         with claimed(out, "generate", digest) as stage:
             if not stage.done:
                 record_first_day(stage.folder, day)
@@ -252,7 +254,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
     from spa_ray.evaluation.prompts import write_eval_prompts
     from spa_ray.runs.evaluate import Subject, evaluate, run_metrics
-    from spa_ray.runs.preflight import check_evaluation, check_settings, judge_folder
+    from spa_ray.runs.preflight import check_evaluation, check_settings, judge_folder, prompt_check
 
     config = with_dtype(config)
     source, model = as_path(model), local_folder(as_path(model))
@@ -263,11 +265,12 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     judge = judge_folder(config, base)
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
-        write_eval_prompts(config.evaluation, fresh)
+        chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
+        write_eval_prompts(config.evaluation, fresh, check=prompt_check(chat))
         hashes = {"model": model_hash(model), "judge": model_hash(judge) if judge else ""}
         day = first_day(as_path(out))
-        chat = ChatSettings.of(config.model, day=day).key(template_text(model))
-        digest = address.evaluate_hash(config, prompts=file_hash(fresh), chat=chat, **hashes)
+        rendered = ChatSettings.of(config.model, day=day).key(template_text(model))
+        digest = address.evaluate_hash(config, prompts=file_hash(fresh), chat=rendered, **hashes)
         with claimed(out, "eval", digest) as stage:
             progress = Progress()
             if not stage.done:

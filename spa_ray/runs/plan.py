@@ -15,14 +15,14 @@ from typing import Any
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted
 from spa_ray.errors import InputError
-from spa_ray.rollout.chat import Chat
-from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.rollout.chat import Chat, open_chat
+from spa_ray.rollout.check import PromptCheck
 from spa_ray.runs import plan_cost as cost
 from spa_ray.runs.plan_model import ModelFacts, model_facts
 from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_stages import PlannedStage, planned_stages
 from spa_ray.runs.plan_tokens import CHARS_PER_TOKEN, CharEncoder, Encoder, Work, answer_work, episode_work, mean_tokens
-from spa_ray.runs.preflight import eval_config, has_evaluation
+from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check
 from spa_ray.training.guards import check_lr
 
 Plan = dict[str, Any]
@@ -78,16 +78,11 @@ class _Lookup:
             why = "not on this machine" if folder is None else "the engine's own"
             self.notes.append(f"tokenizer of {self.model.path}: {why}; {CHARS_PER_TOKEN} characters a token assumed")
             return CharEncoder()
-        if not (folder / "tokenizer.json").is_file():
-            remote = self.first.model.trust_remote_code
-            return Chat(load_tokenizer(folder, trust_remote_code=remote), model=str(folder))
-        from transformers import PreTrainedTokenizerFast  # counts alike, and imports in a third of the time
-
-        return Chat(PreTrainedTokenizerFast.from_pretrained(folder), model=str(folder))
+        return open_chat(self.first.model, folder, estimate=True)
 
     def prompts(self, config: Config) -> PromptFacts:
         key = ["prompts", config.prompts.model_dump(mode="json")]
-        return self._once(key, lambda: prompt_facts(config.prompts, self.notes, "prompts"))
+        return self._once(key, lambda: prompt_facts(config.prompts, self.notes, "prompts", self._check(config)))
 
     def held_out(self, config: Config) -> tuple[int, Work, Work]:
         """Rows, and the work of answering and of scoring them."""
@@ -97,7 +92,7 @@ class _Lookup:
 
     def _held_out(self, config: Config) -> tuple[int, Work, Work]:
         rows, answers, scores = 0, Work(), Work()
-        for facts in held_out_facts(config.evaluation, self.notes):
+        for facts in held_out_facts(config.evaluation, self.notes, self._check(None)):
             judged = not is_dotted(config.evaluation.judge)
             answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
             rows += facts.count
@@ -119,10 +114,17 @@ class _Lookup:
             ),
         )
 
+    def _check(self, config: Config | None) -> PromptCheck | None:
+        chat = self.encoder if isinstance(self.encoder, Chat) else None
+        return prompt_check(chat, [] if config is None else [config])
+
     def _once(self, key: list[Any], find: Callable[[], Any]) -> Any:
         text = json.dumps(key, sort_keys=True)
         if text not in self.kept:
-            self.kept[text] = find()
+            try:
+                self.kept[text] = find()
+            except ValueError as e:  # a judge's or a refinement's prompt: the prompts themselves were looked at
+                raise InputError(f"a prompt of the run cannot be rendered: {e}") from e
         return self.kept[text]
 
 

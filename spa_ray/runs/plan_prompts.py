@@ -16,12 +16,13 @@ from spa_ray.config.models import Evaluation, Prompts
 from spa_ray.data.containers import kind_of
 from spa_ray.data.folders import files_of
 from spa_ray.data.forms import Message
-from spa_ray.data.prompts import PromptCounts, read_prompts
+from spa_ray.data.prompts import Check, PromptCounts, read_prompts
 from spa_ray.data.readers import source_kind
 from spa_ray.errors import InputError
 
 COUNTED = 10_000  # prompts that are read at most
 SAMPLED = 40
+SAMPLED_CHARS = 200_000
 UNKNOWN_COUNT = 1000
 STAND_IN = "What should someone think of before they decide about this, and what would you advise them to do first?"
 
@@ -36,21 +37,28 @@ class PromptFacts:
     estimated: bool
 
 
-def prompt_facts(prompts: Prompts, notes: list[str], where: str) -> PromptFacts:
+def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | None = None) -> PromptFacts:
     """Reads at most COUNTED prompts. Raises: InputError for a source that is missing, or wrong within what is read."""
     if source_kind(prompts, where=where) == "named":
         count = prompts.limit or UNKNOWN_COUNT
         notes.append(f"{where}: {prompts.source} has no loader here; {count:,} prompts of one sentence assumed")
         return PromptFacts(str(prompts.source), count, [[{"role": "user", "content": STAND_IN}]], True)
     counts = PromptCounts()
-    read = [row["messages"] for row in islice(read_prompts(prompts, where=where, counts=counts), COUNTED)]
+    rows = read_prompts(prompts, where=where, counts=counts, check=check)
+    read = [row["messages"] for row in islice(rows, COUNTED)]
     notes += counts.notes(where)
     if not read:
         raise InputError(f"{where}.source: {prompts.source}: no prompt in it")
     whole = len(read) < COUNTED or prompts.limit == COUNTED
     count = len(read) if whole else _beyond(prompts, notes, where)
     step = max(1, len(read) // SAMPLED)
-    return PromptFacts(str(prompts.source), count, read[::step][:SAMPLED], not whole)
+    return PromptFacts(str(prompts.source), count, _bounded(read[::step][:SAMPLED]), not whole)
+
+
+def _bounded(sample: list[list[Message]]) -> list[list[Message]]:
+    """Of a sample whose texts are long, as many prompts, evenly spaced, as hold about SAMPLED_CHARS."""
+    chars = sum(len(message["content"]) for messages in sample for message in messages)
+    return sample[:: -(-chars // SAMPLED_CHARS) or 1]
 
 
 def _beyond(prompts: Prompts, notes: list[str], where: str) -> int:
@@ -69,9 +77,9 @@ def _beyond(prompts: Prompts, notes: list[str], where: str) -> int:
     return count
 
 
-def held_out_facts(evaluation: Evaluation, notes: list[str]) -> list[PromptFacts]:
+def held_out_facts(evaluation: Evaluation, notes: list[str], check: Check | None = None) -> list[PromptFacts]:
     """The main held-out set and the further families."""
-    return [prompt_facts(prompts, notes, where) for where, prompts in _held_out(evaluation)]
+    return [prompt_facts(prompts, notes, where, check) for where, prompts in _held_out(evaluation)]
 
 
 def _held_out(evaluation: Evaluation) -> Iterator[tuple[str, Prompts]]:

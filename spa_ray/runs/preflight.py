@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from spa_ray.config.models import Config, Model
 from spa_ray.data.dotted import is_dotted, load_dotted
 from spa_ray.data.files import AnyPath, as_path, is_file
+from spa_ray.data.prompts import Check
 from spa_ray.engine.placement import check_placement
 from spa_ray.engine.vllm_start import check_engine
 from spa_ray.errors import InputError
 from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import load_objectives
-from spa_ray.rollout.chat import Chat
-from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.rollout.chat import Chat, open_chat
+from spa_ray.rollout.check import PromptCheck
 from spa_ray.runs.hashing import file_hash
 from spa_ray.runs.manifest import versions
 from spa_ray.runs.models import check_model_folder
@@ -51,11 +52,11 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
             check_trainable(base, config.train)
         lengths = Lengths(first, base)
         for config in {_prompts_key(c): c for c in arms.values()}.values():
-            for _ in each_prompts(config, fresh, warnings, files):
+            for _ in each_prompts(config, fresh, warnings, files, lengths.check(arms.values())):
                 warnings += lengths.of_prompts(fresh, config)
         if has_evaluation(first):
             check_evaluation(first, base)
-            warnings += files.write_held_out(first.evaluation, fresh).notes
+            warnings += files.write_held_out(first.evaluation, fresh, check=lengths.check()).notes
             warnings += lengths.of_held_out(fresh, first)
     return list(dict.fromkeys(warnings))
 
@@ -87,9 +88,11 @@ class Lengths:
 
     def __init__(self, config: Config, base: Path) -> None:
         self.context = context_length(config, base)
-        self.known = config.model.engine == "vllm" and self.context is not None
-        if self.known:
-            self.chat = Chat(load_tokenizer(base, trust_remote_code=config.model.trust_remote_code), model=str(base))
+        self.chat = open_chat(config.model, base) if config.model.engine == "vllm" else None
+
+    def check(self, configs: Iterable[Config] = ()) -> PromptCheck | None:
+        """Whether the template renders the prompts of these configs; of none: the held-out ones."""
+        return prompt_check(self.chat, configs)
 
     def of_prompts(self, prompts: Path, config: Config) -> list[str]:
         systems = list(dict.fromkeys(config.sampling.system_prompts[: config.sampling.n]))
@@ -99,11 +102,18 @@ class Lengths:
         return self._check(prompts, [None], config.evaluation.sampling.max_tokens, "evaluation.prompts")
 
     def _check(self, prompts: Path, systems: list[str | None], answer: int, where: str) -> list[str]:
-        if not self.known or self.context is None:
+        if self.chat is None or self.context is None:
             return []
         found = find_too_long(prompts, self.chat, systems, room=self.context - answer)
         warning = context_warning(found, context=self.context, answer=answer, where=where)
         return [warning] if warning else []
+
+
+def prompt_check(chat: Chat | None, configs: Iterable[Config] = ()) -> PromptCheck | None:
+    """What is called for each prompt that is read, before anything starts; null where the engine renders by itself."""
+    if chat is None:
+        return None
+    return PromptCheck(chat, [s for c in configs for s in c.sampling.system_prompts[: c.sampling.n]])
 
 
 def check_settings(config: Config, base: Path) -> None:
@@ -132,7 +142,9 @@ def _prompts_key(config: Config) -> str:
     return config.model_dump_json(include={"prompts", "iterations", "sampling"})
 
 
-def each_prompts(config: Config, scratch: Path, notes: list[str], files: PromptFiles) -> Iterator[int]:
+def each_prompts(
+    config: Config, scratch: Path, notes: list[str], files: PromptFiles, check: Check | None = None
+) -> Iterator[int]:
     """Write each iteration's prompts to `scratch`, one after the other, and yield their number. `notes` is told what
     of the source is left out.
 
@@ -140,14 +152,14 @@ def each_prompts(config: Config, scratch: Path, notes: list[str], files: PromptF
     """
     rounds, limit = config.iterations.count, config.prompts.limit
     if rounds == 1 or config.iterations.prompts == "same":
-        counts = files.write(config.prompts, scratch)
+        counts = files.write(config.prompts, scratch, check=check)
         notes += counts.notes()
         yield counts.rows
         return
     if limit is None:
         raise InputError("iterations.prompts: diff needs prompts.limit, so that the next iteration can take the next")
     for iteration in range(1, rounds + 1):
-        counts = files.write(config.prompts, scratch, skip=(iteration - 1) * limit)
+        counts = files.write(config.prompts, scratch, skip=(iteration - 1) * limit, check=check)
         notes += counts.notes()
         found = counts.rows
         if found < limit:
@@ -175,7 +187,7 @@ def check_evaluation(config: Config, base: Path) -> None:
         check_model_folder(judge)
         check_model_files(judge)
         if config.model.engine == "vllm":
-            Chat(load_tokenizer(judge, trust_remote_code=config.model.trust_remote_code), model=str(judge))
+            open_chat(config.model, judge)
     if len(load_objectives(eval_config(config))) < 2:
         raise InputError("evaluation.objectives: one given, two or more are needed, highest priority first")
 

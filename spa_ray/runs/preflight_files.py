@@ -23,6 +23,9 @@ from spa_ray.runs.plan_model import read_header, tensors
 
 INDEX = "model.safetensors.index.json"
 RENDERED = 5000  # prompts that are rendered at most; of more that might be too long a sample is
+TEXT = 20e6  # bytes of text that are cut into tokens at most
+AT_LEAST = 50
+AT_ONCE = 256
 GIB = 1024**3
 
 
@@ -74,7 +77,7 @@ class TooLong:
 def find_too_long(
     prompts: Path, chat: Chat, systems: Sequence[str | None], *, room: int, rendered: int = RENDERED, seed: int = 0
 ) -> TooLong:
-    """Count the prompts whose rendered form exceeds `room` tokens under any of the system prompts.
+    """Count the prompts whose rendered form exceeds `room` tokens under the longest of the system prompts.
 
     A token stands for a byte of text or more, so prompts of fewer bytes than the room are known to fit unrendered.
     (A tokenizer that writes one character out as many before it counts, as some do with ligatures, can exceed that.)
@@ -83,9 +86,16 @@ def find_too_long(
     limit = lengths + _marks(chat, systems, turns)
     doubtful = np.flatnonzero(limit > room)
     chosen = doubtful
+    if len(doubtful):
+        rendered = min(rendered, max(AT_LEAST, int(TEXT // lengths[doubtful].mean())))
     if len(doubtful) > rendered:
         chosen = np.sort(np.random.default_rng(seed).choice(doubtful, rendered, replace=False))
-    sizes = [max(len(chat.prompt_ids(m, system)) for system in systems) for m in _messages(prompts, chosen)]
+    longest = max(systems, key=lambda system: len(system or ""))
+    sizes = [
+        size
+        for part in np.array_split(chosen, -(-len(chosen) // AT_ONCE) or 1)
+        for size in chat.lengths([(messages, longest) for messages in _messages(prompts, part)])
+    ]
     over = sum(size > room for size in sizes)
     share = len(doubtful) / len(chosen) if len(chosen) else 0.0
     return TooLong(len(lengths), round(over * share), max(sizes, default=0), len(doubtful), len(chosen))
@@ -123,7 +133,10 @@ def _marks(chat: Chat, systems: Sequence[str | None], turns: np.ndarray) -> np.n
     """(N,) tokens that the template and the longest system prompt add, at most."""
     user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}
     one = max(len(chat.prompt_ids([user], system)) for system in systems)
-    three = len(chat.prompt_ids([user, answer, user])) - len(chat.prompt_ids([user]))
+    try:
+        three = len(chat.prompt_ids([user, answer, user])) - len(chat.prompt_ids([user]))
+    except ValueError:  # the template takes one turn alone
+        three = one
     return one + max(0, three) * (turns - 1)
 
 

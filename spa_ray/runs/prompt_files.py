@@ -12,28 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Evaluation, Prompts
-from spa_ray.data.prompts import PromptCounts, write_prompts
+from spa_ray.data.prompts import Check, PromptCounts, write_prompts
 from spa_ray.evaluation.prompts import EvalPromptCounts, write_eval_prompts
 
 
 class PromptFiles:
-    """Writes a source's prompts to a file of the `PROMPTS` schema; a second time it copies what it wrote."""
+    """Writes a source's prompts to a file of the `PROMPTS` schema; a second time it copies what it wrote, and the
+    `check` of that second call is not asked."""
 
     def __init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="spa-prompts-")
         self._made: dict[str, tuple[Path, Any]] = {}
 
-    def write(self, prompts: Prompts, out: Path, *, skip: int = 0) -> PromptCounts:
+    def write(self, prompts: Prompts, out: Path, *, skip: int = 0, check: Check | None = None) -> PromptCounts:
         """As `data.prompts.write_prompts`. Raises: InputError as it does."""
         counts: PromptCounts = self._once(
-            f"{skip} {prompts.model_dump_json()}", out, lambda file: write_prompts(prompts, file, skip=skip)
+            f"{skip} {prompts.model_dump_json()}",
+            out,
+            lambda file: write_prompts(prompts, file, skip=skip, check=check),
         )
         return counts
 
-    def write_held_out(self, evaluation: Evaluation, out: Path) -> EvalPromptCounts:
+    def write_held_out(self, evaluation: Evaluation, out: Path, *, check: Check | None = None) -> EvalPromptCounts:
         """As `evaluation.prompts.write_eval_prompts`. Raises: InputError as it does."""
         sources = evaluation.model_dump_json(include={"prompts", "families"})
-        counts: EvalPromptCounts = self._once(sources, out, lambda file: write_eval_prompts(evaluation, file))
+        counts: EvalPromptCounts = self._once(
+            sources, out, lambda file: write_eval_prompts(evaluation, file, check=check)
+        )
         return counts
 
     def _once(self, key: str, out: Path, write: Callable[[Path], Any]) -> Any:
