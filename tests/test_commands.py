@@ -11,7 +11,8 @@ import yaml
 from spa_ray.cli.demo import demo_config
 from spa_ray.config import load_config
 from spa_ray.errors import InputError
-from spa_ray.runs.commands import build_stage, evaluate_stage, generate_stage, preview_prompts, train_stage
+from spa_ray.runs.commands import build_stage, evaluate_stage, generate_stage, train_stage
+from spa_ray.runs.preview import preview_prompts
 
 pytestmark = pytest.mark.engine
 
@@ -97,9 +98,14 @@ def test_a_folder_of_something_else_is_left_alone(episodes: dict[str, Any], home
 
 
 def test_preview_shows_every_rendered_prompt_and_judge_answer(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = preview_prompts(config(home), verbose=False)
-    assert len(result["prompts"]) == 3
+    result = preview_prompts(config(home), verbose=False, count=3, out=home / "preview")
+    assert len(result["prompts"]) == result["signal"]["prompts"] == 3
     for shown in result["prompts"]:
         assert len(shown["calls"]) >= 5 + 6 * 2 + 1  # a repeated candidate is sampled once more
         assert all(call["prompt"] and call["text"] for call in shown["calls"])
-    assert "Judge harmless. Question" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Judge harmless. Question" in printed
+    assert printed.count("===") == 1  # the others are in the file
+    assert "signal     to expect: pairs" in printed
+    assert read_json(home / "preview" / "signal.json") == result["signal"]
+    assert len((home / "preview" / "preview.jsonl").read_text(encoding="utf-8").splitlines()) == 3

@@ -289,11 +289,11 @@ def test_examples_and_progress_show_escapes_as_they_are(capsys: pytest.CaptureFi
 def test_a_preview_shows_escapes_as_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
 ) -> None:
-    from spa_ray.runs import commands
+    from spa_ray.runs import preview
 
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": HOSTILE}) + "\n")
-    monkeypatch.setattr(commands, "fetch_model", lambda model: tiny_model)
-    commands.preview_prompts(scripted_config(prompts={"source": str(tmp_path / "p.jsonl")}), verbose=False, count=1)
+    monkeypatch.setattr(preview, "fetch_model", lambda model: tiny_model)
+    preview.preview_prompts(scripted_config(prompts={"source": str(tmp_path / "p.jsonl")}), verbose=False, count=1)
     out = capsys.readouterr().out
     assert OBEYED.search(out) is None
     assert "\\x1b]0;owned" in out

@@ -85,9 +85,26 @@ def run(
 
 
 @app.command()
-def preview(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Three prompts through sampling, scoring and refinement: every rendered prompt and judge answer is shown."""
-    one_arm(config, overrides, "preview_prompts", as_json, verbose=verbose)
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(min=1, help="how many prompts")] = 16,
+    every: Annotated[
+        bool, typer.Option("--all", help="print the calls of every prompt, not of the first alone")
+    ] = False,
+    out: Annotated[
+        Any,
+        typer.Option(parser=as_path, metavar="PATH", help="folder for signal.json and all calls", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """A few prompts with every rendered prompt and judge answer, and the health of the judge's signal."""
+    from spa_ray.config import load_config
+    from spa_ray.runs.preview import preview_prompts
+
+    arm = next(iter(load_config(config, overrides or []).values()))
+    emit(preview_prompts(arm, verbose=verbose, count=prompts, every=every, out=out), as_json)
 
 
 @app.command()

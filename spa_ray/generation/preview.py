@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,24 @@ from spa_ray.config.models import Config
 from spa_ray.engine import Completion, Engine, EngineStats, Request, create_engine
 from spa_ray.generation.setup import Task, check_generation, make_episodes
 
+FIRST = 4  # prompts after which there are first figures
+Shown = dict[str, Any]
+_CALLS: ContextVar[list[dict[str, Any]]] = ContextVar("calls")
+
 
 class Recorder:
-    """An engine that notes its calls."""
+    """An engine that notes its calls, by the prompt whose episode makes them; `tokens` counts what was generated."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.tokenizer, self.max_model_len = engine.tokenizer, engine.max_model_len
-        self.calls: list[dict[str, Any]] = []
+        self.tokens = 0
 
     async def generate(self, request: Request) -> Completion:
         completion = await self._engine.generate(request)
+        self.tokens += len(completion.token_ids)
         prompt = self.tokenizer.decode(request.prompt_ids)
-        self.calls.append({"prompt": prompt, "prompt_ids": request.prompt_ids, "text": completion.text})
+        _CALLS.get().append({"prompt": prompt, "prompt_ids": request.prompt_ids, "text": completion.text})
         return completion
 
     async def load_weights(self, model: Path) -> None:
@@ -36,21 +43,49 @@ class Recorder:
 
 
 async def preview(
-    config: Config, model: Path, prompts: Sequence[Mapping[str, Any]], *, verbose: bool = False
-) -> list[dict[str, Any]]:
-    """The prompts' episodes one after the other: `{"episode": row, "calls": [{prompt, prompt_ids, text}]}` each.
+    config: Config,
+    model: Path,
+    prompts: Sequence[Mapping[str, Any]],
+    *,
+    verbose: bool = False,
+    on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+    on_first: Callable[[list[Shown]], None] | None = None,
+) -> list[Shown]:
+    """The prompts' episodes: `{"episode": row, "calls": [{prompt, prompt_ids, text}]}` each, in the prompts' order.
 
-    Raises: InputError as the generation stage does, before the engine starts.
+    The first FIRST prompts run together and go to `on_first` where more follow, which then run together too.
+    `on_progress` hears `done`, `total` and `tokens` once a second. Raises: InputError as the generation stage does,
+    before the engine starts.
     """
     check_generation(config, model)
     engine = Recorder(create_engine(config.model, model, config.generation, verbose=verbose))
+    done = 0
+
+    async def one(prompt: Mapping[str, Any]) -> Shown:
+        nonlocal done
+        calls: list[dict[str, Any]] = []
+        _CALLS.set(calls)
+        async with seats:
+            row = await episodes.run(prompt)
+        done += 1
+        return {"episode": row, "calls": calls}
+
+    async def tell() -> None:
+        while on_progress is not None:
+            on_progress({"done": done, "total": len(prompts), "tokens": engine.tokens})
+            await asyncio.sleep(1.0)
+
     try:
         episodes = make_episodes(config, Task(), engine, model)
-        shown = []
-        for prompt in prompts:
-            engine.calls = []
-            row = await episodes.run(prompt)
-            shown.append({"episode": row, "calls": engine.calls})
+        seats = asyncio.Semaphore(config.resources.concurrency)
+        telling = asyncio.create_task(tell())
+        try:
+            shown = list(await asyncio.gather(*map(one, prompts[:FIRST])))
+            if on_first is not None and len(prompts) > FIRST:
+                on_first(shown)
+            shown += await asyncio.gather(*map(one, prompts[FIRST:]))
+        finally:
+            telling.cancel()
         return shown
     finally:
         engine.shutdown()

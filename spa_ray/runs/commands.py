@@ -19,7 +19,6 @@ from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, k
 from spa_ray.data.node_cache import local_folder
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
-from spa_ray.logs import printable
 from spa_ray.preferences import live_reasons
 from spa_ray.rollout.chat import open_chat
 from spa_ray.rollout.settings import ChatSettings
@@ -36,6 +35,7 @@ from spa_ray.runs.pipeline import Pipeline, train_counter
 from spa_ray.runs.preflight_cluster import check_cluster
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.shared_folder import check_shared
+from spa_ray.runs.signal import SignalWatch
 
 
 def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[str, Any]:
@@ -134,6 +134,9 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
                     check_shared(stage.folder)
                     check_cluster(config, stages=["generate"], say=progress.say)
                     stage.begin(address.attempt(config))
+                    watch = SignalWatch(
+                        config, stage.folder / "episodes", count=progress.counter("generate"), say=progress.say
+                    )
                     counts = generate(
                         config,
                         Task(day=day),
@@ -142,10 +145,11 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
                         checkpoint=stage.folder / "checkpoint",
                         model=shared_model(config.model, model),
                         config_hash=digest,
-                        on_progress=progress.counter("generate"),
+                        on_progress=watch,
                         observe=partial(live_reasons, config=config),
                         verbose=verbose,
                     )
+                    watch.finish(counts.rows)
                 stage.finish(started, **counts.to_dict())
     return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
 
@@ -320,23 +324,3 @@ def inside(path: AnyPath, name: str) -> AnyPath:
     if is_file(path / CLAIM) and not is_file(path / MARKER):
         raise InputError(f"{path}: unfinished (no {MARKER}); run the command that made it again")
     return path / name if kind(path / name) == "directory" else path
-
-
-def preview_prompts(config: Config, *, verbose: bool, count: int = 3) -> dict[str, Any]:
-    """`spa preview`: the first prompts' episodes on one engine, without Ray; every call is printed as it was sent."""
-    import asyncio
-    from itertools import islice
-
-    from spa_ray.data.prompts import read_prompts
-    from spa_ray.generation.preview import preview
-
-    config = with_dtype(config)
-    model = fetch_model(config.model)
-    rows = list(islice(read_prompts(config.prompts), count))
-    shown = asyncio.run(preview(config, model, rows, verbose=verbose))
-    for prompt in shown:
-        print(printable(f"=== {prompt['episode']['prompt_id']}"))
-        for call in prompt["calls"]:
-            sent = f"--- sent ({len(call['prompt_ids'])} tokens):\n{call['prompt']}"
-            print(printable(f"{sent}\n--- answered: {call['text']}"))
-    return {"prompts": shown}

@@ -40,6 +40,7 @@ from spa_ray.runs.preflight_files import disk_warning
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.shared_folder import check_shared
+from spa_ray.runs.signal import SignalWatch
 
 LOG = Path("logs") / "driver.jsonl"
 STAGES = ("generate", "build", "train", "evaluate")
@@ -224,6 +225,9 @@ class Pipeline:
             self._check_cluster()
             started = time.time()
             stage.begin(address.attempt(config))
+            watch = SignalWatch(
+                config, stage.folder / "episodes", count=self.progress.counter("generate"), say=self.progress.say
+            )
             counts = generate(
                 config,
                 Task(iteration=iteration, day=self.day),
@@ -233,10 +237,11 @@ class Pipeline:
                 model=state.model,
                 earlier=earlier.folder / "episodes" if earlier else None,
                 config_hash=stage.hash,
-                on_progress=self.progress.counter("generate"),
+                on_progress=watch,
                 observe=partial(live_reasons, config=config),
                 verbose=self.verbose,
             )
+            watch.finish(counts.rows)
             self._finish(stage, started, **counts.to_dict())
         return stage
 

@@ -1,0 +1,75 @@
+"""`spa preview`: a few prompts through one engine, every call as it was sent, and the health of the judge's signal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import closing
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from spa_ray.config.models import Config
+from spa_ray.data.files import AnyPath, make_folder, write_json, write_text
+from spa_ray.data.prompts import read_prompts
+from spa_ray.data.schemas import EPISODES
+from spa_ray.engine.cpu_dtype import with_dtype
+from spa_ray.evaluation.signal import judge_signal
+from spa_ray.generation.preview import preview
+from spa_ray.logs import printable
+from spa_ray.runs.models import fetch_model
+from spa_ray.runs.plan_prompts import prompt_facts
+from spa_ray.runs.progress import Progress
+from spa_ray.runs.signal import FILE, signal_lines
+
+PROMPTS = 16
+IN_FULL = 1  # prompts whose calls are printed
+CALLS_FILE = "preview.jsonl"
+
+
+def preview_prompts(
+    config: Config, *, verbose: bool, count: int = PROMPTS, every: bool = False, out: AnyPath | None = None
+) -> dict[str, Any]:
+    """The first prompts' episodes without Ray. The calls of the first are printed (`every`: of all), then the signal.
+
+    Figures of the first few are told as soon as they are there. With `out`, that folder gets signal.json and every
+    call as JSONL; without it nothing is written. Returns: `{"prompts": .., "signal": ..}`.
+    """
+    config = with_dtype(config)
+    model = fetch_model(config.model)
+    total = prompt_facts(config.prompts, [], "prompts").count
+    rows = list(islice(read_prompts(config.prompts), count))
+    progress = Progress()
+    with closing(progress):
+
+        def first(shown: list[dict[str, Any]]) -> None:
+            for line in signal_lines(_signal(shown, config, total)):
+                progress.say(line)
+
+        work = preview(config, model, rows, verbose=verbose, on_progress=progress.counter("preview"), on_first=first)
+        shown = asyncio.run(work)
+    for prompt in shown if every else shown[:IN_FULL]:
+        _print_calls(prompt)
+    signal = _signal(shown, config, total)
+    print(printable("\n".join(signal_lines(signal))))
+    if out is not None:
+        make_folder(out)
+        write_json(out / FILE, signal)
+        write_text(out / CALLS_FILE, "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in shown))
+        print(printable(f"every call: {out / CALLS_FILE}"))
+    return {"prompts": shown, "signal": signal}
+
+
+def _signal(shown: list[dict[str, Any]], config: Config, total: int) -> dict[str, Any]:
+    table = pa.Table.from_pylist([prompt["episode"] for prompt in shown], EPISODES)
+    return judge_signal(table, config, prompts=total)
+
+
+def _print_calls(prompt: dict[str, Any]) -> None:
+    print(printable(f"=== {prompt['episode']['prompt_id']}"))
+    for call in prompt["calls"]:
+        sent = f"--- sent ({len(call['prompt_ids'])} tokens):\n{call['prompt']}"
+        print(printable(f"{sent}\n--- answered: {call['text']}"))
+    if prompt["episode"]["error"] is not None:
+        print(printable(f"--- error: {prompt['episode']['error']}"))
