@@ -234,6 +234,7 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
                 trust_remote_code=config.model.trust_remote_code,
                 tracking=config.tracking,
                 chat=chat,
+                context=config.model.max_model_len,
             )
             record_first_day(work.folder, day)
             progress, started = Progress(), time.time()

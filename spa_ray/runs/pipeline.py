@@ -293,6 +293,7 @@ class Pipeline:
                     tracking=state.config.tracking,
                     cache=self.folder.path / "cache",
                     chat=self.chat,
+                    context=state.config.model.max_model_len,
                 )
         if jobs:
             self._check_cluster()

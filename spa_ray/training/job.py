@@ -29,7 +29,8 @@ class TrainJob:
     `pairs` is a Parquet file or a folder of them, `model` a local model folder, `out` the model folder to write (it
     must not stand yet), `work` the job's own folder for tokens, logs and checkpoints. All lie where every rank reads.
     `tracking` says where the log goes besides; it is no part of what the job is. `chat` is how generation rendered the
-    prompts; null: a template without variables, today.
+    prompts; null: a template without variables, today. `context` is `model.max_model_len`, by which generation chose
+    the rotary factors of a model that has two sets.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TrainJob:
     tracking: Tracking = field(default_factory=Tracking)
     cache: Path | None = None
     chat: ChatSettings | None = None
+    context: int | None = None
 
     @property
     def shared(self) -> Path:
@@ -59,6 +61,7 @@ class TrainJob:
             "tracking": self.tracking.model_dump(mode="json"),
             "cache": None if self.cache is None else str(self.cache.absolute()),
             "chat": None if self.chat is None else self.chat.model_dump(mode="json"),
+            "context": self.context,
         }
 
     @classmethod

@@ -26,6 +26,7 @@ from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
 from spa_ray.training.linear import use_onednn_linear
+from spa_ray.training.rope import pin_rope
 from spa_ray.training.zero3 import freed_at_once, gathered_at_once, partitioned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -105,6 +106,7 @@ def make_engine(job: TrainJob) -> Any:
 
     with partitioned(deepspeed_config(train)):
         model = load_policy(job, DTYPES[train.dtype])
+    pin_rope(model, job.context)
     if train.liger:
         use_liger(model)
     if train.gradient_checkpointing:

@@ -22,6 +22,7 @@ from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
 from spa_ray.training.job import TrainJob, check_train
 from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.policy import check_model_folder
+from spa_ray.training.rope import long_factors
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from spa_ray.training.trainable import check_trainable
 
@@ -62,6 +63,9 @@ def fingerprint(job: TrainJob) -> str:
     settings = job.train.model_dump_json(exclude=set(TRAIN_BYSTANDERS))
     chat = "" if job.chat is None else job.chat.model_dump_json()
     parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat]
+    chosen = long_factors(_config(job), job.context)
+    if chosen is not None:
+        parts.append(f"long rotary factors: {chosen}")
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -126,7 +130,10 @@ def _chat(job: TrainJob) -> Chat:
 
 
 def _vocab_size(job: TrainJob) -> int:
+    return _config(job).get_text_config().vocab_size
+
+
+def _config(job: TrainJob):  # type: ignore[no-untyped-def]  # a Hugging Face config
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
-    return config.get_text_config().vocab_size
+    return AutoConfig.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)

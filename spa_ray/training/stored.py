@@ -58,13 +58,14 @@ class StoredJob:
     tracking: Tracking = field(default_factory=Tracking)
     cache: AnyPath | None = None
     chat: ChatSettings | None = None
+    context: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         sections = {name: getattr(self, name).model_dump(mode="json") for name in ("train", "tracking")}
         paths = {name: str(path) for name in PATHS if (path := getattr(self, name)) is not None}
         plain = {"name": self.name, "seed": self.seed, "trust_remote_code": self.trust_remote_code}
         chat = None if self.chat is None else self.chat.model_dump(mode="json")
-        return {**plain, "chat": chat, **sections, **paths}
+        return {**plain, "chat": chat, "context": self.context, **sections, **paths}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> StoredJob:
@@ -95,6 +96,7 @@ class StoredJob:
             tracking=self.tracking,
             cache=scratch / "cache",
             chat=self.chat,
+            context=self.context,
         )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from spa_ray.training.rope import pin_rope
 from tests.families import tokenizers
-from tests.families.table import Ablation, Family
+from tests.families.table import CONTEXT, Ablation, Family
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -64,7 +65,7 @@ def _scale(model: Any, family: Family, ends: list[int]) -> None:
                 middle = centre + (family.post - 1 if "post_" in name else 0.0) if norm else 0.0
                 parameter.normal_(0, 0.3 if norm else 0.5).add_(middle)
             elif parameter is embedding and parameter is not head:
-                parameter.normal_(0, family.embed)
+                parameter.normal_(0, 1.0)
             elif parameter is head:
                 parameter.normal_(0, family.logits / parameter.shape[1] ** 0.5)
             else:
@@ -92,4 +93,5 @@ def ablated(folder: Path, ablation: Ablation) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith(ablation.zero or ("\0",)):
                 parameter.zero_()
+    pin_rope(model, CONTEXT)
     return model.eval()

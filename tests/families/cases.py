@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.training import loop
 from spa_ray.training.forward import Rows
@@ -22,7 +23,7 @@ from spa_ray.training.policy import make_engine
 from spa_ray.training.prepare import prepare
 from tests.families import checks
 from tests.families.build import build_family
-from tests.families.table import FAMILIES, Family
+from tests.families.table import CONTEXT, FAMILIES, Family
 from tests.training_support import make_job, pair_rows, write_pairs
 
 SYSTEM = "Be brief, exact and friendly."
@@ -63,10 +64,11 @@ class Case:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
 
-    @cached_property
-    def chat(self) -> Chat:
-        """The renderer as training makes it."""
-        return Chat(self.tokenizer, model=self.name)
+    @property
+    def settings(self) -> ChatSettings:
+        """Another day than today's, and no thinking where the template knows it."""
+        kwargs = {"enable_thinking": False} if self.family.thinking else {}
+        return ChatSettings(kwargs=kwargs, date=dt.date(2026, 3, 1), date_given=True)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -85,8 +87,9 @@ class Case:
         return write_pairs(self.home / "pairs.parquet", rows)
 
     def job(self, name: str, **train: Any) -> TrainJob:
-        settings = {"max_length": 480, "micro_batch_tokens": 800, "batch_size": 6, "epochs": 2, **train}
-        return make_job(self.home, self.folder, self.pairs, name=name, **settings)
+        settings = {"max_length": 640, "micro_batch_tokens": 800, "batch_size": 6, "epochs": 2, **train}
+        job = make_job(self.home, self.folder, self.pairs, name=name, **settings)
+        return replace(job, context=CONTEXT, chat=self.settings)
 
     @cached_property
     def rendered(self) -> list[list[int]]:

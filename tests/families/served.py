@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,9 +16,48 @@ from spa_ray.config.models import Model
 from spa_ray.engine.protocol import Request
 from spa_ray.engine.vllm_engine import sampling_params
 from spa_ray.engine.vllm_start import start_vllm
+from spa_ray.rollout.chat import chat_of
+from spa_ray.rollout.settings import ChatSettings
+from tests.families.table import CONTEXT
 
-CONTEXT = 512
 FAST_START = {"max_num_batched_tokens": 1024, "max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 26}
+
+
+@dataclass(frozen=True)
+class Played:
+    """`rendered` are prompts' ids by vLLM's tokenizer, `forced` the log-probs of every token but the first per
+    sequence, `greedy` and `drawn` the answers to the prompts with their finish reasons."""
+
+    rendered: list[list[int]]
+    forced: list[list[float]]
+    greedy: list[tuple[list[int], str]]
+    drawn: list[tuple[list[int], str]]
+
+
+def play(
+    folder: Path,
+    settings: ChatSettings,
+    conversations: Sequence[list[dict[str, str]]],
+    sequences: Sequence[list[int]],
+    prompts: Sequence[list[int]],
+) -> Played:
+    """All that is asked of vLLM for one family."""
+    with served(folder) as engine:
+        chat = chat_of(engine.get_tokenizer(), folder, settings)
+        draws = [Request(list(p), max_tokens=64, temperature=1.0, seed=s) for s in range(8) for p in prompts]
+        return Played(
+            rendered=[chat.prompt_ids(messages) for messages in conversations],
+            forced=prompt_logps(engine, sequences),
+            greedy=answers(engine, [Request(list(p), max_tokens=64, temperature=0.0, seed=0) for p in prompts]),
+            drawn=answers(engine, draws),
+        )
+
+
+def play_apart(*arguments: Any) -> Played:
+    """In a process of its own. vLLM's transformers backend changes transformers' model classes where it runs, so that
+    the same process can compare nothing with them."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(play, *arguments).result()
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 
 WINDOW = 48  # tokens; the checks' sequences are two to four times as long
 
+CONTEXT = 768  # tokens that vLLM gives each model
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -41,15 +43,13 @@ class Family:
     ablations: Mapping[str, Ablation]
     scores: float = 2.0  # the spread of q and k: how far attention scores reach
     logits: float = 4.0  # the standard deviation of the logits
-    embed: float = 1.0
     post: float = 1.0  # the mean weight of norms behind attention and MLP: how much a layer adds to the stream
     spare_rows: int = 0  # rows of the embedding beyond the tokenizer's ids, as many families have
-    eos_gain: float = 1.0
+    eos_gain: float = 1.6
     lora: bool = False
-    dated: bool = False
-    thinking: bool = False
+    dated: bool = False  # the template shows today's date
+    thinking: bool = False  # the template knows enable_thinking and drops earlier thoughts
     backend: str = ""  # "transformers" where vLLM runs the family through transformers' code
-    notes: str = ""
 
 
 SMALL: dict[str, Any] = {
@@ -272,7 +272,7 @@ FAMILIES: dict[str, Family] = {
             ),
             "post norms": Ablation(identity=("post_attention_layernorm", "post_feedforward_layernorm")),
         },
-        post=3.0,
+        post=6.0,
     ),
     "phi-3": Family(
         title="Phi-3-mini (4k)",
