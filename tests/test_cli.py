@@ -119,6 +119,17 @@ def test_a_model_without_a_chat_template_is_refused(spa: Any, config: Any, tmp_p
     refused(spa("run", config(model={"path": str(bare)})), "chat template")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_pointer_in_the_place_of_a_file_is_refused(
+    spa: Any, config: Any, tmp_path: Path, tiny_model: Path, name: str, command: str
+) -> None:
+    folder = tmp_path / "pointers"
+    shutil.copytree(tiny_model, folder)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    refused(spa(command, config(model={"path": str(folder)})), name, "git lfs pull")
+
+
 def test_an_undefined_template_variable_is_refused(spa: Any, config: Any) -> None:
     refused(spa("run", config(scoring={"prompt": "{{ answr }}"})), "scoring.prompt", "answr")
 

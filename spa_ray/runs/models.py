@@ -13,6 +13,7 @@ from pathlib import Path
 from spa_ray.config.models import Model
 from spa_ray.data.files import AnyPath, as_path
 from spa_ray.data.node_cache import hub_folder, local_folder
+from spa_ray.data.pointers import check_pointers
 from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
 
@@ -63,6 +64,7 @@ def check_model_folder(folder: Path) -> None:
         if (folder / "adapter_config.json").is_file():
             raise InputError(f"{folder}: an adapter alone; give the merged model folder (the adapter's parent)")
         raise InputError(f"{folder}: not a model folder (no config.json)")
+    check_pointers(folder, ("*.json", "*.safetensors", "*.model", "*.jinja", "*.py"))
     check_safetensors(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model)")
