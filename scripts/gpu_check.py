@@ -300,16 +300,14 @@ def training(name: str, **train: Any) -> Callable[[Path, Size], Facts]:
     return check
 
 
-def planned_gib(job: Any) -> float | None:
+def planned_gib(job: Any) -> float:
     """What the planner says that this job holds on a GPU at its peak."""
-    from spa_ray.config.models import Resources
+    from spa_ray.config.models import Model, Resources
+    from spa_ray.runs.plan_memory import training_memory
     from spa_ray.runs.plan_model import model_facts
 
-    try:
-        from spa_ray.runs.plan_memory import training_memory
-    except ImportError:
-        return None
-    return round(training_memory(job.train, model_facts(job.model), Resources()).total / 2**30, 3)
+    facts = model_facts(Model(path=str(job.model)), [])
+    return round(training_memory(job.train, facts, Resources()).total / 2**30, 3)
 
 
 def against_trl(scratch: Path, size: Size) -> Facts:

@@ -134,6 +134,8 @@ def plan(
         result = make_plan(load_config(str(config), overrides or []), price=check_price(price))
         print_plan(result)
     emit(result, as_json)
+    if result.get("refusal"):
+        raise InputError(result["refusal"])
 
 
 @app.command()

@@ -319,7 +319,10 @@ class Train(Section):
     lora: Lora | None = Field(None, description="null trains every weight")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO")
     offload: bool = Field(False, description="optimizer state in CPU memory")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="recompute activations in the backward pass; null: where a step would not fit into the GPU without",
+    )
     liger: bool = Field(False, description="Liger's GPU kernels for norms, rotary embedding and MLP")
     save_every_steps: int | None = Field(None, ge=1, description="checkpoint; null: none in the middle")
     save_every_minutes: float | None = Field(None, gt=0, description="checkpoint by the clock as well; null: not")
@@ -340,6 +343,10 @@ class Train(Section):
         if self.zero_stage == 3 and self.lora is not None and self.lora.quantize is not None:
             raise ValueError("lora.quantize does not go with zero_stage 3; use zero_stage 2 or lora.quantize null")
         return self
+
+    def identity(self) -> Train:
+        """This section as hashes see it: a checkpointing that is decided by the device is no setting of its own."""
+        return self.model_copy(update={"gradient_checkpointing": bool(self.gradient_checkpointing)})
 
     def resolved(self) -> Train:
         """This section with β, γ and lr filled in by method."""

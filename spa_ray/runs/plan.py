@@ -18,6 +18,7 @@ from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.runs import plan_cost as cost
+from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import ModelFacts, model_facts
 from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_stages import PlannedStage, planned_stages
@@ -54,6 +55,7 @@ def make_plan(arms: dict[str, Config], *, price: float | None = None, folder: Pa
         "price_per_gpu_hour": price,
         "output_gib": _output(look, graph, stages),
         "assumptions": cost.assumptions(first, look.devices),
+        "refusal": refusal(arms, look.model) if look.devices.gpus_per_worker else None,
         "notes": list(dict.fromkeys([*look.notes, *(n for arm in plan_arms.values() for n in arm["notes"])])),
     }  # fmt: skip
 

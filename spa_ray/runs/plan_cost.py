@@ -7,17 +7,17 @@ stands here, with where it comes from; `assumptions` says them to the user.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from spa_ray.config.models import Config, Train
+from spa_ray.config.models import Config
 from spa_ray.engine.placement import engine_world
 from spa_ray.engine.vllm_start import CPU_KV_GIB
+from spa_ray.runs.plan_memory import GPU_MEMORY_GIB, gpu_gib, training_memory
 from spa_ray.runs.plan_model import BYTES, ModelFacts
 from spa_ray.runs.plan_tokens import ANSWER_SHARE, Work
 
 GIB = 1024**3
-GPU_MEMORY_GIB = 80.0  # an A100 or H100 of the larger kind
 GPU_SHARE = 0.92  # of it that vLLM 0.32 takes: its default gpu_memory_utilization
 ACTIVATIONS_GIB = 4.0  # of a GPU: activations and CUDA graphs beside weights and cache
 ON_GPU_FROM = 1e8  # parameters: with `gpus_per_engine` null, a larger model is taken to run on GPUs
@@ -142,13 +142,14 @@ def training(config: Config, model: ModelFacts, prompts: int, prompt_tokens: flo
     length = min(prompt_tokens + ANSWER_SHARE * config.sampling.max_tokens, train.max_length)
     tokens = seen * sides * length
     reference = pairs * sides * length if train.method in ("spa_dpo", "ipo") else 0.0
-    passes = 8 if train.gradient_checkpointing else 6
+    recomputes = training_memory(train, model, config.resources, gpu=on.gpus_per_worker > 0).checkpointing
+    passes = 8 if recomputes else 6
     flops = model.parameters * (passes * tokens + 2 * reference)
     return Training(int(pairs), steps, tokens, flops / on.train_rates.train / on.workers)
 
 
 def memory(config: Config, model: ModelFacts, on: Devices, *, prompt_tokens: float) -> dict[str, Any]:
-    """GiB per GPU (per process without one): an engine's weights and KV cache, what a rank holds under ZeRO.
+    """GiB per GPU (per process without one): an engine's weights and KV cache, what a training rank holds.
 
     `contexts`: how many of full length the cache holds at once; `prompts`: of how many prompts all n samples, each at
     its max_tokens. None where the model is not on this machine.
@@ -160,7 +161,7 @@ def memory(config: Config, model: ModelFacts, on: Devices, *, prompt_tokens: flo
     found: dict[str, Any] = {
         "engine_weights": round(weights, 3),
         **dict.fromkeys(("kv_cache_per_context", "kv_cache", "contexts", "prompts")),
-        "training_state": round(training_state(config.train, model.parameters, on.workers) / GIB, 3),
+        "training": training_gib(config, model, on),
         "gpu": total if on.gpus_per_engine else None,
     }
     if model.kv_bytes_per_token is None:
@@ -186,15 +187,12 @@ def kv_bytes_on_gpu(model: ModelFacts, spread: int) -> float:
     return model.kv_bytes_per_token / min(spread, model.kv_heads or spread)
 
 
-def training_state(train: Train, parameters: float, world: int) -> float:
-    """Bytes that a rank holds for weights, gradients and AdamW's state, activations apart."""
-    trainable = parameters if train.lora is None else parameters * LORA_SHARE
-    weights = parameters * (0.5 if train.lora is not None and train.lora.quantize else BYTES[train.dtype])
-    state = trainable * (12 if train.dtype == "bfloat16" else 8)  # master copy and two moments; fp32 needs no copy
-    gradients = trainable * BYTES[train.dtype]
-    shard = {0: (1, 1, 1), 1: (1, 1, world), 2: (1, world, world), 3: (world, world, world)}[train.zero_stage]
-    on_gpu = 0.0 if train.offload else state / shard[2]
-    return weights / shard[0] + gradients / shard[1] + on_gpu
+def training_gib(config: Config, model: ModelFacts, on: Devices) -> dict[str, Any]:
+    """GiB of one rank at the peak of a training step, by kind; `checkpointing` as it will be."""
+    found = training_memory(config.train, model, config.resources, gpu=on.gpus_per_worker > 0)
+    parts = {name: round(value / GIB, 3) for name, value in asdict(found).items() if name != "checkpointing"}
+    room = gpu_gib(config.resources) if on.gpus_per_worker else None
+    return {**parts, "total": round(found.total / GIB, 3), "gpu": room, "checkpointing": found.checkpointing}
 
 
 def does_it_fit(config: Config, found: dict[str, Any]) -> list[str]:
@@ -215,11 +213,6 @@ def does_it_fit(config: Config, found: dict[str, Any]) -> list[str]:
             f"memory: the cache holds the samples of {found['prompts']:,} prompts at their longest, "
             f"resources.concurrency is {config.resources.concurrency}; where answers are that long, requests wait "
             "inside the engine"
-        )
-    if found["gpu"] and found["training_state"] > found["gpu"]:
-        notes.append(
-            f"memory: training holds {found['training_state']} GiB a rank without activations, a GPU has "
-            f"{found['gpu']:g}; raise train.zero_stage or resources.train_workers, or use train.lora or train.offload"
         )
     return notes
 

@@ -34,6 +34,7 @@ def _about(plan: Plan) -> Any:
     table.add_row("requests a prompt", f"{first['generate']['requests_per_prompt']:g}")
     where = f"a GPU of {memory['gpu']:g} GiB" if memory["gpu"] else "a process"
     table.add_row(f"memory of {where}, GiB", _memory(memory))
+    table.add_row("training of a rank, GiB", _training(worst_training(plan)))
     table.add_row("GPUs", f"{plan['gpus']['engines']:g} for engines, {plan['gpus']['train']:g} for training")
     output = plan["output_gib"]
     table.add_row("disk, GiB", f"{output['models']:g} of trained models, about {output['rest']:g} more")
@@ -48,7 +49,25 @@ def _memory(memory: Plan) -> str:
             f"KV cache {memory['kv_cache']:g} for {memory['contexts']:,} contexts of full length "
             f"({memory['kv_cache_per_context']:g} each), or the samples of {memory['prompts']:,} prompts"
         )
-    return f"engine weights {memory['engine_weights']:g}, {cache}; training {memory['training_state']:g}"
+    return f"engine weights {memory['engine_weights']:g}, {cache}"
+
+
+def worst_training(plan: Plan) -> Plan:
+    """The training memory of the arm that needs most."""
+    found: list[Plan] = [arm["memory_gib"]["training"] for arm in plan["arms"].values()]
+    return max(found, key=lambda training: training["total"])
+
+
+def _training(found: Plan) -> str:
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "gathered", "buckets", "reserve")
+    parts = [f"{name} {found[name]:.1f}" for name in names if found[name] >= 0.05]
+    if found["offloaded"]:
+        parts.append(f"on the host {found['offloaded']:.1f}")
+    recomputed = " (with gradient checkpointing)" if found["checkpointing"] else ""
+    total = f"{found['total']:.1f}"
+    if found["gpu"]:
+        total += f" of {found['gpu']:g}: {'fits' if found['total'] <= found['gpu'] else 'does not fit'}"
+    return f"{total}{recomputed}; {', '.join(parts)}"
 
 
 def _arms(plan: Plan) -> Any:

@@ -117,7 +117,7 @@ def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> st
 
 
 def train_hash(config: Config, *, pairs: str, model: str, chat: Chat = None) -> str:
-    train = _plain(config.train.resolved(), *TRAIN_BYSTANDERS)
+    train = _plain(config.train.resolved().identity(), *TRAIN_BYSTANDERS)
     settings = {"seed": config.seed, "train": train, "chat": _chat(config, chat)}
     return stage_hash("train", training.STAGE_VERSION, settings, [pairs, model])
 

@@ -26,6 +26,7 @@ from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
 from spa_ray.training.linear import use_onednn_linear
+from spa_ray.training.memory import shape_of, step_memory
 from spa_ray.training.rope import pin_rope
 from spa_ray.training.zero3 import freed_at_once, gathered_at_once, partitioned
 
@@ -109,11 +110,12 @@ def make_engine(job: TrainJob) -> Any:
     pin_rope(model, job.context)
     if train.liger:
         use_liger(model)
-    if train.gradient_checkpointing:
+    checkpointing = _checkpointing(train, model)
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if train.lora is not None:
         model = add_lora(model, train.lora, job.seed)
-    if train.gradient_checkpointing and train.lora is not None:
+    if checkpointing and train.lora is not None:
         model.enable_input_require_grads()
     if not torch.cuda.is_available() and train.zero_stage < 3:
         use_onednn_linear(model)
@@ -130,6 +132,20 @@ def make_engine(job: TrainJob) -> Any:
     engine.train()
     check_layout(engine, job)
     return engine
+
+
+def _checkpointing(train: Train, model: Any) -> bool:
+    """Whether activations are recomputed: as the config says, else where a step would not fit into this GPU without."""
+    if train.gradient_checkpointing is not None or not torch.cuda.is_available():
+        return bool(train.gradient_checkpointing)
+    quantized = train.lora is not None and train.lora.quantize is not None  # two weights in a number
+    settings = model.config.get_text_config().to_dict()
+    shape = shape_of(settings, None if quantized else float(parameter_count(model)))
+    if shape is None:
+        return True
+    limit = float(torch.cuda.get_device_properties(comm.device()).total_memory)
+    decided = step_memory(train, shape, comm.world_size(), gpu=True, limit=limit).checkpointing
+    return bool(comm.gather_lists(["yes"] if decided else []))  # alike on all ranks, whatever their GPUs
 
 
 def _packs(job: TrainJob, model: Any) -> bool:

@@ -60,7 +60,7 @@ def micro_batch_tokens(job: TrainJob) -> int:
 
 def fingerprint(job: TrainJob) -> str:
     """A hash of all that decides a job's result: the pairs' bytes, the model's files, the settings, the seed."""
-    settings = job.train.model_dump_json(exclude=set(TRAIN_BYSTANDERS))
+    settings = job.train.identity().model_dump_json(exclude=set(TRAIN_BYSTANDERS))
     chat = "" if job.chat is None else job.chat.model_dump_json()
     parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat]
     chosen = long_factors(_config(job), job.context)

@@ -1,0 +1,208 @@
+"""The memory of a training step as planned: against saved tensors that were measured, and as refusals with fixes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spa_ray.config import load_config
+from spa_ray.config.models import Lora, Resources, Train
+from spa_ray.runs.plan_memory import changes, model_shape, refusal
+from spa_ray.runs.plan_model import ModelFacts
+from spa_ray.training.attention import use_attention
+from spa_ray.training.forward import ResponseLogps
+from spa_ray.training.memory import GIB, Shape, layer_bytes, lora_parameters, micro_batch, shape_of, step_memory
+from spa_ray.training.policy import add_lora, disable_dropout
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LLAMA_8B = ModelFacts("meta-llama/Llama-3.1-8B-Instruct", 8.03e9, "bfloat16", 16.06e9, None, None, 8192, True)
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 64,
+    "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": None}, "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 16}, "gemma3_text": {"query_pre_attn_scalar": 16},
+}  # fmt: skip
+
+
+def model_of(family: str, layers: int, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family], num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    disable_dropout(model)
+    return model
+
+
+def saved_bytes(policy: ResponseLogps, *, sequences: int = 2, length: int = 96) -> int:
+    """Bytes of the distinct storages that autograd keeps for one micro-batch, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address is used twice
+        return tensor
+
+    ids = np.random.default_rng(0).integers(0, 64, size=(sequences, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy(policy.collate([(row[:32], row[32:]) for row in ids], "cpu"))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def measured_layer(
+    family: str, dtype: torch.dtype, *, packed: bool, lora: Lora | None = None, checkpointing: bool = False
+) -> float:
+    """Bytes per token of one layer: the difference between models of three and of two layers."""
+    found = []
+    for layers in (2, 3):
+        model = model_of(family, layers, dtype)
+        model = model if lora is None else add_lora(model, lora, 0)
+        if checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        use_attention(model, packed=packed)
+        found.append(saved_bytes(ResponseLogps(model, packed=packed, logits_budget=1 << 20)))
+    return (found[1] - found[0]) / (2 * 96)
+
+
+def shape(family: str) -> Shape:
+    settings = model_of(family, 2, torch.float32).config.to_dict()
+    found = shape_of(settings)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layers_planned_activations_are_what_autograd_saves(family: str, dtype: torch.dtype) -> None:
+    packed = family != "gemma2"
+    measured = measured_layer(family, dtype, packed=packed)
+    planned = layer_bytes(shape(family), dtype.itemsize, flash=False, longest=96)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_adapters_save_no_normalised_values() -> None:
+    measured = measured_layer("llama", torch.bfloat16, packed=True, lora=Lora(r=8))
+    small = shape("llama")
+    planned = layer_bytes(small, 2, flash=False, frozen=True) + 2 * 8 * len(small.linears)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_with_checkpointing_a_layer_keeps_its_input() -> None:
+    measured = measured_layer("llama", torch.bfloat16, packed=True, checkpointing=True)
+    assert measured == pytest.approx(2 * SIZES["hidden_size"], rel=0.15)
+
+
+def test_an_8b_layer_in_bfloat16_with_flash_attention_saves_196_kib_per_token() -> None:
+    assert layer_bytes(model_shape(LLAMA_8B), 2, flash=True) / 1024 == pytest.approx(196, abs=1)
+
+
+# --- a rank's state ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"), [(1, (2, 2, 12 / 8)), (2, (2, 4 / 8, 12 / 8)), (3, (2 / 8, 4 / 8, 12 / 8))]
+)
+def test_zero_divides_what_it_says(stage: int, expected: tuple[float, float, float]) -> None:
+    big = model_shape(LLAMA_8B)
+    found = step_memory(Train(zero_stage=stage), big, 8, gpu=True)  # type: ignore[arg-type]
+    bytes_each = tuple(x / big.parameters for x in (found.weights, found.gradients, found.optimizer))
+    assert bytes_each == pytest.approx(expected)
+
+
+def test_adapters_are_counted_as_peft_makes_them() -> None:
+    model = add_lora(model_of("llama", 2, torch.float32), Lora(r=4), 0)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert lora_parameters(Train(lora=Lora(r=4)), shape("llama")) == real
+
+
+def test_a_dense_models_parameters_follow_from_its_settings() -> None:
+    model = model_of("llama", 2, torch.float32)
+    assert shape("llama").parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.01)
+
+
+def test_a_micro_batch_is_limited_by_the_pairs_of_a_step() -> None:
+    assert micro_batch(Train(max_length=100), 1) == 800
+    assert micro_batch(Train(max_length=100, batch_size=8), 8) == 200
+    assert micro_batch(Train(max_length=100, micro_batch_tokens=10), 1) == 200  # a pair cannot be divided
+
+
+def test_checkpointing_left_open_is_on_where_a_step_would_not_fit_and_off_without_a_gpu() -> None:
+    big = model_shape(LLAMA_8B)
+    train = Train(zero_stage=3)
+    assert step_memory(train, big, 8, gpu=True, limit=80 * GIB).checkpointing
+    assert not step_memory(train, big, 8, gpu=True, limit=200 * GIB).checkpointing
+    assert not step_memory(train, big, 8, gpu=False).checkpointing
+    explicit = train.model_copy(update={"gradient_checkpointing": False})
+    assert not step_memory(explicit, big, 8, gpu=True, limit=80 * GIB).checkpointing
+
+
+def test_checkpointing_left_open_changes_no_hash() -> None:
+    assert Train().identity() == Train(gradient_checkpointing=False).identity()
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+RECIPE = str(CONFIGS / "llama-3.1-8b-saferlhf.yaml")
+
+
+@pytest.mark.parametrize("gib", [48, 80])
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_the_8b_recipe_fits_or_is_refused_with_a_change_that_fits(workers: int, gib: int) -> None:
+    given = [f"resources.train_workers={workers}", f"resources.gpu_memory_gib={gib}"]
+    said = refusal(load_config(RECIPE, given), LLAMA_8B)
+    assert (said is None) == (workers == 8 or (workers, gib) == (4, 80))
+    if said is not None:
+        assert "\n" not in said
+        fix = said.partition("; set ")[2].split()
+        assert refusal(load_config(RECIPE, [*given, *fix]), LLAMA_8B) is None
+
+
+@pytest.mark.parametrize("billions", [1.2, 8.03, 70.6])
+@pytest.mark.parametrize("gib", [12, 24, 80])
+@pytest.mark.parametrize("train", [{}, {"train.lora.r": 16}, {"train.zero_stage": 0}, {"train.method": "spa_dpo"}])
+def test_every_fix_that_is_named_is_one_that_the_config_takes_and_that_fits(
+    billions: float, gib: int, train: dict[str, Any]
+) -> None:
+    facts = replace(LLAMA_8B, parameters=billions * 1e9)
+    given = [f"resources.gpu_memory_gib={gib}", "arms={main: {}}", *(f"{k}={v}" for k, v in train.items())]
+    said = refusal(load_config(RECIPE, given), facts)
+    if said is not None and "; set " in said:
+        fix = said.partition("; set ")[2].split()
+        assert refusal(load_config(RECIPE, [*given, *fix]), facts) is None
+
+
+def test_changes_that_leave_the_trained_weights_alike_come_first() -> None:
+    found = [text for text, _ in changes(Train(), Resources(train_workers=2))]
+    assert found[:4] == [
+        "train.gradient_checkpointing=true", "train.micro_batch_tokens=4096",
+        "train.zero_stage=3", "train.offload=true",
+    ]  # fmt: skip
+    kinds = [
+        next(i for i, text in enumerate(found) if word in text) for word in ("offload", "lora.r", "nf4", "train_w")
+    ]
+    assert kinds == sorted(kinds)
+
+
+def test_spa_plan_says_it_and_ends_with_exit_status_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spa_ray.cli.main import main
+
+    small = ["model.path=org/some-8B", "prompts.source=honeset", "evaluation.prompts=null", "resources.train_workers=1"]
+    monkeypatch.setattr("sys.argv", ["spa", "plan", RECIPE, *small])
+    with pytest.raises(SystemExit) as e:
+        main()
+    said = capsys.readouterr()
+    assert e.value.code == 2
+    assert "does not fit" in said.out
+    assert "set train.offload=true" in said.err.splitlines()[-1]
