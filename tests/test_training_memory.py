@@ -13,12 +13,15 @@ from torch import Tensor
 
 from spa_ray.config import load_config
 from spa_ray.config.models import Lora, Resources, Train
-from spa_ray.runs.plan_memory import changes, model_shape, refusal
+from spa_ray.errors import InputError
+from spa_ray.runs.plan_memory import model_shape, refusal
 from spa_ray.runs.plan_model import ModelFacts
 from spa_ray.training.attention import use_attention
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.memory import GIB, Shape, layer_bytes, lora_parameters, micro_batch, shape_of, step_memory
 from spa_ray.training.policy import add_lora, disable_dropout
+from spa_ray.training.relief import changes, is_out_of_memory
+from tests.training_support import make_job
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA_8B = ModelFacts("meta-llama/Llama-3.1-8B-Instruct", 8.03e9, "bfloat16", 16.06e9, None, None, 8192, True)
@@ -206,3 +209,77 @@ def test_spa_plan_says_it_and_ends_with_exit_status_2(
     assert e.value.code == 2
     assert "does not fit" in said.out
     assert "set train.offload=true" in said.err.splitlines()[-1]
+
+
+def test_preflight_takes_the_memory_of_the_smallest_gpu_and_refuses(tiny_model: Path) -> None:
+    from spa_ray.runs.placement import Node
+    from spa_ray.runs.preflight_memory import check_training_memory
+
+    def node(*types: str, gpus: float = 8.0) -> list[Node]:
+        return [Node(t, "10.0.0.1", {"GPU": gpus, f"accelerator_type:{t}": 1.0}, None) for t in types]
+
+    # The folder's model is tiny: micro-batches that no GPU of 24 GiB holds stand in for a large one.
+    given = ["train.micro_batch_tokens=100000000", "train.gradient_checkpointing=true", "resources.train_workers=1"]
+    arms = load_config(RECIPE, [*given, "train.max_length=8192", "train.batch_size=20000", "arms={main: {}}"])
+    check_training_memory(load_config(RECIPE), tiny_model, node("L4"))
+    with pytest.raises(InputError, match=r"a GPU has 24 .*set train.micro_batch_tokens=16384"):
+        check_training_memory(arms, tiny_model, node("H100", "L4"))
+    with pytest.raises(InputError, match="a GPU has 80 "):
+        check_training_memory(arms, tiny_model, node("unknown"))
+
+
+# --- memory that is used up -------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_used_up_is_recorded_in_one_line_and_the_groups_next_start_trains_nothing(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train
+
+    from spa_ray.training import launch, loop, metrics
+
+    calls: list[str] = []
+
+    def run_job(job: Any, progress: Any = None) -> Any:
+        calls.append(job.name)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of 79 GiB")
+
+    class Context:
+        def get_world_rank(self) -> int:
+            return 0
+
+    class Quiet:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def start(self, **_: Any) -> None: ...
+        def row(self, _: Any) -> None: ...
+
+    monkeypatch.setattr(ray.train, "get_context", Context)
+    monkeypatch.setattr(launch, "WorkerLog", Quiet)
+    monkeypatch.setattr(metrics, "TrainMetrics", Quiet)
+    monkeypatch.setattr(loop, "run_job", run_job)
+    job = make_job(tmp_path, tiny_model, tmp_path / "pairs.parquet", name="spa")
+    record = tmp_path / "ray" / "out_of_memory.json"
+    config = {"jobs": [job.to_dict()], "stored": False, "run": "r", "log_level": "INFO", "out_of_memory": str(record)}
+    with pytest.raises(torch.OutOfMemoryError):  # ends the group: the other ranks wait in a collective
+        launch._train_on_worker(config)
+    again = launch._train_on_worker(config)
+    assert calls == ["spa"]
+    assert again["kind"] == "RunError"
+    assert "set train.gradient_checkpointing=true or train.micro_batch_tokens=" in again["error"]
+    assert "job spa" in again["error"]
+    assert "\n" not in again["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("NCCL error: Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_every_form_of_used_up_memory_is_known(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

@@ -32,7 +32,8 @@ from spa_ray.runs.hashing import file_hash, model_hash, parquet_hash
 from spa_ray.runs.lock import RunLock
 from spa_ray.runs.models import check_model_folder, fetch_model, shared_model
 from spa_ray.runs.pipeline import Pipeline, train_counter
-from spa_ray.runs.preflight_cluster import check_cluster
+from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
+from spa_ray.runs.preflight_memory import check_training_memory
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.shared_folder import check_shared
 from spa_ray.runs.signal import SignalWatch
@@ -242,6 +243,8 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
                 check_shared(work.folder)
                 stored = isinstance(job, StoredJob)
                 check_cluster(config, stages=["train"], say=progress.say, one_node=stored)
+                if isinstance(model, Path):
+                    check_training_memory({config.name: config}, model, live_nodes())
                 work.begin(address.attempt(config))
                 (result,) = train_jobs(
                     [job],

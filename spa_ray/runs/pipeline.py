@@ -35,8 +35,9 @@ from spa_ray.runs.models import fetch_model, shared_model
 from spa_ray.runs.plan import make_plan
 from spa_ray.runs.plan_compare import PLAN, compare
 from spa_ray.runs.preflight import check_run, has_evaluation, judge_folder
-from spa_ray.runs.preflight_cluster import check_cluster
+from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
 from spa_ray.runs.preflight_files import disk_warning
+from spa_ray.runs.preflight_memory import check_training_memory
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.shared_folder import check_shared
@@ -139,6 +140,8 @@ class Pipeline:
             stored = not (is_local(self.folder.path) and is_local(self.shared_base))
             stages = STAGES[: STAGES.index(self.until) + 1]
             check_cluster(config, stages=stages, say=self.progress.say, one_node=stored)
+            if "train" in stages:
+                check_training_memory(self.arms, self.base, live_nodes())
             self._checked = True
 
     def _eval_prompts(self, config: Config) -> Stage:

@@ -5,15 +5,14 @@ Takes arm configs, `ModelFacts` and a GPU's memory; returns `StepMemory`, a line
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-from spa_ray.config.models import Config, Lora, Resources, Train
+from spa_ray.config.models import Config, Resources, Train
 from spa_ray.runs.plan_model import ModelFacts, text_settings
 from spa_ray.training.memory import GIB, Shape, StepMemory, shape_of, step_memory
+from spa_ray.training.relief import Change, changes
 
 GPU_MEMORY_GIB = 80.0  # an A100 or H100 of the larger kind
-MOST_WORKERS = 64
 
 # Shapes of well-known decoders, for a hub id that is not on this machine: billions -> layers, hidden, intermediate,
 # heads, KV heads, head width, vocabulary (Qwen2.5-0.5B, Llama-3.2-1B and -3B, Llama-3.1-8B, Qwen2.5-14B and -32B,
@@ -66,54 +65,6 @@ def refusal(arms: Mapping[str, Config], facts: ModelFacts) -> str | None:
         f"{where}training needs {needs[worst]:.1f} GiB on each of {resources.train_workers} ranks, and a GPU has "
         f"{room:g} (resources.gpu_memory_gib); {advice}"
     )
-
-
-Change = tuple[dict[str, Any], dict[str, Any]]  # updates of `train` and of `resources`
-
-
-def changes(train: Train, resources: Resources) -> Iterator[tuple[str, Change]]:
-    """Changes by how much they cost: first those that leave the trained weights alike, alone and together; then
-    adapters, then adapters on 4-bit weights, then more ranks."""
-    pair = 2 * train.max_length
-    quantized = train.lora is not None and train.lora.quantize is not None
-    alike: list[tuple[str, dict[str, Any]]] = []
-    if not train.gradient_checkpointing:
-        alike.append(("train.gradient_checkpointing=true", {"gradient_checkpointing": True}))
-    if (train.micro_batch_tokens or 8 * train.max_length) > pair:
-        alike.append((f"train.micro_batch_tokens={pair}", {"micro_batch_tokens": pair}))
-    if train.zero_stage < 3 and resources.train_workers > 1 and not quantized:
-        alike.append(("train.zero_stage=3", {"zero_stage": 3}))
-    if not train.offload:
-        alike.append(("train.offload=true", {"offload": True}))
-    for text, update in alike:
-        yield text, (update, {})
-    for count in range(2, len(alike) + 1):
-        yield _joined(alike[:count])
-    saving = alike[:2] if not train.gradient_checkpointing else alike[:1]
-    small = [item for item in saving if "zero_stage" not in item[1] and "offload" not in item[1]]
-    if train.lora is None:
-        yield _joined([("train.lora.r=16", {"lora": Lora()})])
-        yield _joined([("train.lora.r=16", {"lora": Lora()}), *small])
-    if not quantized:
-        base = train.lora or Lora()
-        nf4 = {"lora": base.model_copy(update={"quantize": "nf4"}), "zero_stage": min(2, train.zero_stage)}
-        text = "train.lora.quantize=nf4" + (" train.zero_stage=2" if train.zero_stage == 3 else "")
-        yield _joined([(text, nf4)])
-        yield _joined([(text, nf4), *small])
-    full = {} if quantized else {"zero_stage": 3}
-    workers = resources.train_workers
-    while (workers := workers * 2) <= MOST_WORKERS:
-        text = f"resources.train_workers={workers}" + (
-            "" if quantized or train.zero_stage == 3 else " train.zero_stage=3"
-        )
-        yield text, (full, {"train_workers": workers})
-        update = {**full, **{k: v for _, item in small for k, v in item.items()}}
-        yield " ".join([text, *(t for t, _ in small)]), (update, {"train_workers": workers})
-
-
-def _joined(items: list[tuple[str, dict[str, Any]]]) -> tuple[str, Change]:
-    merged = {key: value for _, update in items for key, value in update.items()}
-    return " ".join(text for text, _ in items), (merged, {})
 
 
 def _all_fit(arms: Mapping[str, Config], facts: ModelFacts, change: Change) -> bool:

@@ -17,10 +17,21 @@ from typing import Any
 
 from spa_ray.config.gpus import gpus_wanted
 from spa_ray.config.models import Resources
-from spa_ray.data.files import STORAGE_VARIABLES, AnyPath, arrow_filesystem, is_local
+from spa_ray.data.files import (
+    STORAGE_VARIABLES,
+    AnyPath,
+    arrow_filesystem,
+    as_path,
+    delete_file,
+    is_file,
+    is_local,
+    read_json,
+    write_json,
+)
 from spa_ray.errors import InputError, RunError
 from spa_ray.logs import WorkerLog, level_of
 from spa_ray.training.job import Progress, TrainJob, TrainResult
+from spa_ray.training.relief import is_out_of_memory, out_of_memory
 from spa_ray.training.stored import LOOK_EVERY, StoredJob, run_stored
 
 # A worker group that dies is started again this often; the job resumes from its last checkpoint.
@@ -29,6 +40,8 @@ MAX_RESTARTS = 2
 FRUITLESS_STARTS = 1
 START_LIMIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 LOG = "train_log.jsonl"
+# Written by a rank whose GPU memory is used up: the next start of the group would meet the same, so it ends at once.
+OUT_OF_MEMORY = "out_of_memory.json"
 Job = TrainJob | StoredJob
 
 
@@ -51,14 +64,18 @@ def train_jobs(
         return []
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+    recorded = storage / name / OUT_OF_MEMORY
+    delete_file(recorded)
     trainer = _trainer(jobs, resources, storage=storage, name=name, verbose=verbose)
     try:
         with _start_limit(resources.node_wait_s), _following(jobs, on_progress):
             result = trainer.fit()
-    except ControllerError as e:
+    except (ControllerError, TrainingFailedError) as e:
+        if is_file(recorded):
+            raise RunError(read_json(recorded)["error"]) from e
+        if not isinstance(e, ControllerError):
+            raise RunError(f"training: {_last_line(e)}; logs are in {storage / name} and Ray's session folder") from e
         raise RunError(f"training: {_no_start(e, resources)}") from e
-    except TrainingFailedError as e:
-        raise RunError(f"training: {_last_line(e)}; logs are in {storage / name} and Ray's session folder") from e
     outcome = result.return_value
     if outcome["error"] is not None:
         raise (InputError if outcome["kind"] == "InputError" else RunError)(outcome["error"])
@@ -83,6 +100,7 @@ def _trainer(jobs: Sequence[Job], resources: Resources, *, storage: AnyPath, nam
             "jobs": [job.to_dict() for job in jobs],
             "stored": stored,
             "run": name,
+            "out_of_memory": str(storage / name / OUT_OF_MEMORY),
             "log_level": level_of(verbose=verbose),
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -104,13 +122,20 @@ def _trainer(jobs: Sequence[Job], resources: Resources, *, storage: AnyPath, nam
 
 
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What every worker runs. Errors of our own are the same on all ranks and final: returned, so never retried."""
+    """What every worker runs. Errors of our own are the same on all ranks and final: returned, so never retried.
+
+    Memory that is used up on one rank leaves the others waiting in a collective. So it is raised, which ends the group,
+    and recorded: the group's next start returns the record instead of training again.
+    """
     from ray.train import get_context
 
     from spa_ray.training.loop import run_job
     from spa_ray.training.metrics import TrainMetrics
 
     WorkerLog(config["log_level"], {"run": config["run"], "stage": "train"}).start(rank=get_context().get_world_rank())
+    recorded = as_path(config["out_of_memory"])
+    if is_file(recorded):
+        return {"results": [], **read_json(recorded)}
     report = TrainMetrics(run=config["run"]).row
     results: list[dict[str, Any]] = []
     try:
@@ -122,6 +147,10 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
             results += [result.to_dict()]
     except (InputError, RunError) as e:
         return {"results": results, "error": str(e), "kind": type(e).__name__}
+    except RuntimeError as e:
+        if is_out_of_memory(e):
+            write_json(recorded, {"error": out_of_memory(config["jobs"][len(results)], e), "kind": "RunError"})
+        raise
     return {"results": results, "error": None, "kind": None}
 
 

@@ -31,6 +31,7 @@ from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.policy import make_engine, parameter_count
 from spa_ray.training.prepare import Prepared, micro_batch_tokens, prepare
 from spa_ray.training.reference import Reference, cached_reference, compute_reference, reference_path
+from spa_ray.training.relief import is_out_of_memory, out_of_memory
 from spa_ray.training.step import StepLoop
 from spa_ray.training.trackers import open_trackers
 
@@ -232,10 +233,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m spa_ray.training.loop", description=__doc__)
     parser.add_argument("--job", type=Path, nargs="+", required=True, help="JSON of a TrainJob; several run in order")
     arguments = parser.parse_args()
+    running: TrainJob | None = None
     try:
         jobs = [read_job(path) for path in arguments.job]
         with comm.process_group():
             for job in jobs:
+                running = job
                 result = run_job(job, lambda row: print(json.dumps(row), flush=True))
                 if comm.rank() == 0:
                     print(json.dumps(result.to_dict()), flush=True)
@@ -244,6 +247,11 @@ def main() -> int:
         return 2
     except RunError as e:
         print(e, file=sys.stderr)
+        return 1
+    except RuntimeError as e:
+        if running is None or not is_out_of_memory(e):
+            raise
+        print(out_of_memory(running.to_dict(), e), file=sys.stderr)
         return 1
     return 0
 
