@@ -14,10 +14,12 @@ from torch import Tensor
 from spa_ray.config import load_config
 from spa_ray.config.models import Lora, Resources, Train
 from spa_ray.errors import InputError
+from spa_ray.runs import plan_cost as cost
 from spa_ray.runs.plan_memory import model_shape, refusal
 from spa_ray.runs.plan_model import ModelFacts
 from spa_ray.training.attention import use_attention
 from spa_ray.training.forward import ResponseLogps
+from spa_ray.training.guards import HALF_STEP, check_lr, check_movement, movement
 from spa_ray.training.memory import GIB, Shape, layer_bytes, lora_parameters, micro_batch, shape_of, step_memory
 from spa_ray.training.policy import add_lora, disable_dropout
 from spa_ray.training.relief import changes, is_out_of_memory
@@ -163,7 +165,7 @@ RECIPE = str(CONFIGS / "llama-3.1-8b-saferlhf.yaml")
 def test_the_8b_recipe_fits_or_is_refused_with_a_change_that_fits(workers: int, gib: int) -> None:
     given = [f"resources.train_workers={workers}", f"resources.gpu_memory_gib={gib}"]
     said = refusal(load_config(RECIPE, given), LLAMA_8B)
-    assert (said is None) == (workers == 8 or (workers, gib) == (4, 80))
+    assert (said is None) == (workers >= 4)
     if said is not None:
         assert "\n" not in said
         fix = said.partition("; set ")[2].split()
@@ -182,6 +184,36 @@ def test_every_fix_that_is_named_is_one_that_the_config_takes_and_that_fits(
     if said is not None and "; set " in said:
         fix = said.partition("; set ")[2].split()
         assert refusal(load_config(RECIPE, [*given, *fix]), facts) is None
+
+
+@pytest.mark.parametrize("name", [*sorted(p.name for p in CONFIGS.glob("*-8b-*.yaml")), "mistral-7b-wildguard.yaml"])
+def test_a_shipped_recipe_fits_its_gpus_and_moves_weights_by_more_than_bfloat16_rounds(name: str) -> None:
+    arms = load_config(str(CONFIGS / name))
+    assert refusal(arms, LLAMA_8B) is None
+    for config in arms.values():
+        train = config.train.resolved()
+        steps = cost.training(config, LLAMA_8B, 400, 30.0, cost.devices(config, LLAMA_8B.parameters)).steps
+        assert movement(train, LLAMA_8B.parameters, steps) > 2 * HALF_STEP
+        assert check_lr(train, LLAMA_8B.parameters) is None
+
+
+@pytest.mark.parametrize(("lr", "steps", "lora", "said"), [
+    (1e-6, 15, None, True), (5e-7, 15, None, True), (1e-6, 470, None, False), (3e-6, 115, None, False),
+    (1e-5, 15, Lora(), True), (5e-5, 115, Lora(), False),
+])  # fmt: skip
+def test_a_run_that_moves_weights_by_less_than_bfloat16_rounds_is_said(
+    lr: float, steps: int, lora: Lora | None, said: bool
+) -> None:
+    train = Train(lr=lr, lora=lora)
+    assert (check_movement(train, 8e9, steps) is not None) == said
+    assert check_movement(train.model_copy(update={"dtype": "float32"}), 8e9, steps) is None
+
+
+def test_a_move_below_half_a_step_leaves_most_bfloat16_weights_as_they_were() -> None:
+    weights = 0.02 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    same = [((weights + by).bfloat16() == weights.bfloat16()).float().mean() for by in (8e-6, 2 * HALF_STEP)]
+    assert same[0] > 0.75
+    assert same[1] < 0.1
 
 
 def test_changes_that_leave_the_trained_weights_alike_come_first() -> None:

@@ -24,7 +24,7 @@ from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_stages import PlannedStage, planned_stages
 from spa_ray.runs.plan_tokens import CHARS_PER_TOKEN, CharEncoder, Encoder, Work, answer_work, episode_work, mean_tokens
 from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check
-from spa_ray.training.guards import check_lr
+from spa_ray.training.guards import check_lr, check_movement, movement
 
 Plan = dict[str, Any]
 SUMMED = ("requests", "prompt_tokens", "prefill_tokens", "generated_tokens", "seconds", "gpu_hours")
@@ -204,7 +204,8 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
     prompts, train = look.prompts(config), config.train.resolved()
     job = cost.training(config, look.model, prompts.count, look.tokens(config), look.devices)
     memory = cost.memory(config, look.model, look.devices, prompt_tokens=look.tokens(config))
-    warning = check_lr(train, look.model.parameters)
+    size = look.model.parameters
+    warnings = [check_lr(train, size), check_movement(train, size, job.steps)]
     generate = {key: first["generate"][key] for key in SUMMED[:4]}
     return {
         "stages": ["prompts", "generate", "build", "train"] + (["evaluate"] if has_evaluation(config) else []),
@@ -217,9 +218,10 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
         "train": {
             "method": train.method, "beta": train.beta, "gamma": train.gamma, "lr": train.lr, "gap": train.gap,
             "pairs_estimated": job.pairs, "steps_estimated": job.steps,
+            "movement": movement(train, size, job.steps),
         },
         "memory_gib": memory,
-        "notes": [*cost.does_it_fit(config, memory), *([warning] if warning else [])],
+        "notes": [*cost.does_it_fit(config, memory), *filter(None, warnings)],
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from spa_ray.engine.vllm_start import CPU_KV_GIB
 from spa_ray.runs.plan_memory import GPU_MEMORY_GIB, gpu_gib, training_memory
 from spa_ray.runs.plan_model import BYTES, ModelFacts
 from spa_ray.runs.plan_tokens import ANSWER_SHARE, Work
+from spa_ray.training.guards import HALF_STEP
 
 GIB = 1024**3
 GPU_SHARE = 0.92  # of it that vLLM 0.32 takes: its default gpu_memory_utilization
@@ -249,6 +250,11 @@ def assumptions(config: Config, on: Devices) -> list[str]:
         f"of the prompts {CONSISTENT_SHARE:.0%} are consistent, {BELOW_TAU_SHARE:.0%} of those are below τ, and "
         f"{PAIRS_SHARE:.0%} of their pairs pass δ (the demo's shares)",
     ]
+    if config.train.dtype == "bfloat16":
+        said.append(
+            "movement: lr × the sum of its schedule, what Adam moves a weight by at most; half of the distance between "
+            f"bfloat16 numbers at a typical weight of 0.02 is {HALF_STEP:.1e}"
+        )
     if on.gpus_per_engine:
         total = config.resources.gpu_memory_gib
         named = "resources.gpu_memory_gib" if total else "set resources.gpu_memory_gib"

@@ -73,11 +73,18 @@ def _training(found: Plan) -> str:
 def _arms(plan: Plan) -> Any:
     from rich.table import Table
 
-    table = Table("arm", "method", "β", "γ", "lr", "gap", "pairs", "steps", "iterations", title_justify="left")
+    table = Table(
+        "arm", "method", "β", "γ", "lr", "gap", "pairs", "steps", "movement", "iterations", title_justify="left"
+    )
     for name, arm in plan["arms"].items():
         train = arm["train"]
         numbers = [f"{train[key]:g}" for key in ("beta", "gamma", "lr")]
-        counts = [f"~{train['pairs_estimated']:,}", f"~{train['steps_estimated']:,}", str(arm["iterations"])]
+        counts = [
+            f"~{train['pairs_estimated']:,}",
+            f"~{train['steps_estimated']:,}",
+            f"{train['movement']:.1e}",
+            str(arm["iterations"]),
+        ]
         table.add_row(name, train["method"], *numbers, train["gap"], *counts)
     return table
 

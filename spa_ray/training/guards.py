@@ -13,6 +13,7 @@ from typing import Any
 
 from spa_ray.config.models import Train
 from spa_ray.errors import RunError
+from spa_ray.training.schedule import lr_multiplier
 
 PER_TOKEN = "logps/chosen_per_token"  # the chosen answers' log-prob: a mean over tokens, then over the step's pairs
 BASELINE = 5  # first steps that say where the log-prob stood
@@ -115,6 +116,43 @@ def check_lr(train: Train, parameters: float) -> str | None:
     return (
         f"train.lr {train.lr:g} is far {what} what is known to work for {train.method} ({kind}, "
         f"{_size(parameters)} parameters): about {low:.0e} to {high:.0e}; {mend}"
+    )
+
+
+# Half of the distance between two bfloat16 numbers from 2^-6 to 2^-5, where a typical weight of 0.02 lies: 8 bits of
+# precision, so they are 2^-13 apart.
+HALF_STEP = 2.0**-14
+LORA_WIDTH = 4096  # inputs of a linear layer at 8 B
+
+
+def movement(train: Train, parameters: float, steps: int) -> float:
+    """How far one weight moves in a run at most: Adam's update is about the learning rate, so it is lr · Σ schedule.
+
+    An adapter's B, which starts at zero, moves so far; the weight moves by (α/r) · √r · that · the deviation of A,
+    1/√(3 · inputs) in peft's initialisation. Inputs go as the square root of the parameters.
+    """
+    assert train.lr is not None
+    total = train.lr * sum(lr_multiplier(s, steps, kind=train.scheduler, warmup=train.warmup) for s in range(steps))
+    if train.lora is None:
+        return total
+    inputs = LORA_WIDTH * (parameters / KNOWN_AT) ** 0.5
+    return train.lora.alpha / train.lora.r * train.lora.r**0.5 * total / (3 * inputs) ** 0.5
+
+
+def check_movement(train: Train, parameters: float, steps: int) -> str | None:
+    """A line when a run in bfloat16 moves weights by less than bfloat16 can tell apart, else None.
+
+    Master weights are float32, but the forward and the exported model see them rounded.
+    """
+    if train.lr is None or train.dtype != "bfloat16":
+        return None
+    far = movement(train, parameters, steps)
+    if far >= HALF_STEP:
+        return None
+    return (
+        f"train.lr {train.lr:g} over {steps:,} steps moves a weight by {far:.1e} at most, and a bfloat16 weight of "
+        f"0.02 changes from {HALF_STEP:.1e} on: most weights of the exported model will be the base model's; raise "
+        "train.lr, train.epochs or prompts.limit, or lower train.batch_size"
     )
 
 

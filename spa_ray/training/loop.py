@@ -25,7 +25,7 @@ from spa_ray.logs import context
 from spa_ray.training import checkpoint, comm
 from spa_ray.training.attention import why_not_packed
 from spa_ray.training.export import export_model
-from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr
+from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr, check_movement
 from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.policy import make_engine, parameter_count
@@ -130,7 +130,7 @@ def _first_warnings(loop: StepLoop, prepared: Prepared) -> list[str]:
     train, policy = loop.job.train, loop.engine.module
     parameters = parameter_count(policy)
     dropped = check_dropped(prepared.dropped, len(prepared.selection), train.max_length)
-    found = [check_lr(train, parameters), dropped]
+    found = [check_lr(train, parameters), check_movement(train, parameters, loop.plan.steps), dropped]
     if train.packing is None and not policy.packed:
         found.append(f"sequences are padded, not packed: this model cannot be packed, {why_not_packed(policy.model)}")
     if train.logits_mib is not None and policy.logits_budget is None:
