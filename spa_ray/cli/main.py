@@ -139,6 +139,21 @@ def plan(
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Option("--model", help="model folder or hub id", show_default=False)],
+    prompts: Annotated[
+        str, typer.Option("--prompts", help="prompts: file, folder or module:reader", show_default=False)
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="PATH", help="YAML file to write; - prints it")] = "mine.yaml",
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented config that fits the model and this machine."""
+    from spa_ray.runs.init import init as write_config
+
+    emit(write_config(model, prompts, out), as_json)
+
+
+@app.command()
 def generate(
     config: ConfigFile,
     prompts: Annotated[str, typer.Option(help="prompts: file, folder or module:reader", show_default=False)],
