@@ -8,6 +8,7 @@ Never: a half-written folder under the final name.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,13 @@ from spa_ray.training import comm
 from spa_ray.training.job import TrainJob
 from spa_ray.training.policy import DTYPES
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf"),
+    *("*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.nemo"),
+)
 OURS = ("config.json", "adapter_config.json")
+TEMPLATES = "additional_chat_templates"  # transformers' folder for templates with names
+GENERATION = "generation_config.json"
 POLICY = "model."  # where the engine's module keeps the language model
 
 
@@ -60,25 +66,51 @@ def save_complete(model: Any, state: dict[str, Tensor], *, source: Path, folder:
         model.generation_config
     )()  # the source's own file is copied; this one always validates
     model.save_pretrained(folder, state_dict=state)
+    if not (source / GENERATION).is_file():  # an empty one would hide the end tokens that config.json names
+        (folder / GENERATION).unlink(missing_ok=True)
     copy_companions(source, folder)
 
 
 def merge_adapter(base: Path, adapter: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
-    """The base model with the adapter merged in, in float32 first, so that bfloat16 rounds once."""
+    """The base model in `dtype` with the adapter merged in.
+
+    One matrix at a time is computed in float32, so that bfloat16 rounds once and the model is never held in float32.
+    Raises: ValueError when the adapter changes an embedding that is tied to the head.
+    """
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+        base, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(dtype)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    wrapped = PeftModel.from_pretrained(model, str(adapter))
+    if tied and (model.get_input_embeddings(), model.get_output_embeddings()) != ends:
+        raise ValueError("it changes one of two tied embeddings, and a merged model would lose the other")
+    for layer in wrapped.modules():
+        if isinstance(layer, BaseTunerLayer):
+            inner = layer.get_base_layer().float()
+            layer.merge()
+            inner.to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        return wrapped.merge_and_unload().to(dtype)  # what is left to do: modules that the adapter holds complete
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """All of a model folder but weights and config, byte for byte: tokenizer, template, generation config, code."""
+    """All of a model folder but weights and config, byte for byte: tokenizer, templates, generation config, code.
+
+    Of its subfolders only templates with names and Python packages: others hold weights in other formats.
+    """
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name not in OURS and not any(file.match(w) for w in WEIGHTS):
             shutil.copyfile(file, target / file.name)
+    for file in sorted([*source.glob(f"{TEMPLATES}/*.jinja"), *source.glob("[!._]*/**/*.py")]):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def _full_state(engine: Any) -> dict[str, Tensor]:
