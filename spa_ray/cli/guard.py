@@ -19,7 +19,7 @@ import typer
 
 from spa_ray.data.files import client_error
 from spa_ray.errors import InputError, RunError
-from spa_ray.logs import printable, redact
+from spa_ray.logs import hush, printable, redact
 
 INTERRUPTED = 130
 LONGEST_REASON = 400  # characters of an unexpected error's own text
@@ -29,8 +29,10 @@ ClickError: Any = UsageError.__base__
 
 
 def guarded(command: Callable[[], Any], *, name: str = "spa") -> None:
-    """Run a command; a returned whole number other than 0 is its exit status."""
+    """Run a command, other libraries' noise apart; a returned whole number other than 0 is its exit status."""
     tolerant_streams()
+    if not verbose():
+        hush()
     try:
         status = command()
         sys.stdout.flush()

@@ -64,7 +64,7 @@ def start_vllm(model: Model, folder: Path, *, verbose: bool) -> Any:
 
     try:
         # As vLLM's own offline class: its defaults are the wide batches that throughput wants.
-        arguments = EngineArgs(**engine_arguments(model, folder))
+        arguments = EngineArgs(**{"use_tqdm_on_load": verbose, **engine_arguments(model, folder)})
         loggers = None if arguments.disable_log_stats else _stat_loggers()
         return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS, stat_loggers=loggers)
     except PERMANENT as e:

@@ -4,6 +4,7 @@ Comes in: log records, numbers, command lines, error messages, model text. Goes 
 strings. Never: models, what a message is about. Every room may import it.
 """
 
+from spa_ray.logs.noise import hush
 from spa_ray.logs.redact import redact, redact_command, redact_tree
 from spa_ray.logs.structured import WorkerLog, context, driver_log, level_of
 from spa_ray.logs.terminal import printable, printable_json
@@ -12,6 +13,7 @@ __all__ = [
     "WorkerLog",
     "context",
     "driver_log",
+    "hush",
     "level_of",
     "printable",
     "printable_json",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spa_ray.data.files import STORAGE_VARIABLES
+from spa_ray.logs import hush
 from spa_ray.runs.ray_address import check_address, named_address, refused, short_folder
 
 FOOTER_READERS = 2
@@ -26,8 +27,7 @@ def connected(*, verbose: bool) -> Iterator[None]:
     # Reading Parquet starts this many processes to read footers, each time; by default 32, on any machine.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", str(FOOTER_READERS))
     if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the C++ core's warnings, on everybody's stderr
-        os.environ.setdefault("RAY_LOG_TO_DRIVER_EVENT_LEVEL", "FATAL")
+        hush()
     import ray
 
     if ray.is_initialized():
