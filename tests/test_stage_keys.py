@@ -198,13 +198,24 @@ def test_training_keys_start_training_alone(name: str, value: Any, tmp_path: Pat
     assert changed(base(tmp_path), base(tmp_path, **{f"train.{name}": value})) == "T"
 
 
-def test_the_neutral_arguments_are_vllms() -> None:
+NEUTRAL = {"gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "disable_log_stats"}
+NEUTRAL |= {"enable_prefix_caching", "block_size"}
+
+
+def test_the_neutral_arguments_are_those_seven_and_all_of_vllms_for_swapping_and_offloading() -> None:
     import dataclasses
 
     from vllm import EngineArgs
 
-    unknown = address.NEUTRAL_ENGINE_ARGUMENTS - {field.name for field in dataclasses.fields(EngineArgs)}
-    assert unknown <= {"swap_space", "max_num_partial_prefills", "max_long_partial_prefills"}  # older vLLM's
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    moving = {name for name in known if "offload" in name or "swap" in name}
+    assert moving | NEUTRAL <= known
+    assert NEUTRAL | moving | {"swap_space"} == address.NEUTRAL_ENGINE_ARGUMENTS  # the last is an older vLLM's
+
+
+@pytest.mark.parametrize("name", ["kv_cache_dtype", "quantization", "seed", "enable_chunked_prefill", "hf_overrides"])
+def test_every_other_argument_counts(name: str, tmp_path: Path) -> None:
+    assert changed(base(tmp_path), base(tmp_path, **{"model.engine_kwargs": {name: 1}})) == "GE"
 
 
 def test_another_engines_arguments_all_count(tmp_path: Path) -> None:

@@ -17,18 +17,14 @@ from spa_ray.data.dotted import is_dotted, source_of
 from spa_ray.objectives import load_objectives
 from spa_ray.runs.hashing import file_hash, stage_hash
 
-# vLLM's arguments that leave the distribution of answers as it is, up to rounding: memory, batching, where weights and
-# cache are kept, logs. Every other argument counts.
+# vLLM's arguments that leave the distribution of answers as it is, up to rounding: memory, batching, logs, and swapping
+# and offloading under all of vLLM's names for them. Every other argument counts, those too that are probably neutral.
 NEUTRAL_ENGINE_ARGUMENTS = frozenset(
     {
-        "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size",
-        "max_num_seqs", "max_num_batched_tokens", "max_num_partial_prefills", "max_long_partial_prefills",
-        "long_prefill_token_threshold", "enable_chunked_prefill", "enable_prefix_caching", "async_scheduling",
-        "enforce_eager", "max_cudagraph_capture_size", "cudagraph_capture_sizes",
-        "disable_log_stats", "max_parallel_loading_workers", "safetensors_load_strategy",
-        "swap_space", "cpu_offload_gb", "cpu_offload_params", "offload_backend", "offload_group_size",
-        "offload_num_in_group", "offload_prefetch_step", "offload_params", "kv_offloading_size",
-        "kv_offloading_backend",
+        "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "disable_log_stats",
+        "enable_prefix_caching", "block_size", "swap_space", "cpu_offload_gb", "cpu_offload_params",
+        "offload_backend", "offload_group_size", "offload_num_in_group", "offload_prefetch_step", "offload_params",
+        "kv_offloading_size", "kv_offloading_backend", "sleep_mode_offload_cudagraph",
     }
 )  # fmt: skip
 
