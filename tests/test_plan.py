@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from spa_ray.cli.main import main
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Config
+from spa_ray.engine import cpu_dtype
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
@@ -139,6 +140,18 @@ def test_the_type_of_auto_is_the_models_own_and_never_float32() -> None:
     assert engine_dtype("auto", "bfloat16") == "bfloat16"
     assert engine_dtype("auto", "float32") == "bfloat16"  # vLLM turns such models to 16 bits
     assert engine_dtype("float32", "bfloat16") == "float32"
+
+
+def test_a_plan_for_processors_takes_the_type_that_a_run_takes(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_dtype, "built_for_cpu", lambda: True)
+    monkeypatch.setattr(cpu_dtype, "processor_flags", lambda: frozenset({"avx2"}))
+    model = {"path": str(tiny_model), "dtype": "auto"}
+    assert make_plan(configs(model=model))["model"]["dtype"] == "float32"
+    assert make_plan(configs(model=model, resources={"gpus_per_engine": 1}))["model"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(cpu_dtype, "processor_flags", lambda: frozenset({"avx512_bf16"}))
+    assert make_plan(configs(model=model))["model"]["dtype"] == "bfloat16"
 
 
 def test_facts_are_read_off_the_model_folder(tiny_model: Path) -> None:
@@ -361,6 +374,14 @@ def test_the_command_prices_and_prints(spa: Any) -> None:
     assert "cost" in out
     for line in plan["assumptions"]:
         assert f"assumed: {line}" in out
+
+
+def test_the_command_prints_how_answers_are_sampled(spa: Any) -> None:
+    given = ["sampling.min_p=0.1", "sampling.top_k=40", "sampling.repetition_penalty=1.1", "sampling.stop=[User]"]
+    _, plain, _ = spa("plan", DEMO)
+    _, out, _ = spa("plan", DEMO, *given)
+    assert "n 5, temperature 1.2, top_p 1, max_tokens 80 " in plain
+    assert "top_p 1, min_p 0.1, top_k 40, repetition_penalty 1.1, max_tokens 80, stop ['User']" in out
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted
+from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
@@ -27,6 +28,7 @@ from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check
 from spa_ray.training.guards import check_lr, check_movement, movement
 
 Plan = dict[str, Any]
+SAMPLING = ("n", "temperature", "top_p", "min_p", "top_k", "repetition_penalty", "max_tokens", "stop")
 SUMMED = ("requests", "prompt_tokens", "prefill_tokens", "generated_tokens", "seconds", "gpu_hours")
 
 
@@ -70,8 +72,11 @@ class _Lookup:
     kept: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model: ModelFacts = model_facts(self.first.model, self.notes, self.folder)
-        self.devices = cost.devices(self.first, self.model.parameters)
+        facts = model_facts(self.first.model, self.notes, self.folder)
+        self.devices = cost.devices(self.first, facts.parameters)
+        config = self.first if self.devices.gpus_per_engine else with_dtype(self.first)
+        changed = config.model.dtype != self.first.model.dtype
+        self.model: ModelFacts = model_facts(config.model, [], self.folder) if changed else facts
         self.encoder: Encoder = self._encoder()
 
     def _encoder(self) -> Encoder:
@@ -201,7 +206,7 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
     """What is the arm's own: its stages, method, pairs, memory, notes."""
     mine = [stage for stage in stages if name in stage["arms"]]
     first = {stage["stage"]: stage for stage in reversed(mine)}
-    prompts, train = look.prompts(config), config.train.resolved()
+    prompts, train, sampling = look.prompts(config), config.train.resolved(), config.sampling.model_dump(mode="json")
     job = cost.training(config, look.model, prompts.count, look.tokens(config), look.devices)
     memory = cost.memory(config, look.model, look.devices, prompt_tokens=look.tokens(config))
     size = look.model.parameters
@@ -214,6 +219,7 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
             "source": prompts.source, "count": prompts.count, "tokens": round(look.tokens(config), 1),
             "sampled": len(prompts.sample), "estimated": prompts.estimated,
         },
+        "sampling": {key: sampling[key] for key in SAMPLING},
         "generate": {**generate, "requests_per_prompt": generate["requests"] / prompts.count},
         "train": {
             "method": train.method, "beta": train.beta, "gamma": train.gamma, "lr": train.lr, "gap": train.gap,

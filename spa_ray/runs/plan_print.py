@@ -31,6 +31,8 @@ def _about(plan: Plan) -> Any:
     for source, prompts in {arm["prompts"]["source"]: arm["prompts"] for arm in plan["arms"].values()}.items():
         counted = " (not counted)" if prompts["estimated"] else ""
         table.add_row("prompts", f"{source}: {prompts['count']:,}{counted}, about {prompts['tokens']:g} tokens each")
+    for text in dict.fromkeys(_sampling(arm["sampling"]) for arm in plan["arms"].values()):
+        table.add_row("sampling", text)
     table.add_row("requests a prompt", f"{first['generate']['requests_per_prompt']:g}")
     where = f"a GPU of {memory['gpu']:g} GiB" if memory["gpu"] else "a process"
     table.add_row(f"memory of {where}, GiB", _memory(memory))
@@ -39,6 +41,15 @@ def _about(plan: Plan) -> Any:
     output = plan["output_gib"]
     table.add_row("disk, GiB", f"{output['models']:g} of trained models, about {output['rest']:g} more")
     return table
+
+
+def _sampling(sampling: Plan) -> str:
+    """Every key that is set; `min_p 0` and the like leave the distribution as it is and are not."""
+    neutral: Plan = {"min_p": 0, "top_k": None, "repetition_penalty": 1, "stop": []}
+    shown = {key: value for key, value in sampling.items() if neutral.get(key, ()) != value}
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+    )
 
 
 def _memory(memory: Plan) -> str:
