@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from spa_ray.training import comm
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "setup.sh"
 
 # The loop of DeepSpeed's setup.py over its op builders, which are installed with it, on a host whose torch sees a GPU.
@@ -64,3 +66,17 @@ def test_a_gpu_set_up_takes_no_interpreter_without_c_headers(tmp_path: Path) -> 
     for device, status in (("cpu", 0), ("gpu", 1)):
         code = f"serves=x; device={device}; SPA_PYTHON={fake}; {function[0]}; find_python"
         assert subprocess.run(["bash", "-c", code], capture_output=True).returncode == status
+
+
+@pytest.mark.parametrize(
+    ("cuda", "backend", "kind"),
+    [(True, "gloo", "cpu"), (True, "nccl", "cuda"), (True, None, "cuda"), (False, "gloo", "cpu"), (False, None, "cpu")],
+)
+def test_ranks_without_gpus_compute_on_the_processor_of_a_gpu_host(
+    cuda: bool, backend: str | None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comm.torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(comm.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(comm.dist, "is_initialized", lambda: backend is not None)
+    monkeypatch.setattr(comm.dist, "get_backend", lambda: backend)
+    assert comm.device().type == kind
