@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.data import DataContext
+from upath import UPath
 
 from spa_ray.config.models import Config
+from spa_ray.data.node_cache import FETCH_SECONDS
 from spa_ray.data.schemas import EPISODES, PROMPTS
 from spa_ray.engine import Completion, EngineDeadError
 from spa_ray.errors import InputError, RunError
@@ -144,6 +148,41 @@ def test_an_engine_that_does_not_start_ends_the_process_and_a_mistake_of_the_use
     with pytest.raises(Exited):
         actor(scripted_config({"dead_on_arrival": str(gone)}), line=line)
     assert "the engine did not start: RuntimeError: scripted: dead on arrival" in str(line.ledger.last_word())
+
+
+@pytest.mark.parametrize(
+    ("slow", "limit", "word"),
+    [
+        ("local_folder", 60.0, None),
+        ("local_folder", 0.1, "was not fetched to this node in 0.1 s"),
+        ("create_engine", 60.0, "the engine did not start in 0.2 s"),
+    ],
+)
+def test_fetching_the_model_has_a_limit_of_its_own_and_takes_nothing_of_the_engines_start(
+    slow: str, limit: float, word: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, line = getattr(actors, slow), HereLine()
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        time.sleep(0.6)
+        return real(*given, **more)
+
+    monkeypatch.setattr(actors, slow, slowly)
+    monkeypatch.setattr(actors, "FETCH_SECONDS", limit)
+    monkeypatch.setattr(actors.os, "_exit", lambda status: None)
+    actor(scripted_config(generation={"start_timeout_s": 0.2}), line=line)
+    last = line.ledger.last_word()
+    assert last is None if word is None else last is not None and word in last[1]
+
+
+def test_ray_data_waits_for_a_fetch_only_where_nodes_may_fetch() -> None:
+    context, config, still = DataContext.get_current(), scripted_config(), {}
+    hub = Path("/cache/models--org--m/snapshots/abc")
+    for model in (Path("/shared/model"), hub, UPath("memory://bucket/model")):
+        with stage._patience(config, model):
+            still[model] = context.execution_no_progress_timeout_s
+    here, of_hub, of_store = still.values()
+    assert of_hub == of_store == here + FETCH_SECONDS
 
 
 def test_a_prompt_whose_episode_takes_too_long_becomes_an_error_row_and_the_others_go_on() -> None:

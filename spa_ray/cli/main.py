@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spa_ray.cli.guard import guarded, shows_unicode
-from spa_ray.data.files import as_path, local_path
+from spa_ray.data.files import as_path, local_path, out_path
 from spa_ray.errors import InputError
 from spa_ray.logs import printable_json
 
@@ -34,7 +34,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML config", show_default=Fal
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Ray's and vLLM's own logs too")]
-Out = Annotated[Any, typer.Option("--out", parser=as_path, metavar="PATH", help="folder to write", show_default=False)]
+Out = Annotated[Any, typer.Option("--out", parser=out_path, metavar="PATH", help="folder to write", show_default=False)]
 Episodes = Annotated[Any, typer.Argument(parser=as_path, metavar="EPISODES", help="their folder", show_default=False)]
 Pairs = Annotated[Any, typer.Argument(parser=as_path, metavar="PAIRS", help="their folder", show_default=False)]
 Model = Annotated[Any, typer.Argument(parser=as_path, metavar="MODEL", help="its folder", show_default=False)]
@@ -94,7 +94,7 @@ def preview(
     ] = False,
     out: Annotated[
         Any,
-        typer.Option(parser=as_path, metavar="PATH", help="folder for signal.json and all calls", show_default=False),
+        typer.Option(parser=out_path, metavar="PATH", help="folder for signal.json and all calls", show_default=False),
     ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,

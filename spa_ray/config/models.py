@@ -379,7 +379,9 @@ class Generation(Section):
     )
     max_error_fraction: float = Field(0.1, ge=0, le=1, description="more failed prompts than this fail the stage")
     rows_per_block: int = Field(32, ge=1, description="rows committed together; also the grain of a resume")
-    start_timeout_s: float = Field(1800, gt=0, description="for loading one engine; then it is replaced")
+    start_timeout_s: float = Field(
+        1800, gt=0, description="for loading one engine, once its node has the model; then it is replaced"
+    )
     stall_timeout_s: float = Field(300, gt=0, description="without a step of an engine that has work; then likewise")
     prompt_timeout_s: float = Field(3600, gt=0, description="for one prompt's whole episode; then it is an error row")
     judge_timeout_s: float = Field(

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -73,6 +74,14 @@ def as_path(text: str | AnyPath) -> AnyPath:
     return path
 
 
+def out_path(text: str | AnyPath) -> AnyPath:
+    """`as_path` of a folder that a command is to write. Raises: InputError, also for one that cannot be written."""
+    path = as_path(text)
+    if isinstance(path, Path):  # a store is asked when the command begins to write
+        check_writable(path)
+    return path
+
+
 def local_path(text: str | Path) -> Path:
     """The absolute path of a text on this machine; `~` is the home folder.
 
@@ -91,9 +100,16 @@ def is_local(path: AnyPath) -> bool:
 
 
 def check_writable(folder: AnyPath) -> None:
-    """Raises: InputError where the store of a URI does not answer or takes no file, found out by writing one."""
+    """Raises: InputError where a disk or the store of a URI takes no file, found out by writing one.
+
+    A local folder that is not there yet is looked for above.
+    """
     if isinstance(folder, Path):
-        return
+        try:
+            with tempfile.TemporaryFile(dir=next(above for above in (folder, *folder.parents) if above.exists())):
+                return
+        except OSError as e:
+            raise InputError(f"{folder}: cannot be written ({e.strerror}); name a folder that can be") from e
     probe = folder / f".probe-{uuid.uuid4().hex[:12]}"
     try:
         probe.fs.pipe_file(probe.path, b"")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 CACHE = "SPA_RAY_CACHE"  # environment variable: this node's folder for copies and for training's scratch
-FETCH_SECONDS = 24 * 3600.0  # a process waits this long for another one's fetch
+FETCH_SECONDS = 24 * 3600.0  # for a fetch, and for a process that waits for another one's
 FETCH_THREADS = 8  # files at a time from a store
 # What of a hub's repository is fetched, and what of that is not: the same weights once more in another library's names.
 # A model's own code is fetched as well; it is run only with `model.trust_remote_code`.
@@ -49,13 +49,22 @@ def local_folder(folder: AnyPath) -> Path:
         return _stored(folder)
     if folder.is_dir():
         return folder
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+    if _is_hubs(folder):
         owner_and_name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return hub_folder(owner_and_name, folder.name)
     raise InputError(
         f"{folder}: no such folder on node {os.uname().nodename}; put the model where every node sees it: "
         "a shared disk, a URI (s3://…) or a hub id"
     )
+
+
+def may_be_fetched(folder: AnyPath) -> bool:
+    """Whether `local_folder` may fetch this folder on some node: it is on a store, or in the hub's cache here."""
+    return not isinstance(folder, Path) or _is_hubs(folder)
+
+
+def _is_hubs(folder: Path) -> bool:
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
 
 
 def hub_folder(name: str, revision: str | None) -> Path:
@@ -76,7 +85,12 @@ def _stored(folder: UPath) -> Path:
     key = hashlib.sha256(json.dumps([str(folder), versions]).encode()).hexdigest()[:16]
     copies = cache_root() / "folders"
     target = copies / key / folder.name
-    copies.mkdir(parents=True, exist_ok=True)
+    try:
+        copies.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(
+            f"{copies}: cannot be made ({e.strerror}); set {CACHE} to a folder for copies of models"
+        ) from e
     try:
         with FileLock(copies / f"{key}.lock", timeout=FETCH_SECONDS):
             if not target.is_dir():

@@ -13,7 +13,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import ray
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.files import AnyPath, as_path
-from spa_ray.data.node_cache import local_folder
+from spa_ray.data.node_cache import FETCH_SECONDS, local_folder
 from spa_ray.data.schemas import EPISODES
 from spa_ray.data.token import Token
 from spa_ray.engine import Completion, Engine, EngineDeadError, create_engine
@@ -94,26 +95,30 @@ class EpisodeActor:
 
     def _start(self) -> None:
         work, config = self._work, self._work.config
-        late = threading.Timer(
-            config.generation.start_timeout_s,
-            lambda: self._die(f"the engine did not start in {config.generation.start_timeout_s:g} s"),
-        )
-        late.daemon = True
-        late.start()
-        try:
-            if work.token is not None:
-                work.token.check()
-            if work.all_cores:  # before the first library that computes is loaded
-                os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+        if work.token is not None:
+            work.token.check()
+        if work.all_cores:  # before the first library that computes is loaded
+            os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+        with self._at_most(FETCH_SECONDS, f"{work.model} was not fetched to this node"):
             folder = local_folder(work.model)
+        with self._at_most(config.generation.start_timeout_s, "the engine did not start"):
             self._engine: Engine = create_engine(config.model, folder, config.generation, verbose=work.verbose)
             self._episodes = make_episodes(config, work.task, self._engine, folder)
             self._earlier = RefinedAnswers(work.earlier) if work.earlier else None
-        finally:
-            late.cancel()
         LOGGER.info("engine started", extra={"model": str(folder), "part": work.part})
         self._gate = Gate(self._engine, folder, config.resources.concurrency)
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
+
+    @contextmanager
+    def _at_most(self, seconds: float, what: str) -> Iterator[None]:
+        """End the process when the block takes longer."""
+        late = threading.Timer(seconds, lambda: self._die(f"{what} in {seconds:g} s"))
+        late.daemon = True
+        late.start()
+        try:
+            yield
+        finally:
+            late.cancel()
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         if self._refused:

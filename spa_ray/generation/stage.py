@@ -30,6 +30,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
+from spa_ray.data.node_cache import FETCH_SECONDS, may_be_fetched
 from spa_ray.data.schemas import EPISODES, with_metadata
 from spa_ray.data.token import Token
 from spa_ray.engine.placement import engine_resources, takes_all_cores
@@ -140,7 +141,7 @@ def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, l
     make_folder(checkpoint)
     files, source = arrow_filesystem(prompts)
     out_files, target = arrow_filesystem(out)
-    with _row_checkpoint(checkpoint), growing_pool(), _patience(config):
+    with _row_checkpoint(checkpoint), growing_pool(), _patience(config, work.model):
         # A run folder may lie below `key=value`: that is no column of the rows.
         data = ray.data.read_parquet(source, filesystem=files, partitioning=None)
         data = data.repartition(target_num_rows_per_block=how.rows_per_block)
@@ -297,11 +298,16 @@ def _row_checkpoint(folder: AnyPath) -> Iterator[None]:
 
 
 @contextmanager
-def _patience(config: Config) -> Iterator[None]:
-    """How long Ray Data may see nothing move, and how many engine processes may die at their start."""
+def _patience(config: Config, model: AnyPath) -> Iterator[None]:
+    """How long Ray Data may see nothing move, and how many engine processes may die at their start.
+
+    A model that nodes have to fetch first gets the time of a fetch beside that of an engine's start.
+    """
     context, limits = DataContext.get_current(), config.generation
     before = context.execution_no_progress_timeout_s, context.max_consecutive_actor_init_deaths
-    context.execution_no_progress_timeout_s = limits.start_timeout_s + limits.prompt_timeout_s + limits.stall_timeout_s
+    fetch = FETCH_SECONDS if may_be_fetched(model) else 0.0
+    still = fetch + limits.start_timeout_s + limits.prompt_timeout_s + limits.stall_timeout_s
+    context.execution_no_progress_timeout_s = still
     context.max_consecutive_actor_init_deaths = START_DEATHS
     try:
         yield

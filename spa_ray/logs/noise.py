@@ -24,9 +24,8 @@ ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # the C++ core's warnings, which it writes to the terminal of every process
     "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "FATAL",
 }
-LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "deepspeed", "huggingface_hub", "peft", "ray", "torch")
-LIBRARIES += ("transformers", "triton", "vllm")
 LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torch", "transformers", "vllm")
+LIBRARIES = (*LOGGERS, "deepspeed", "ray", "triton")  # whose warnings are not shown; DeepSpeed and Ray log otherwise
 
 
 def hush(environment: MutableMapping[str, str] | None = None) -> None:

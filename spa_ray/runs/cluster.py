@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spa_ray.data.files import STORAGE_VARIABLES
+from spa_ray.errors import InputError
 from spa_ray.logs import hush
 from spa_ray.runs.ray_address import check_address, named_address, refused, short_folder
 
@@ -43,13 +44,14 @@ def connected(*, verbose: bool) -> Iterator[None]:
         # A job that was submitted with these variables is no conflict: here they came from there.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         try:
-            ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there)
+            with _home():
+                ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as e:
             lines = str(e).strip().splitlines() or [type(e).__name__]
             raise refused(address or "none", f"Ray cannot be joined ({' '.join(lines)[:300]})") from e
     else:
         cpus = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
-        with _loopback():
+        with _loopback(), _home():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -63,6 +65,19 @@ def connected(*, verbose: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _home() -> Iterator[None]:
+    """Raises: InputError for a file of Ray's own, mostly below the home folder, that it cannot make in this block."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            raise
+        raise InputError(
+            f"{e.filename}: Ray has to write there and cannot ({e.strerror}); set HOME to a folder that can be written"
+        ) from e
 
 
 # Despite its name: whether Ray takes this machine's address on the network for its own, on any system.
