@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -63,3 +64,21 @@ def one_process(process_group: dict[str, str]) -> Iterator[None]:
     yield
     for name in process_group:
         del os.environ[name]
+
+
+@pytest.fixture
+def spa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `spa ARGS`; returns (exit status, stdout, stderr)."""
+    from spa_ray.cli.main import main
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["spa", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as e:
+            status = int(e.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

@@ -10,26 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from spa_ray.cli.main import main
-
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-
-
-@pytest.fixture
-def spa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `spa ARGS`; returns (exit status, stdout, stderr)."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["spa", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as e:
-            status = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

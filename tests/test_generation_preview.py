@@ -24,3 +24,9 @@ def test_a_prompt_that_fails_is_shown_with_its_error():
     (shown,) = asyncio.run(preview(scripted_config({"refuse": "bread"}), WEIGHTS, [prompt()]))
     assert shown["episode"]["error"].startswith("refused: ")
     assert shown["calls"] == []
+
+
+def test_a_prompt_whose_engine_answers_nothing_ends_in_an_error_row():
+    config = scripted_config({"hang": "How"}, generation={"prompt_timeout_s": 0.5})
+    (shown,) = asyncio.run(asyncio.wait_for(preview(config, WEIGHTS, [prompt("How?")]), 20))
+    assert shown["episode"]["error"] == "timeout: no episode within generation.prompt_timeout_s 0.5"

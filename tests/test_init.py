@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from spa_ray.cli.main import main
 from spa_ray.config import load_config
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
@@ -28,22 +27,6 @@ def prompts(tmp_path: Path) -> Path:
     file = tmp_path / 'my "prompts": #1.jsonl'  # what YAML would read otherwise
     file.write_text('{"prompt": "How?"}\n{"prompt": "Why?"}\n')
     return file
-
-
-@pytest.fixture
-def spa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `spa ARGS`; returns (exit status, stdout, stderr)."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["spa", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as e:
-            status = int(e.code or 0)
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def written(tmp_path: Path, model: str | Path, prompts: Path, machine: Machine) -> Config:
@@ -134,3 +117,15 @@ def test_an_engine_takes_as_many_gpus_as_its_weights_need(tmp_path: Path, prompt
     config = written(tmp_path, "org/Some-70B-Instruct", prompts, H100S)
     assert config.model.tensor_parallel_size == 4
     assert config.resources.engines.max == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "machine"), [("org/Some-8B", H100S), ("org/Some-8B", ONE_24), ("org/Some-3B", ONE_24)]
+)
+def test_a_few_hundred_prompts_move_weights_by_more_than_bfloat16_rounds(
+    tmp_path: Path, model: str, machine: Machine
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "How, {i}?"}}\n' for i in range(400)))
+    plan = make_plan({"main": written(tmp_path, model, prompts, machine)})
+    assert not [note for note in plan["arms"]["main"]["notes"] if note.startswith("train.lr")]

@@ -16,7 +16,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_ray.cli.main import main
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Config
 from spa_ray.engine import cpu_dtype
@@ -337,21 +336,6 @@ def test_a_large_source_is_counted_by_its_own_word_or_said_not_to_be(
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def spa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["spa", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as e:
-            status = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def test_planning_imports_no_engine_and_no_cluster() -> None:

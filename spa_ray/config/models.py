@@ -344,6 +344,11 @@ class Train(Section):
             raise ValueError("lora.quantize does not go with zero_stage 3; use zero_stage 2 or lora.quantize null")
         return self
 
+    @property
+    def micro_batch_limit(self) -> int:
+        """Tokens in a micro-batch, padding included where there is any."""
+        return self.micro_batch_tokens or 8 * self.max_length
+
     def identity(self) -> Train:
         """This section as hashes see it: a checkpointing that is decided by the device is no setting of its own."""
         return self.model_copy(update={"gradient_checkpointing": bool(self.gradient_checkpointing)})

@@ -10,6 +10,7 @@ from typing import Any
 
 from spa_ray.config.models import Config
 from spa_ray.engine import Completion, Engine, EngineStats, Request, create_engine
+from spa_ray.generation.episode import error_row
 from spa_ray.generation.setup import Task, check_generation, make_episodes
 
 FIRST = 4  # prompts after which there are first figures
@@ -59,14 +60,17 @@ async def preview(
     """
     check_generation(config, model)
     engine = Recorder(create_engine(config.model, model, config.generation, verbose=verbose))
-    done = 0
+    done, limit = 0, config.generation.prompt_timeout_s
 
     async def one(prompt: Mapping[str, Any]) -> Shown:
         nonlocal done
         calls: list[dict[str, Any]] = []
         _CALLS.set(calls)
         async with seats:
-            row = await episodes.run(prompt)
+            try:
+                row = await asyncio.wait_for(episodes.run(prompt), limit)
+            except TimeoutError:
+                row = error_row(prompt, f"timeout: no episode within generation.prompt_timeout_s {limit:g}", 0)
         done += 1
         return {"episode": row, "calls": calls}
 

@@ -100,7 +100,8 @@ def choose(path: str, source: str, machine: Machine) -> Choices:
     base = Train(
         dtype="bfloat16" if machine.bfloat16 else "float32",
         max_length=min(2048 if on_gpu else 1024, context),
-        batch_size=32 if on_gpu else 8,
+        batch_size=8,
+        epochs=2 if on_gpu else 1,
         micro_batch_tokens=None if on_gpu else min(2048, 2 * context),
     )
     train = fitting(base, facts, resources, machine)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from spa_ray.data.node_cache import hub_folder, local_folder
 from spa_ray.data.pointers import check_pointers
 from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
+from spa_ray.logs import printable, redact
 
 PACKAGE = "package://"
 
@@ -79,6 +81,7 @@ def fetch_model(model: Model) -> Path:
     found = local_model(model)
     if found:
         return found
+    print(printable(redact(f"model      fetching {model.path}")), file=sys.stderr, flush=True)
     if "://" in model.path:
         copy = local_folder(as_path(model.path))
         check_model_folder(copy)

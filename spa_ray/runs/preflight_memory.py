@@ -37,6 +37,8 @@ def check_training_memory(arms: Mapping[str, Config], base: Path, nodes: Iterabl
         for name, config in arms.items()
     }
     said = refusal(with_memory, model_facts(first.model, [], base))
+    if said is not None and found and not first.resources.gpu_memory_gib:
+        said += f"; {found:g} GiB is the smallest GPU of the type that Ray names: where it has more, say so by that key"
     if said is not None:
         raise InputError(said)
 

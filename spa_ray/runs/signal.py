@@ -17,6 +17,7 @@ from spa_ray.config.models import Config
 from spa_ray.data.episodes import READ_OPTIONS, UNSOUND, unreadable
 from spa_ray.data.files import AnyPath, arrow_filesystem, is_file, parquet_sizes, write_json
 from spa_ray.data.schemas import EPISODES
+from spa_ray.errors import InputError
 from spa_ray.evaluation.signal import judge_signal
 
 FILE = "signal.json"
@@ -58,7 +59,7 @@ class SignalWatch:
             sample = read_sample(self._episodes, whole=False)
             if sample.num_rows >= SAMPLE:
                 self._tell(sample, total)
-        except (OSError, pa.ArrowException):
+        except (OSError, pa.ArrowException, InputError):
             return
 
     def _tell(self, sample: pa.Table, total: int) -> None:

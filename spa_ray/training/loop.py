@@ -29,7 +29,7 @@ from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr, chec
 from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.policy import make_engine, parameter_count
-from spa_ray.training.prepare import Prepared, micro_batch_tokens, prepare
+from spa_ray.training.prepare import Prepared, prepare
 from spa_ray.training.reference import Reference, cached_reference, compute_reference, reference_path
 from spa_ray.training.relief import is_out_of_memory, out_of_memory
 from spa_ray.training.step import StepLoop
@@ -177,7 +177,7 @@ def _reference(job: TrainJob, engine: Any, prepared: Prepared, first: int) -> Re
             f"{path}: the reference log-probs of the resumed run are gone; delete {_checkpoints(job)} to start over"
         )
     return compute_reference(
-        engine, prepared.data, prepared.selection, path, micro_batch_tokens=micro_batch_tokens(job)
+        engine, prepared.data, prepared.selection, path, micro_batch_tokens=job.train.micro_batch_limit
     )
 
 

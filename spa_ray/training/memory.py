@@ -204,7 +204,7 @@ def micro_batch(train: Train, world: int) -> int:
     """Tokens of the largest micro-batch: the config's limit, or all pairs of a rank's step; one pair at least."""
     pair = (1 if train.method == "sft" else 2) * train.max_length
     most = math.ceil(train.batch_size / world) * pair
-    return max(min(train.micro_batch_tokens or 8 * train.max_length, most), pair)
+    return max(min(train.micro_batch_limit, most), pair)
 
 
 def lora_parameters(train: Train, shape: Shape) -> float:

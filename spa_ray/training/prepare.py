@@ -47,15 +47,10 @@ class Prepared:
             step_weights(self.order, self.selection.gap, alpha=alpha, w_max=w_max),
             self.selection.tokens,
             ranks=comm.world_size(),
-            micro_batch_tokens=micro_batch_tokens(job),
+            micro_batch_tokens=job.train.micro_batch_limit,
             packed=packed,
             sequences_per_pair=objective.sequences_per_pair,
         )
-
-
-def micro_batch_tokens(job: TrainJob) -> int:
-    """Tokens in a micro-batch, padding included where there is any; the config's null is 8 · max_length."""
-    return job.train.micro_batch_tokens or 8 * job.train.max_length
 
 
 def fingerprint(job: TrainJob) -> str:

@@ -21,7 +21,7 @@ def changes(train: Train, resources: Resources) -> Iterator[tuple[str, Change]]:
     alike: list[tuple[str, dict[str, Any]]] = []
     if not train.gradient_checkpointing:
         alike.append(("train.gradient_checkpointing=true", {"gradient_checkpointing": True}))
-    if (train.micro_batch_tokens or 8 * train.max_length) > pair:
+    if train.micro_batch_limit > pair:
         alike.append((f"train.micro_batch_tokens={pair}", {"micro_batch_tokens": pair}))
     if train.zero_stage < 3 and resources.train_workers > 1 and not quantized:
         alike.append(("train.zero_stage=3", {"zero_stage": 3}))
@@ -31,8 +31,7 @@ def changes(train: Train, resources: Resources) -> Iterator[tuple[str, Change]]:
         yield text, (update, {})
     for count in range(2, len(alike) + 1):
         yield _joined(alike[:count])
-    saving = alike[:2] if not train.gradient_checkpointing else alike[:1]
-    small = [item for item in saving if "zero_stage" not in item[1] and "offload" not in item[1]]
+    small = [item for item in alike if item[1].keys() <= {"gradient_checkpointing", "micro_batch_tokens"}]
     if train.lora is None:
         yield _joined([("train.lora.r=16", {"lora": Lora()})])
         yield _joined([("train.lora.r=16", {"lora": Lora()}), *small])
