@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from spa_ray.config import arm_configs
 from spa_ray.data.schemas import EPISODES, PAIRS
 from spa_ray.runs.folder import RunFolder, Stage, write_json
-from spa_ray.runs.pipeline import write_run_config
+from spa_ray.runs.manifest import write_run_config
 
 OBJECTIVES = ("harmless", "helpful")
 CATEGORY = {"a": "harmful", "b": "benign", "c": "benign"}

@@ -124,7 +124,7 @@ def test_cut_and_damaged_compressed_files_are_refused_in_one_line(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "data", "told"),
     [
-        ("p.txt", b"How?\n", "jq -R '{prompt: .}'"),
+        ("p.txt", b"\x00\x01How?\n", "binary data under the name of a text file"),
         ("p.xlsx", b"PK\x03\x04", "a spreadsheet; save it as CSV"),
         ("p.zip", b"PK\x03\x04", "a zip archive; unpack it"),
         ("p.jsonl", b"PK\x03\x04", "a zip archive; unpack it"),
@@ -139,6 +139,38 @@ def test_cut_and_damaged_compressed_files_are_refused_in_one_line(tmp_path: Path
 )
 def test_what_no_reader_takes_is_named_with_what_to_do(tmp_path: Path, name: str, data: bytes, told: str) -> None:
     assert told in refusal(put(tmp_path / name, data))
+
+
+# --- lines of text ----------------------------------------------------------------------------------------------------
+
+
+def test_every_line_of_a_text_file_is_a_prompt_and_empty_ones_are_counted(tmp_path: Path) -> None:
+    lines = "\ufeffHow?\r\n\n  [INST] why {x}?\n   \nWhat\u2028now?"
+    path = put(tmp_path / "p.txt", lines.encode())
+    assert texts(path) == ["How?", "  [INST] why {x}?", "What\u2028now?"]
+    assert "a text file: every line is one prompt" in notes(path)
+    counts = PromptCounts()
+    (row, *_) = read_prompts(Prompts(source=str(path), columns={"prompt": "text"}, limit=2), counts=counts)
+    assert row["messages"][0]["content"] == "How?"
+    assert counts.dropped.counts == {"empty": 1}
+    assert counts.dropped.first == {"empty": f"{path}:2: an empty line"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("p.txt.gz", gzip.compress(b"a\nb\n")),
+        ("p.txt", "a\nb\n".encode("utf-16")),
+        ("p.txt", b'{"prompt": "a"}\n{"prompt": "b"}\n'),
+        ("p.txt", b'[\n {"prompt": "a"}, {"prompt": "b"}]'),
+    ],
+)
+def test_text_files_in_other_clothes(tmp_path: Path, name: str, data: bytes) -> None:
+    assert texts(put(tmp_path / name, data)) == ["a", "b"]
+
+
+def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    assert "p.txt:2: `prompt` is not valid Unicode" in refusal(put(tmp_path / "p.txt", b"a\n\xfc\n"))
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

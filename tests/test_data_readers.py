@@ -177,8 +177,14 @@ def test_a_split_of_a_folder_is_the_files_that_carry_its_name(tmp_path: Path) ->
 
 
 def test_a_folder_without_a_readable_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
-    assert refusal(tmp_path).startswith(f"prompts.source: {tmp_path}: no file with rows in it; notes.txt is plain")
+    (tmp_path / "notes.doc").write_text("hello", encoding="utf-8")
+    assert refusal(tmp_path).startswith(f"prompts.source: {tmp_path}: no file with rows in it; notes.doc is unknown")
+
+
+def test_a_folder_of_text_files_alone_is_read_by_lines(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "README.txt"):
+        (tmp_path / name).write_text(f"{name} 1\n{name} 2\n", encoding="utf-8")
+    assert [v["prompt"] for v in values(tmp_path)] == ["a.txt 1", "a.txt 2", "b.txt 1", "b.txt 2"]
 
 
 def test_one_file_has_no_splits(tmp_path: Path) -> None:
@@ -188,9 +194,9 @@ def test_one_file_has_no_splits(tmp_path: Path) -> None:
 
 
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p.txt"
+    path = tmp_path / "p.doc"
     path.write_text("hello\n", encoding="utf-8")
-    assert "plain text, which has no rows; one prompt per line becomes JSONL with" in refusal(path)
+    assert "unknown kind of file; the suffix may be .jsonl" in refusal(path)
 
 
 # --- readers by dotted path ------------------------------------------------------------------------------------------

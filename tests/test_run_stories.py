@@ -97,7 +97,7 @@ def test_nothing_scored_is_no_example() -> None:
 
 def test_the_checks_and_the_run_read_each_source_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr("spa_ray.data.readers._read", lambda path, kind, split: read.append(path.name) or rows(path))
+    monkeypatch.setattr("spa_ray.data.readers._read", lambda path, *rest: read.append(path.name) or rows(path))
 
     def rows(path: Path) -> Iterator[Row]:
         yield Row(f"{path}:1", {"prompt": "one"})

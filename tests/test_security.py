@@ -30,8 +30,7 @@ from spa_ray.runs import models
 from spa_ray.runs.examples import Example, print_examples
 from spa_ray.runs.folder import RunFolder
 from spa_ray.runs.inspect import print_story, run_configs
-from spa_ray.runs.manifest import write_manifest
-from spa_ray.runs.pipeline import write_run_config
+from spa_ray.runs.manifest import write_manifest, write_run_config
 from spa_ray.runs.progress import Progress
 from spa_ray.training import hashes
 from tests.scripted import scripted_config

@@ -14,7 +14,7 @@ import pytest
 from spa_ray.config import load_config
 from spa_ray.config.models import TRAIN_BYSTANDERS, Tracking
 from spa_ray.errors import InputError
-from spa_ray.runs.pipeline import train_counter
+from spa_ray.runs.progress import train_counter
 from spa_ray.runs.stages import train_hash
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob, TrainResult, read_job, write_job

@@ -9,6 +9,7 @@ import bz2
 import codecs
 import gzip
 import io
+import json
 import lzma
 import zlib
 from collections.abc import Iterator
@@ -33,10 +34,10 @@ KINDS = {
     ".arrow": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
+    ".txt": "text",
 }
 # What people give as prompts and no reader takes: the form, and what to do.
 OTHER = {
-    ".txt": ("plain text, which has no rows", "one prompt per line becomes JSONL with: jq -R '{prompt: .}' FILE"),
     ".md": ("a text document", "give its prompts as JSONL"),
     ".xlsx": ("a spreadsheet", "save it as CSV (UTF-8)"),
     ".xls": ("a spreadsheet", "save it as CSV (UTF-8)"),
@@ -127,12 +128,26 @@ def kind_of(path: Path) -> str | Unreadable:
             return Unreadable("a web page and not the file itself", "download the file again")
         if KINDS[suffix] in {"parquet", "arrow"} and head.lstrip()[:1] in {b"{", b"["}:
             return "json"
-        return KINDS[suffix]
+        return _kind_of_text(head) if KINDS[suffix] == "text" else KINDS[suffix]
     if suffix in OTHER:
         return Unreadable(*OTHER[suffix])
     if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in {b"{", b"["}:
         return "json"
     return Unreadable("unknown kind of file", f"the suffix may be {', '.join(KINDS)}, each also compressed")
+
+
+def _kind_of_text(head: bytes) -> str | Unreadable:
+    """Lines of text, unless the file holds JSON rows or no text at all."""
+    encoding = encoding_of(head)
+    if encoding == "utf-8" and b"\0" in head:
+        return Unreadable("binary data under the name of a text file", "give a text file, one prompt per line")
+    start = head.decode(encoding, errors="ignore").lstrip("\ufeff").lstrip()
+    if start[:1] == "[" and start[1:].lstrip()[:1] == "{":
+        return "json"
+    try:
+        return "jsonl" if isinstance(json.loads(start.partition("\n")[0]), dict) else "text"
+    except (ValueError, RecursionError):
+        return "text"
 
 
 @contextmanager

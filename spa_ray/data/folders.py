@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from spa_ray.data.containers import KINDS, Unreadable, kind_of, looks_like_file
+from spa_ray.data.containers import KINDS, Unreadable, kind_of, looks_like_file, suffix_of
 from spa_ray.errors import InputError
 
 SPLITS = {
@@ -46,6 +46,7 @@ METADATA = frozenset(
 )
 METADATA_SUFFIXES = frozenset({".md", ".crc", ".lock", ".incomplete", ".sha256", ".md5"})
 NAMED = 5  # files that a message names at most
+BESIDE_ROWS = Unreadable("a text file beside files of rows", "name it alone to read its lines as prompts")
 
 
 def files_of(folder: Path, split: str | None, where: str, notes: dict[str, None]) -> list[Path]:
@@ -54,7 +55,10 @@ def files_of(folder: Path, split: str | None, where: str, notes: dict[str, None]
     Raises: InputError when none can be read, and for a split that the folder does not have.
     """
     inside = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_metadata(path, folder))
-    kinds = {path: kind_of(path) for path in inside}
+    kinds: dict[Path, str | Unreadable] = {path: kind_of(path) for path in inside}
+    texts = {path for path in inside if suffix_of(path) == ".txt"}
+    if any(isinstance(kind, str) and path not in texts for path, kind in kinds.items()):
+        kinds |= dict.fromkeys(texts, BESIDE_ROWS)
     files = [path for path, kind in kinds.items() if isinstance(kind, str)]
     unknown = {path: kind for path, kind in kinds.items() if isinstance(kind, Unreadable)}
     if not files:

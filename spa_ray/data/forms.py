@@ -76,7 +76,11 @@ OUR_COLUMNS = frozenset({"prompt", "messages", "prompt_id", "conversations", "co
 
 
 class BadRowError(Exception):
-    """One row is no prompt; the text says why and how to fix it."""
+    """One row is no prompt; the text says why and how to fix it, `reason` in a word or two what kind of fault it is."""
+
+    def __init__(self, text: str, reason: str = "malformed") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def take_messages(
 
 def _find(values: MutableMapping[str, Any], columns: Mapping[Any, str]) -> tuple[str, list[Message]]:
     named = [key for key in ("prompt", "messages") if key in columns]
+    there = any(columns.get(key, key) in values for key in named or ["prompt", "messages"])
     taken = {
         key: value for key in named or ["prompt", "messages"] if not is_missing(value := take(values, columns, key))
     }
@@ -127,7 +132,9 @@ def _find(values: MutableMapping[str, Any], columns: Mapping[Any, str]) -> tuple
             if shows(values):
                 raise BadRowError(advice)
     wanted = " or ".join(f"`{columns.get(key, key)}`" for key in named or ["prompt", "messages"])
-    raise BadRowError(f"no value in {wanted} (other columns: {_names(values)}); {_advice(values)}")
+    raise BadRowError(
+        f"no value in {wanted} (other columns: {_names(values)}); {_advice(values)}", "empty" if there else "no prompt"
+    )
 
 
 def take(values: MutableMapping[str, Any], columns: Mapping[Any, str], key: str) -> Any:
@@ -200,7 +207,7 @@ def as_messages(value: Any, name: str, *, text_is_prompt: bool, named: bool) -> 
         wanted = "a prompt is text" if text_is_prompt else "give a list of {role, content}, the last one by the user"
         raise BadRowError(f"`{name}` is {in_words(value)}; {wanted}")
     if not value:
-        raise BadRowError(f"`{name}` is empty; give a list of {{role, content}}, the last one by the user")
+        raise BadRowError(f"`{name}` is empty; give a list of {{role, content}}, the last one by the user", "empty")
     if text_is_prompt and all(isinstance(turn, str) for turn in value):
         raise BadRowError(
             f"`{name}` is a list of texts; a prompt is text or a list of {{role, content}}: its first text is "
@@ -282,7 +289,7 @@ def check_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise BadRowError(f"{name} is {in_words(value)}; a prompt is text")
     if not value.strip():
-        raise BadRowError(f"{name} is empty; give it a text or remove the row")
+        raise BadRowError(f"{name} is empty; give it a text or remove the row", "empty")
     return encodable(value, name)
 
 

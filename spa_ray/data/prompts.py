@@ -32,6 +32,7 @@ from spa_ray.data.forms import (
     take,
     take_messages,
 )
+from spa_ray.data.left_out import DUPLICATE, LeftOut
 from spa_ray.data.readers import Row, read_rows
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
@@ -50,7 +51,8 @@ Prompt = dict[str, Any]  # prompt_id: str, messages: list[Message], meta: str
 
 @dataclass
 class PromptCounts:
-    """What became of the rows: `rows` are prompts that came out; `first_bad` is the message of the first bad row."""
+    """What became of the rows: `rows` are prompts that came out; `first_bad` is the message of the first bad row;
+    `dropped` has the duplicates and the bad ones by reason."""
 
     rows: int = 0
     duplicates: int = 0
@@ -58,9 +60,17 @@ class PromptCounts:
     first_bad: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)  # column -> rows in which it was left out
     told: dict[str, None] = field(default_factory=dict)  # one line for each thing of the source that was left out
+    dropped: LeftOut = field(default_factory=LeftOut, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a stage's record says of them."""
+        return {
+            "rows": self.rows, "duplicates": self.duplicates, "bad": self.bad, "first_bad": self.first_bad,
+            "left_out": self.left_out, "told": list(self.told),
+        }  # fmt: skip
 
     def notes(self, where: str = "prompts") -> list[str]:
-        """One line for each thing that was left out."""
+        """One line for each file and column that was left out."""
         if not self.left_out:
             return list(self.told)
         columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.left_out.items())
@@ -87,6 +97,10 @@ def read_prompts(
     seen = _Seen()
     left = skip
     for row in read_rows(prompts, where=where, notes=counts.told):
+        if row.blank:
+            if left == 0:
+                counts.dropped.add("empty", row.place, "an empty line")
+            continue
         try:
             prompt = to_prompt(
                 row, prompts.columns, last_answer=prompts.last_answer, left_out=counts.left_out if left == 0 else None
@@ -101,11 +115,13 @@ def read_prompts(
             if left == 0:
                 counts.bad += 1
                 counts.first_bad = counts.first_bad or message
+                counts.dropped.add(e.reason, row.place, message.removeprefix(f"{row.place}: "))
             continue
         if left > 0:
             left -= new
         elif not new:
             counts.duplicates += 1
+            counts.dropped.add(DUPLICATE, row.place, "the same messages as in an earlier row")
         else:
             counts.rows += 1
             yield prompt
@@ -117,7 +133,7 @@ def _checked(prompt: Prompt, check: Check) -> None:
     try:
         check(prompt["messages"])
     except ValueError as e:
-        raise BadRowError(str(e)) from e
+        raise BadRowError(str(e), "refused by the template") from e
 
 
 def write_prompts(
@@ -172,7 +188,8 @@ class _Seen:
         name = prompt["prompt_id"]
         if self.owner.get(name, digest) != digest:
             raise BadRowError(
-                f"prompt_id {name!r} belongs to another prompt already; give each prompt an id of its own"
+                f"prompt_id {name!r} belongs to another prompt already; give each prompt an id of its own",
+                "prompt_id taken",
             )
         self.owner[name] = digest
         if digest in self.hashes:
@@ -199,7 +216,7 @@ def to_prompt(
     Raises: BadRowError.
     """
     if row.values is None:
-        raise BadRowError(str(row.problem))
+        raise BadRowError(str(row.problem), "unreadable")
     values = dict(row.values)
     messages = take_messages(values, columns, last_answer)
     name = _prompt_id(take(values, columns, "prompt_id"))

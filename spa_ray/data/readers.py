@@ -1,4 +1,5 @@
-"""Rows out of a data set: JSONL, JSON, CSV, TSV, Parquet, Arrow, each also compressed; folders; readers by dotted path.
+"""Rows out of a data set: JSONL, JSON, CSV, TSV, Parquet, Arrow, lines of text, each also compressed; folders; readers
+by dotted path.
 
 Takes `config.prompts`; gives `Row`s, each with its place (file and line) for messages, and either a dict or the reason
 why it cannot be read. One row (a JSON text that is no line: one file) is in memory at a time. What a column means is
@@ -14,6 +15,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
@@ -55,11 +57,13 @@ SourceKind = Literal["file", "folder", "reader", "named"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data set: `place` names it in messages; `values` is None where `problem` says why."""
+    """One row of a data set: `place` names it in messages; `values` is None where `problem` says why. A `blank` one,
+    an empty line of a text file, is no fault."""
 
     place: str
     values: Mapping[str, Any] | None = None
     problem: str | None = None
+    blank: bool = False
 
 
 def source_kind(prompts: Prompts, *, where: str = "prompts") -> SourceKind:
@@ -97,7 +101,8 @@ def read_rows(prompts: Prompts, *, where: str = "prompts", notes: dict[str, None
     is told what is left out. Raises: InputError (at the first row at the latest), also for a named data set, since none
     has a loader yet.
     """
-    kind = source_kind(prompts, where=where)
+    kind, notes = source_kind(prompts, where=where), {} if notes is None else notes
+    column = prompts.columns.get("prompt", "prompt")
     source = str(prompts.source)
     path = Path(os.path.expanduser(source))
     if kind == "reader":
@@ -105,15 +110,21 @@ def read_rows(prompts: Prompts, *, where: str = "prompts", notes: dict[str, None
     elif kind == "named":
         _refuse_named(source, where)
     elif kind == "folder":
-        for file in files_of(path, prompts.split, where, {} if notes is None else notes):
-            yield from _read(file, str(kind_of(file)), None)
+        for file in files_of(path, prompts.split, where, notes):
+            yield from _read(file, _told_kind(kind_of(file), file, where, notes), None, column)
     else:
         of_file = kind_of(path)
         if isinstance(of_file, Unreadable):
             raise InputError(f"{where}.source: {path}: {of_file.form}; {of_file.fix}")
         if prompts.split is not None and of_file not in ("json", "jsonl"):
             raise InputError(f"{where}.split: {str(path)!r} is one file and has no splits; remove the key")
-        yield from _read(path, of_file, prompts.split)
+        yield from _read(path, _told_kind(of_file, path, where, notes), prompts.split, column)
+
+
+def _told_kind(kind: str | Unreadable, path: Path, where: str, notes: dict[str, None]) -> str:
+    if kind == "text":
+        notes[f"{where}: {path}: a text file: every line is one prompt"] = None
+    return str(kind)
 
 
 def _refuse_named(source: str, where: str) -> NoReturn:
@@ -147,14 +158,18 @@ def _row(place: str, values: object) -> Row:
     return Row(place, values)
 
 
-def _read(path: Path, kind: str, split: str | None) -> Iterator[Row]:
-    """The rows of one file. What is wrong with the file as a whole is an InputError."""
+def _read(path: Path, kind: str, split: str | None, column: str) -> Iterator[Row]:
+    """The rows of one file; `column` names the lines of a text file. What is wrong with the file as a whole is an
+    InputError."""
     if kind in ("parquet", "arrow"):
         yield from _read_arrow(path, kind)
         return
     with open_data(path) as buffered:
         if kind in ("csv", "tsv"):
             yield from _read_csv(buffered, path, tabs=kind == "tsv")
+            return
+        if kind == "text":
+            yield from _read_lines(buffered, path, column)
             return
         for place, value in json_rows.read(buffered, path, split=split, lines=kind == "jsonl"):
             yield Row(place, problem=value.reason) if isinstance(value, Fault) else _row(place, value)
@@ -163,15 +178,30 @@ def _read(path: Path, kind: str, split: str | None) -> Iterator[Row]:
 def _read_csv(file: BinaryIO, path: Path, *, tabs: bool) -> Iterator[Row]:
     """The first line names the columns; what parts the cells is found there. An empty cell is a missing value."""
     csv.field_size_limit(CSV_CELL_LIMIT)
+    with _text(file, path, newline="") as text:
+        yield from _csv_rows(text, path, tabs=tabs)
+
+
+def _read_lines(file: BinaryIO, path: Path, column: str) -> Iterator[Row]:
+    """Every line is a row with one column, as the `text` builder of `datasets` reads them."""
+    with _text(file, path, newline=None) as text:
+        for number, line in enumerate(text, start=1):
+            place = f"{path}:{number}"
+            yield _row(place, {column: line.rstrip("\n")}) if line.strip() else Row(place, blank=True)
+
+
+@contextmanager
+def _text(file: BinaryIO, path: Path, *, newline: str | None) -> Iterator[io.TextIOWrapper]:
+    """The file as text, in the encoding that its first bytes show. Raises: InputError for bytes that are not in it."""
     encoding = encoding_of(file.peek(HEAD)[:HEAD])  # type: ignore[attr-defined]
     encoding = "utf-8-sig" if encoding == "utf-8" else encoding
     # A byte that is not UTF-8 becomes a lone surrogate, which makes that one row bad and not the file.
     errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
-    with io.TextIOWrapper(file, encoding, errors=errors, newline="") as text:
-        try:
-            yield from _csv_rows(text, path, tabs=tabs)
-        except UnicodeError as e:
-            raise InputError(f"{path}: not {encoding.upper()} ({e}); save the file as UTF-8") from e
+    try:
+        with io.TextIOWrapper(file, encoding, errors=errors, newline=newline) as text:
+            yield text
+    except UnicodeError as e:
+        raise InputError(f"{path}: not {encoding.upper()} ({e}); save the file as UTF-8") from e
 
 
 def _csv_rows(text: io.TextIOWrapper, path: Path, *, tabs: bool) -> Iterator[Row]:

@@ -11,11 +11,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spa_ray.config.models import Evaluation
+from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, Prompt, PromptCounts, read_prompts
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
@@ -28,7 +30,12 @@ class EvalPromptCounts:
     """Prompts by family."""
 
     rows: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # one line for each thing of a source that was left out
+    notes: list[str] = field(default_factory=list)  # one line for each file and column that was left out
+    dropped: dict[str, LeftOut] = field(default_factory=dict)  # rows that were left out, by the source's key
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a stage's record says of them."""
+        return {"rows": self.rows, "notes": self.notes}
 
 
 def write_eval_prompts(evaluation: Evaluation, out: Path, *, check: Check | None = None) -> EvalPromptCounts:
@@ -58,6 +65,7 @@ def _rows(evaluation: Evaluation, counts: EvalPromptCounts, check: Check | None)
                 "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True),
             }
         counts.notes += found.notes(where)
+        counts.dropped[where] = found.dropped
         if not found.rows:
             raise InputError(f"{where}.source: {prompts.source}: no prompt in it")
         counts.rows[family] = found.rows

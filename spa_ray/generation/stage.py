@@ -30,6 +30,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
+from spa_ray.data.left_out import ErrorKinds, add_errors
 from spa_ray.data.node_cache import FETCH_SECONDS, may_be_fetched
 from spa_ray.data.schemas import EPISODES, with_metadata
 from spa_ray.data.token import Token
@@ -53,6 +54,7 @@ START_DEATHS = 2  # engine processes that may be killed at their start, one afte
 class PassCounts:
     """What a finished stage holds, over all its passes and attempts; from `seconds` on: what all calls for it spent.
 
+    `error_kinds`: the errors by kind, each with its `count` and its `first` text.
     `unscored`: rows without an error, none of whose answers has all its scores.
     `engine_busy`: the engines' seconds at work over their seconds since the first request. `tokens_per_second`:
     generated tokens over `seconds`, start-up included.
@@ -60,6 +62,7 @@ class PassCounts:
 
     rows: int
     errors: int
+    error_kinds: ErrorKinds
     unscored: int
     retried: int
     prompt_tokens: int
@@ -197,16 +200,19 @@ def count_rows(out: AnyPath, spent: Spent) -> PassCounts:
     folder = EpisodeFolder(out)
     sums: Counter[str] = Counter()
     first_error = None
+    kinds: ErrorKinds = {}
     for batch in folder.batches(["error", "scores", "prompt_tokens", "generated_tokens"]):
         errors = batch["error"].drop_null()
         unscored = pc.sum(pc.and_(pc.is_null(batch["error"]), pc.invert(_is_scored(batch["scores"])))).as_py() or 0
         sums.update(rows=batch.num_rows, errors=len(errors), unscored=unscored)
         sums.update({name: pc.sum(batch[name]).as_py() or 0 for name in ("prompt_tokens", "generated_tokens")})
+        add_errors(kinds, errors.to_pylist())
         if first_error is None and len(errors):
             first_error = errors[0].as_py()
     return PassCounts(
         rows=sums["rows"],
         errors=sums["errors"],
+        error_kinds=kinds,
         unscored=sums["unscored"],
         retried=len(folder.retried.ids),
         prompt_tokens=sums["prompt_tokens"],

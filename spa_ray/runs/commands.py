@@ -16,11 +16,12 @@ from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, kind, read_json, write_json
+from spa_ray.data.left_out import FILE as LEFT_OUT
+from spa_ray.data.left_out import write_list
 from spa_ray.data.node_cache import local_folder
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
 from spa_ray.preferences import live_reasons
-from spa_ray.rollout.chat import open_chat
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
 from spa_ray.runs import stages as address
@@ -31,10 +32,10 @@ from spa_ray.runs.folder import CLAIM, MARKER, Stage, check_claim, claim, open_r
 from spa_ray.runs.hashing import file_hash, model_hash, parquet_hash
 from spa_ray.runs.lock import RunLock
 from spa_ray.runs.models import check_model_folder, fetch_model, shared_model
-from spa_ray.runs.pipeline import Pipeline, train_counter
+from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
 from spa_ray.runs.preflight_memory import check_training_memory
-from spa_ray.runs.progress import Progress
+from spa_ray.runs.progress import Progress, train_counter
 from spa_ray.runs.shared_folder import check_shared
 from spa_ray.runs.signal import SignalWatch
 
@@ -114,31 +115,36 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
     from spa_ray.data.prompts import write_prompts
     from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
-    from spa_ray.runs.preflight import check_settings, prompt_check
+    from spa_ray.runs.preflight import Lengths, check_settings
 
     config = with_dtype(config)
     model = fetch_model(config.model)
     check_settings(config, model)
-    with tempfile.TemporaryDirectory() as scratch:
+    progress = Progress()
+    with closing(progress), tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
-        chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
-        write_prompts(config.prompts, fresh, check=prompt_check(chat, [config]))
+        lengths = Lengths(config, model)
+        counts = write_prompts(config.prompts, fresh, check=lengths.check([config]))
+        for line in [*counts.notes(), *lengths.of_prompts(fresh, config)]:
+            progress.say(f"warning: {line}")
         day, hashes = first_day(as_path(out)), {"prompts": file_hash(fresh), "model": model_hash(model)}
         rendered = ChatSettings.of(config.model, day=day).key(template_text(model))
         digest = address.generate_hash(config, iteration=1, earlier=None, chat=rendered, **hashes)
         with claimed(out, "generate", digest) as stage:
+            for line in write_list({"prompts": counts.dropped}, stage.folder / LEFT_OUT):
+                progress.say(f"warning: {line}")
             if not stage.done:
                 record_first_day(stage.folder, day)
                 copy_file(fresh, stage.folder / "prompts.parquet")
-                progress, started = Progress(), time.time()
-                with closing(progress), connected(verbose=verbose):
+                started = time.time()
+                with connected(verbose=verbose):
                     check_shared(stage.folder)
                     check_cluster(config, stages=["generate"], say=progress.say)
                     stage.begin(address.attempt(config))
                     watch = SignalWatch(
                         config, stage.folder / "episodes", count=progress.counter("generate"), say=progress.say
                     )
-                    counts = generate(
+                    passed = generate(
                         config,
                         Task(day=day),
                         prompts=stage.folder / "prompts.parquet",
@@ -150,8 +156,9 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
                         observe=partial(live_reasons, config=config),
                         verbose=verbose,
                     )
-                    watch.finish(counts.rows)
-                stage.finish(started, **counts.to_dict())
+                    watch.finish(passed.rows)
+                stage.finish(started, **passed.to_dict())
+            progress.say_errors("generate", stage.facts(), stage.folder / "episodes")
     return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
 
 
@@ -262,7 +269,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
     from spa_ray.evaluation.prompts import write_eval_prompts
     from spa_ray.runs.evaluate import Subject, evaluate, run_metrics
-    from spa_ray.runs.preflight import check_evaluation, check_settings, judge_folder, prompt_check
+    from spa_ray.runs.preflight import Lengths, check_evaluation, check_settings, judge_folder
 
     config = with_dtype(config)
     source, model = as_path(model), local_folder(as_path(model))
@@ -271,19 +278,23 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     check_evaluation(config, model)
     base = fetch_model(config.model) if config.evaluation.judge == "base" else model
     judge = judge_folder(config, base)
-    with tempfile.TemporaryDirectory() as scratch:
+    progress = Progress()
+    with closing(progress), tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
-        chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
-        write_eval_prompts(config.evaluation, fresh, check=prompt_check(chat))
+        lengths = Lengths(config, model)
+        counts = write_eval_prompts(config.evaluation, fresh, check=lengths.check())
+        for line in [*counts.notes, *lengths.of_held_out(fresh, config)]:
+            progress.say(f"warning: {line}")
         hashes = {"model": model_hash(model), "judge": model_hash(judge) if judge else ""}
         day = first_day(as_path(out))
         rendered = ChatSettings.of(config.model, day=day).key(template_text(model))
         digest = address.evaluate_hash(config, prompts=file_hash(fresh), chat=rendered, **hashes)
         with claimed(out, "eval", digest) as stage:
-            progress = Progress()
+            for line in write_list(counts.dropped, stage.folder / LEFT_OUT):
+                progress.say(f"warning: {line}")
             if not stage.done:
                 record_first_day(stage.folder, day)
-                with closing(progress), connected(verbose=verbose):
+                with connected(verbose=verbose):
                     check_shared(stage.folder)
                     check_cluster(config, stages=["evaluate"], say=progress.say)
                     stage.begin(address.attempt(config))
@@ -298,6 +309,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
                         verbose=verbose,
                         day=day,
                     )
+            progress.say_errors("evaluate", stage.facts(), stage.folder / "episodes")
             metrics = run_metrics(config, {"model": stage}, baseline=None)
             write_json(stage.folder / "metrics.json", metrics)
     print_metrics(metrics)

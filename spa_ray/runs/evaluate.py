@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder
 from spa_ray.data.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder, parquet_dataset
+from spa_ray.data.left_out import ErrorKinds, add_errors
 from spa_ray.data.schemas import EPISODES, PROMPTS
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
@@ -88,9 +89,12 @@ def evaluate(
 
 def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
     """What a subject's stage says of itself. Requests and seconds are its share of the passes that it had part in."""
+    kinds: ErrorKinds = {}
+    add_errors(kinds, mine["error"].to_pylist())
     return {
         "rows": mine.num_rows,
         "errors": mine.num_rows - mine["error"].null_count,
+        "error_kinds": kinds,
         "requests": round(share * sum(counts.requests for counts in passes)),
         "prompt_tokens": pc.sum(mine["prompt_tokens"]).as_py() or 0,
         "generated_tokens": pc.sum(mine["generated_tokens"]).as_py() or 0,

@@ -1,6 +1,6 @@
-"""The manifest: with what, when and how a run was made (versions, command, timings, tokens).
+"""What a run says of itself: `config.yaml`, and the manifest of versions, command, timings and tokens.
 
-Comes in: facts of finished stages. Goes out: `manifest.json`. Never: secrets or the environment.
+Takes configs and the facts of finished stages. Secrets and the environment are never written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from importlib import metadata
 from typing import Any
 
 from spa_ray import __version__
-from spa_ray.data.files import AnyPath, write_json
+from spa_ray.config.models import Config
+from spa_ray.data.files import AnyPath, write_json, write_text
 from spa_ray.logs import redact_command, redact_tree
 from spa_ray.runs.folder import RunFolder
 
@@ -28,6 +29,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def write_run_config(run: RunFolder, arms: dict[str, Config]) -> None:
+    """Write config.yaml: every arm's resolved config, without its secrets."""
+    import yaml
+
+    resolved = {name: config.model_dump(mode="json", exclude={"arms"}) for name, config in arms.items()}
+    shown = redact_tree({"arms": resolved})
+    write_text(run.path / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
 
 
 def write_manifest(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.data.files import AnyPath, as_path, copy_file, is_local, write_json, write_text
+from spa_ray.data.files import AnyPath, as_path, copy_file, is_local, write_json
+from spa_ray.data.left_out import FILE as LEFT_OUT
+from spa_ray.data.left_out import write_list
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError, RunError
-from spa_ray.logs import driver_log, redact_tree
+from spa_ray.logs import driver_log
 from spa_ray.preferences import live_reasons
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
@@ -30,7 +32,7 @@ from spa_ray.runs.first_day import first_day, record_first_day
 from spa_ray.runs.folder import RunFolder, Stage
 from spa_ray.runs.hashing import digest, file_hash, model_hash, stage_hash
 from spa_ray.runs.lock import RunLock
-from spa_ray.runs.manifest import write_manifest
+from spa_ray.runs.manifest import write_manifest, write_run_config
 from spa_ray.runs.models import fetch_model, shared_model
 from spa_ray.runs.plan import make_plan
 from spa_ray.runs.plan_compare import PLAN, compare
@@ -38,7 +40,7 @@ from spa_ray.runs.preflight import check_run, has_evaluation, judge_folder
 from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
 from spa_ray.runs.preflight_files import disk_warning
 from spa_ray.runs.preflight_memory import check_training_memory
-from spa_ray.runs.progress import Progress
+from spa_ray.runs.progress import Progress, train_counter
 from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.shared_folder import check_shared
 from spa_ray.runs.signal import SignalWatch
@@ -116,6 +118,8 @@ class Pipeline:
         write_run_config(self.folder, self.arms)
         record_first_day(self.folder.path, self.day)
         write_json(self.folder.path / PLAN, self.plan)
+        for line in write_list(self.prompt_files.dropped, self.folder.path / LEFT_OUT):
+            self.progress.say_once(f"warning: {line}")
         return {name: ArmState(name, config, self.shared_base, self.base_hash) for name, config in self.arms.items()}
 
     @cached_property
@@ -196,7 +200,7 @@ class Pipeline:
             stage = self.folder.stage(name, stage_hash(name, 1, {}, [file_hash(fresh)]))
             if not self._done(stage):
                 copy_file(fresh, stage.folder / "prompts.parquet")
-                self._finish(stage, started, **vars(counts))
+                self._finish(stage, started, **counts.to_dict())
         return stage
 
     def _generate(self, state: ArmState, iteration: int) -> Stage:
@@ -246,6 +250,7 @@ class Pipeline:
             )
             watch.finish(counts.rows)
             self._finish(stage, started, **counts.to_dict())
+        self.progress.say_errors(f"generate {state.name}", stage.facts(), stage.folder / "episodes")
         return stage
 
     # --- build ------------------------------------------------------------------------------------------------------
@@ -364,6 +369,8 @@ class Pipeline:
                 day=self.day,
             )
             self.used |= {name: subject.stage.facts() for name, subject in pending.items()}
+        for name, stage in stages.items():
+            self.progress.say_errors(f"evaluate {name}", stage.facts(), stage.folder / "episodes")
         metrics = run_metrics(config, stages)
         write_json(self.folder.path / "metrics.json", metrics)
         return {name: {family: arms[name] for family, arms in metrics.items()} for name in models}
@@ -378,25 +385,3 @@ def check_pairs(arm: str, funnel: dict[str, Any], folder: AnyPath) -> None:
         f"build: arm {arm}: no pair is left of {funnel['prompts']} prompts (dropped: {dropped}); see "
         f"{folder / 'funnel.json'}; profile=robust or denoise.consistency=primary_ge keep more"
     )
-
-
-def train_counter(progress: Progress) -> Callable[[Mapping[str, Any]], None]:
-    """A callback for rows of train logs: steps done, the loss and the pace; and what the guards say, at once."""
-    count = progress.counter("train")
-
-    def row(logged: Mapping[str, Any]) -> None:
-        for warning in logged.get("warnings", ()):
-            progress.say(f"warning: train {logged['job']}: {warning}")
-        shown = {key: logged[key] for key in ("loss", "rewards/accuracies", "pairs/s") if key in logged}
-        count({"name": logged["job"], "done": logged["step"], "total": logged["steps"], **shown})
-
-    return row
-
-
-def write_run_config(run: RunFolder, arms: dict[str, Config]) -> None:
-    """Write config.yaml: every arm's resolved config, without its secrets."""
-    import yaml
-
-    resolved = {name: config.model_dump(mode="json", exclude={"arms"}) for name, config in arms.items()}
-    shown = redact_tree({"arms": resolved})
-    write_text(run.path / "config.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))

@@ -14,6 +14,7 @@ from typing import Any
 
 from spa_ray.config.models import Config
 from spa_ray.data.dotted import is_dotted
+from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat, open_chat
@@ -89,7 +90,12 @@ class _Lookup:
 
     def prompts(self, config: Config) -> PromptFacts:
         key = ["prompts", config.prompts.model_dump(mode="json")]
-        return self._once(key, lambda: prompt_facts(config.prompts, self.notes, "prompts", self._check(config)))
+        return self._once(key, lambda: self._prompts(config))
+
+    def _prompts(self, config: Config) -> PromptFacts:
+        facts = prompt_facts(config.prompts, self.notes, "prompts", self._check(config))
+        self.notes += lines({"prompts": facts.dropped})
+        return facts
 
     def held_out(self, config: Config) -> tuple[int, Work, Work]:
         """Rows, and the work of answering and of scoring them."""
@@ -99,7 +105,9 @@ class _Lookup:
 
     def _held_out(self, config: Config) -> tuple[int, Work, Work]:
         rows, answers, scores = 0, Work(), Work()
-        for facts in held_out_facts(config.evaluation, self.notes, self._check(None)):
+        found = held_out_facts(config.evaluation, self.notes, self._check(None))
+        self.notes += lines({where: facts.dropped for where, facts in found.items()})
+        for facts in found.values():
             judged = not is_dotted(config.evaluation.judge)
             answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
             rows += facts.count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from spa_ray.config.models import Evaluation, Prompts
 from spa_ray.data.containers import kind_of
 from spa_ray.data.folders import files_of
 from spa_ray.data.forms import Message
+from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, read_prompts
 from spa_ray.data.readers import source_kind
 from spa_ray.errors import InputError
@@ -29,12 +30,14 @@ STAND_IN = "What should someone think of before they decide about this, and what
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """`count` prompts, `sample` of them; `estimated` where the source was not counted to its end."""
+    """`count` prompts, `sample` of them; `estimated` where the source was not counted to its end. `dropped` has the
+    rows that were left out of what was read."""
 
     source: str
     count: int
     sample: list[list[Message]]
     estimated: bool
+    dropped: LeftOut = field(default_factory=LeftOut)
 
 
 def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | None = None) -> PromptFacts:
@@ -52,7 +55,7 @@ def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | 
     whole = len(read) < COUNTED or prompts.limit == COUNTED
     count = len(read) if whole else _beyond(prompts, notes, where)
     step = max(1, len(read) // SAMPLED)
-    return PromptFacts(str(prompts.source), count, _bounded(read[::step][:SAMPLED]), not whole)
+    return PromptFacts(str(prompts.source), count, _bounded(read[::step][:SAMPLED]), not whole, counts.dropped)
 
 
 def _bounded(sample: list[list[Message]]) -> list[list[Message]]:
@@ -77,9 +80,9 @@ def _beyond(prompts: Prompts, notes: list[str], where: str) -> int:
     return count
 
 
-def held_out_facts(evaluation: Evaluation, notes: list[str], check: Check | None = None) -> list[PromptFacts]:
-    """The main held-out set and the further families."""
-    return [prompt_facts(prompts, notes, where, check) for where, prompts in _held_out(evaluation)]
+def held_out_facts(evaluation: Evaluation, notes: list[str], check: Check | None = None) -> dict[str, PromptFacts]:
+    """The main held-out set and the further families, by their keys."""
+    return {where: prompt_facts(prompts, notes, where, check) for where, prompts in _held_out(evaluation)}
 
 
 def _held_out(evaluation: Evaluation) -> Iterator[tuple[str, Prompts]]:

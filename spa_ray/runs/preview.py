@@ -12,14 +12,19 @@ import pyarrow as pa
 
 from spa_ray.config.models import Config
 from spa_ray.data.files import AnyPath, make_folder, write_json, write_text
+from spa_ray.data.left_out import FILE as LEFT_OUT
+from spa_ray.data.left_out import ErrorKinds, add_errors, error_lines, write_list
+from spa_ray.data.left_out import lines as left_out_lines
 from spa_ray.data.prompts import read_prompts
 from spa_ray.data.schemas import EPISODES
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.evaluation.signal import judge_signal
 from spa_ray.generation.preview import preview
 from spa_ray.logs import printable
+from spa_ray.rollout.chat import open_chat
 from spa_ray.runs.models import fetch_model
 from spa_ray.runs.plan_prompts import prompt_facts
+from spa_ray.runs.preflight import prompt_check
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.signal import FILE, signal_lines
 
@@ -38,10 +43,21 @@ def preview_prompts(
     """
     config = with_dtype(config)
     model = fetch_model(config.model)
-    total = prompt_facts(config.prompts, [], "prompts").count
-    rows = list(islice(read_prompts(config.prompts), count))
+    chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
+    notes: list[str] = []
+    facts = prompt_facts(config.prompts, notes, "prompts", prompt_check(chat, [config]))
+    dropped = {"prompts": facts.dropped}
+    if out is None:
+        notes += left_out_lines(dropped)
+    else:
+        make_folder(out)
+        notes += write_list(dropped, out / LEFT_OUT)
+    total = facts.count
+    rows = list(islice(read_prompts(config.prompts, check=prompt_check(chat, [config])), count))
     progress = Progress()
     with closing(progress):
+        for line in notes:
+            progress.say(f"warning: {line}")
 
         def first(shown: list[dict[str, Any]]) -> None:
             for line in signal_lines(_signal(shown, config, total)):
@@ -49,6 +65,10 @@ def preview_prompts(
 
         work = preview(config, model, rows, verbose=verbose, on_progress=progress.counter("preview"), on_first=first)
         shown = asyncio.run(work)
+        kinds: ErrorKinds = {}
+        add_errors(kinds, (prompt["episode"]["error"] for prompt in shown))
+        for line in error_lines(kinds, len(shown), where="preview", episodes=None if out is None else out / CALLS_FILE):
+            progress.say(f"warning: {line}")
     for prompt in shown if every else shown[:IN_FULL]:
         _print_calls(prompt)
     signal = _signal(shown, config, total)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spa_ray.data.files import AnyPath
+from spa_ray.data.left_out import error_lines
 from spa_ray.logs import printable, redact
 from spa_ray.preferences.live import LIVE_CLASSES, PASSED
 
@@ -55,6 +56,11 @@ class Progress:
             return
         self._told.add(folder)
         self.say(f"{stage:<10} done before: {folder.name}")
+
+    def say_errors(self, where: str, stage: Mapping[str, Any], episodes: AnyPath) -> None:
+        """One line for each kind of error that a stage's record counts."""
+        for line in error_lines(stage.get("error_kinds", {}), stage["rows"], where=where, episodes=episodes):
+            self.say_once(f"warning: {line}")
 
     def say_once(self, text: str) -> None:
         """One line, the first time only."""
@@ -111,6 +117,19 @@ def funnel_text(update: Mapping[str, Any], *, passed: str = "") -> str:
         return ""
     shown = [f"{name} {update.get(name, 0)}" for name in LIVE_CLASSES if update.get(name) or name == PASSED]
     return "  ".join([shown[0] + passed, *shown[1:]])
+
+
+def train_counter(progress: Progress) -> Update:
+    """A callback for rows of train logs: steps done, the loss and the pace; and what the guards say, at once."""
+    count = progress.counter("train")
+
+    def row(logged: Mapping[str, Any]) -> None:
+        for warning in logged.get("warnings", ()):
+            progress.say(f"warning: train {logged['job']}: {warning}")
+        shown = {key: logged[key] for key in ("loss", "rewards/accuracies", "pairs/s") if key in logged}
+        count({"name": logged["job"], "done": logged["step"], "total": logged["steps"], **shown})
+
+    return row
 
 
 class _Counter:

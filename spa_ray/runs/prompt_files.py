@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Evaluation, Prompts
+from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, write_prompts
 from spa_ray.evaluation.prompts import EvalPromptCounts, write_eval_prompts
 
@@ -23,6 +24,7 @@ class PromptFiles:
     def __init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="spa-prompts-")
         self._made: dict[str, tuple[Path, Any]] = {}
+        self.dropped: dict[str, LeftOut] = {}  # what was left out of all that was written, by the source's key
 
     def write(self, prompts: Prompts, out: Path, *, skip: int = 0, check: Check | None = None) -> PromptCounts:
         """As `data.prompts.write_prompts`. Raises: InputError as it does."""
@@ -31,6 +33,8 @@ class PromptFiles:
             out,
             lambda file: write_prompts(prompts, file, skip=skip, check=check),
         )
+        beyond = f", beyond the first {skip:,}" if skip else ""
+        self.dropped[f"prompts ({prompts.source}{beyond})"] = counts.dropped
         return counts
 
     def write_held_out(self, evaluation: Evaluation, out: Path, *, check: Check | None = None) -> EvalPromptCounts:
@@ -39,6 +43,7 @@ class PromptFiles:
         counts: EvalPromptCounts = self._once(
             sources, out, lambda file: write_eval_prompts(evaluation, file, check=check)
         )
+        self.dropped |= counts.dropped
         return counts
 
     def _once(self, key: str, out: Path, write: Callable[[Path], Any]) -> Any:
