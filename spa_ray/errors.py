@@ -1,7 +1,7 @@
-"""The two ways in which a command ends badly.
+"""The ways in which a command ends badly.
 
 `InputError` is the user's to mend (exit status 2), `RunError` is a run that failed in the middle
-(exit status 1). Both carry one line; nobody prints a traceback for them.
+(exit status 1), `LateError` one of its kinds. They carry one line; nobody prints a traceback for them.
 """
 
 from __future__ import annotations
@@ -13,3 +13,7 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run failed: which stage, which actor, and where its log is, in one line."""
+
+
+class LateError(RunError):
+    """Something did not end in its time and cannot be ended: it goes on in a thread until the process ends."""

@@ -14,9 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spa_ray.config import arm_configs
 from spa_ray.config.models import Config, Train
 from spa_ray.data.files import read_json
+from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.evaluation.signal import Sample, judge_signal, optimizer_steps, wilson
+from spa_ray.runs.pipeline import Pipeline
+from spa_ray.runs.preview import sharing
+from spa_ray.runs.progress import Progress
 from spa_ray.runs.signal import SAMPLE, SignalWatch, read_sample, signal_lines
 from spa_ray.training.batches import order_pairs
 from tests.preferences_tables import Row, make_config, make_episodes, make_row
@@ -267,7 +272,76 @@ def test_wilsons_interval() -> None:
     assert wilson(10, 10)[2] == 1
 
 
+# --- arms -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_that_uses_the_episodes_has_its_own_pairs_and_steps() -> None:
+    first = make_config(denoise__tau_quantile=None)
+    arms = {
+        "spa": first,
+        "twin": first.model_copy(update={"name": "twin"}),
+        "sft": make_config(denoise__tau_quantile=None, train__method="sft"),
+        "far": make_config(denoise__tau_quantile=None, pairs__delta=1000.0),
+    }
+    episodes = make_episodes(healthy(), first)
+    signal = judge_signal(episodes, first, prompts=RUN, arms=arms)
+    assert list(signal) == ["prompts", "objectives", "all_tie", "kept", "pairs", "steps", "arms", "advice"]
+    for name, arm in arms.items():
+        alone = judge_signal(episodes, arm, prompts=RUN)
+        assert signal["arms"][name] == {key: alone[key] for key in ("kept", "pairs", "steps")}
+    assert signal["pairs"] == signal["arms"]["spa"]["pairs"]
+    assert signal["arms"]["sft"]["steps"][0] < signal["arms"]["spa"]["steps"][0]
+    told = "\n".join(signal_lines(signal))
+    for names in ("arms spa, twin", "arm sft", "arm far"):
+        assert f"signal     {names}: to expect: pairs " in told
+    (few,) = [found for found in signal["advice"] if found["code"] == "few_pairs"]
+    assert few["text"].startswith("arm far: about 0 pairs")
+    (delta,) = [found for found in signal["advice"] if found["code"] == "delta"]
+    assert delta["change"] == "pairs.delta=auto"
+
+
+def test_arms_that_expect_the_same_are_told_once() -> None:
+    config = make_config()
+    episodes = make_episodes(healthy(), config)
+    told = signal_lines(judge_signal(episodes, config, prompts=RUN, arms={"a": config, "b": config}))
+    assert told == signal_lines(judge_signal(episodes, config, prompts=RUN))
+    assert "arms" not in judge_signal(episodes, config, prompts=RUN, arms={"a": config})
+
+
+def test_a_preview_covers_the_arms_that_share_its_episodes() -> None:
+    arms = arm_configs(
+        {
+            "model": {"path": "m"},
+            "arms": {
+                "a": {},
+                "b": {"pairs.delta": 1, "train.method": "sft"},
+                "c": {"sampling.temperature": 0.5},
+                "d": {"denoise.consistency": "off", "resources.concurrency": 4},
+            },
+        },
+        [],
+        where="test",
+        stem="test",
+    )
+    assert list(sharing(with_dtype(arms["a"]), arms)) == ["a", "b", "d"]
+
+
 # --- during a run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_of_a_run_is_told_for_the_arms_that_use_it(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    raw = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(tiny_model), "engine": "spa_ray.engine.scripted:ScriptedEngine"},
+        "prompts": {"source": str(tmp_path / "p.jsonl")},
+        "arms": {"a": {}, "b": {"pairs.delta": 1}, "c": {"sampling.temperature": 0.5}, "d": {"train.method": "sft"}},
+    }
+    pipeline = Pipeline(arm_configs(raw, [], where="test", stem="test"), progress=Progress(quiet=True))
+    states = pipeline._begin()
+    for first, wanted in (("a", ["a", "b", "d"]), ("c", ["c"])):
+        _, stage, _ = pipeline._generate_stage(states[first], 1)
+        assert list(pipeline._sharing(stage, states, states[first], 1)) == wanted
 
 
 def write(folder: Path, name: str, numbers: range) -> None:

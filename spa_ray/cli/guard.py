@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import typer
 
 from spa_ray.data.files import client_error
-from spa_ray.errors import InputError, RunError
+from spa_ray.errors import InputError, LateError, RunError
 from spa_ray.logs import hush, printable, redact
 
 INTERRUPTED = 130
@@ -41,6 +41,8 @@ def guarded(command: Callable[[], Any], *, name: str = "spa") -> None:
         sys.exit(1)
     except SystemExit as e:
         _end(e, name)
+    except LateError as e:
+        fail(*explain(e, name=name), name=name, at_once=True)
     except BaseException as e:  # noqa: BLE001 (the last line of defence; Rust libraries panic with no Exception)
         fail(*explain(e, name=name), name=name)
     else:
@@ -114,9 +116,14 @@ def verbose() -> bool:
     return "--verbose" in sys.argv or os.environ.get("SPA_LOG_LEVEL", "").upper() == "DEBUG"
 
 
-def fail(message: str, status: int, *, name: str = "spa") -> NoReturn:
-    """One line, whatever text of models, data or the environment the message quotes."""
+def fail(message: str, status: int, *, name: str = "spa", at_once: bool = False) -> NoReturn:
+    """One line, whatever text of models, data or the environment the message quotes. `at_once`: without waiting for
+    threads, as Python else does at its end."""
     print(f"{name}: {printable(redact(' '.join(message.split())))}", file=sys.stderr)
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -103,8 +103,9 @@ def preview(
     from spa_ray.config import load_config
     from spa_ray.runs.preview import preview_prompts
 
-    arm = next(iter(load_config(config, overrides or []).values()))
-    emit(preview_prompts(arm, verbose=verbose, count=prompts, every=every, out=out), as_json)
+    arms = load_config(config, overrides or [])
+    arm = next(iter(arms.values()))
+    emit(preview_prompts(arm, verbose=verbose, count=prompts, every=every, out=out, arms=arms), as_json)
 
 
 @app.command()

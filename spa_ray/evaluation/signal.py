@@ -6,6 +6,7 @@ NumPy and Arrow only. How many pairs and optimizer steps to expect is computed b
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,23 +29,49 @@ Row = dict[str, Any]
 Triple = list[float]  # [mean or share, low, high]
 
 
-def judge_signal(episodes: pa.Table, config: Config, *, prompts: int) -> dict[str, Any]:
+def judge_signal(
+    episodes: pa.Table, config: Config, *, prompts: int, arms: Mapping[str, Config] | None = None
+) -> dict[str, Any]:
     """signal.json's object. `episodes`: at least one row of EPISODES; `prompts`: how many the whole run has.
+
+    `arms`: all arms that use these episodes, the first of them with `config`. Where there are several, the object has
+    one key more, `arms`, with `kept`, `pairs` and `steps` of each, and the advice covers all of them.
 
     Shares come with Wilson intervals, numbers of pairs and steps with bootstrap intervals over prompts; both at 95%.
     A variance or median is null where nothing was there to take it of: `within_var` needs `scoring.draws` above 1.
     Raises: ValueError without a row; InputError as `denoise` does.
     """
     sample = Sample.of(episodes, config, prompts)
-    signal = {
+    of_episodes = {
         "prompts": len(sample.rows),
         "objectives": {name: _objective(sample, at) for at, name in enumerate(config.objectives)},
         "all_tie": _all_tie(sample.rows),
+    }
+    signal = of_episodes | _of_arm(sample)
+    advice = advise(sample, signal)
+    if arms is None or len(arms) < 2:
+        return signal | {"advice": advice}
+    by_arm: dict[str, Row] = {}
+    more: dict[str, list[str]] = {}  # advice that the first arm does not call for -> the arms that do
+    for name, arm in arms.items():
+        own = replace(sample, config=arm)
+        by_arm[name] = _of_arm(own)
+        for found in advise(own, of_episodes | by_arm[name]):
+            if found["code"] not in {known["code"] for known in advice}:
+                more.setdefault(json.dumps(found), []).append(name)
+    for text, names in more.items():
+        found = json.loads(text)
+        advice.append({**found, "text": f"arm{'s' * (len(names) > 1)} {', '.join(names)}: {found['text']}"})
+    return signal | {"arms": by_arm, "advice": advice}
+
+
+def _of_arm(sample: Sample) -> Row:
+    """What depends on an arm's filters and training."""
+    return {
         "kept": _kept(sample),
         "pairs": sample.expected_pairs(sample.outcome),
         "steps": sample.expected_steps(sample.outcome),
     }
-    return signal | {"advice": advise(sample, signal)}
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
+from spa_ray.data.deadline import within
 from spa_ray.engine import Completion, Engine, EngineStats, Request, create_engine
 from spa_ray.generation.episode import error_row
 from spa_ray.generation.setup import Task, check_generation, make_episodes
@@ -56,10 +58,12 @@ async def preview(
 
     The first FIRST prompts run together and go to `on_first` where more follow, which then run together too.
     `on_progress` hears `done`, `total` and `tokens` once a second. Raises: InputError as the generation stage does,
-    before the engine starts.
+    before the engine starts; RunError when it does not start in time.
     """
     check_generation(config, model)
-    engine = Recorder(create_engine(config.model, model, config.generation, verbose=verbose))
+    start = partial(create_engine, config.model, model, config.generation, verbose=verbose)
+    late = "preview: the engine did not start (generation.start_timeout_s)"
+    engine = Recorder(within(config.generation.start_timeout_s, start, late))
     done, limit = 0, config.generation.prompt_timeout_s
 
     async def one(prompt: Mapping[str, Any]) -> Shown:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 from spa_ray.config.models import Model
+from spa_ray.data.deadline import within
 from spa_ray.data.files import AnyPath, as_path
-from spa_ray.data.node_cache import hub_folder, local_folder
+from spa_ray.data.node_cache import FETCH_SECONDS, hub_folder, local_folder
 from spa_ray.data.pointers import check_pointers
 from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
@@ -77,19 +79,21 @@ def check_model_folder(folder: Path) -> None:
 
 
 def fetch_model(model: Model) -> Path:
-    """The model's folder, downloaded from the hub if need be. Raises: InputError when it cannot be had."""
+    """The model's folder, downloaded from the hub if need be. Raises: InputError when it cannot be had; RunError when
+    that takes longer than `node_cache.FETCH_SECONDS`."""
     found = local_model(model)
     if found:
         return found
     print(printable(redact(f"model      fetching {model.path}")), file=sys.stderr, flush=True)
+    late = f"model.path: {model.path} was not fetched"
     if "://" in model.path:
-        copy = local_folder(as_path(model.path))
+        copy = within(FETCH_SECONDS, partial(local_folder, as_path(model.path)), late)
         check_model_folder(copy)
         return copy
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = hub_folder(model.path, model.revision)
+        folder = within(FETCH_SECONDS, partial(hub_folder, model.path, model.revision), late)
     except RepositoryNotFoundError as e:  # also what a gated model answers without a token
         raise InputError(
             f"model.path: {model.path!r} is no folder here and no model on the hub that you may read"

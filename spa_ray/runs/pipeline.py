@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -154,7 +154,7 @@ class Pipeline:
     def _iterate(self, states: dict[str, ArmState], iteration: int) -> None:
         for state in states.values():
             state.iterations.append({})
-            state.episodes = self._generate(state, iteration)
+            state.episodes = self._generate(state, iteration, states)
             state.iterations[-1]["episodes"] = str(state.episodes.folder / "episodes")
         if self.until != "generate":
             builds = {name: self._build(state, iteration) for name, state in states.items()}
@@ -203,10 +203,8 @@ class Pipeline:
                 self._finish(stage, started, **counts.to_dict())
         return stage
 
-    def _generate(self, state: ArmState, iteration: int) -> Stage:
-        from spa_ray.generation.setup import Task
-        from spa_ray.generation.stage import generate
-
+    def _generate_stage(self, state: ArmState, iteration: int) -> tuple[Stage, Stage, Stage | None]:
+        """The prompts, the stage, and the last iteration's episodes where their refined answers are used again."""
         config = state.config
         fresh = config.iterations.prompts == "diff"
         skip = (iteration - 1) * (config.prompts.limit or 0) if fresh else 0
@@ -216,24 +214,40 @@ class Pipeline:
             )
         prompts = self._prompts(config, skip)
         earlier = state.episodes if config.iterations.reuse_refined and iteration > 1 else None
-        stage = self.folder.stage(
-            "generate",
-            address.generate_hash(
-                config,
-                iteration=iteration,
-                prompts=prompts.hash,
-                model=state.model_hash,
-                earlier=earlier.hash if earlier else None,
-                chat=self.chat_key,
-            ),
+        digest = address.generate_hash(
+            config,
+            iteration=iteration,
+            prompts=prompts.hash,
+            model=state.model_hash,
+            earlier=earlier.hash if earlier else None,
+            chat=self.chat_key,
         )
+        return prompts, self.folder.stage("generate", digest), earlier
+
+    def _sharing(
+        self, stage: Stage, states: Mapping[str, ArmState], first: ArmState, iteration: int
+    ) -> dict[str, Config]:
+        """The arms that use the episodes that `first` is about to generate; they come after it."""
+        later = list(states.values())[list(states).index(first.name) :]
+        return {s.name: s.config for s in later if self._generate_stage(s, iteration)[1].hash == stage.hash}
+
+    def _generate(self, state: ArmState, iteration: int, states: Mapping[str, ArmState]) -> Stage:
+        from spa_ray.generation.setup import Task
+        from spa_ray.generation.stage import generate
+
+        config = state.config
+        prompts, stage, earlier = self._generate_stage(state, iteration)
         self._record(state, prompts=prompts, generate=stage)
         if not self._done(stage):
             self._check_cluster()
             started = time.time()
             stage.begin(address.attempt(config))
             watch = SignalWatch(
-                config, stage.folder / "episodes", count=self.progress.counter("generate"), say=self.progress.say
+                config,
+                stage.folder / "episodes",
+                count=self.progress.counter("generate"),
+                say=self.progress.say,
+                arms=self._sharing(stage, states, state, iteration),
             )
             counts = generate(
                 config,

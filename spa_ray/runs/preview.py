@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -27,6 +28,7 @@ from spa_ray.runs.plan_prompts import prompt_facts
 from spa_ray.runs.preflight import prompt_check
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.signal import FILE, signal_lines
+from spa_ray.runs.stages import generate_hash
 
 PROMPTS = 16
 IN_FULL = 1  # prompts whose calls are printed
@@ -34,14 +36,22 @@ CALLS_FILE = "preview.jsonl"
 
 
 def preview_prompts(
-    config: Config, *, verbose: bool, count: int = PROMPTS, every: bool = False, out: AnyPath | None = None
+    config: Config,
+    *,
+    verbose: bool,
+    count: int = PROMPTS,
+    every: bool = False,
+    out: AnyPath | None = None,
+    arms: Mapping[str, Config] | None = None,
 ) -> dict[str, Any]:
     """The first prompts' episodes without Ray. The calls of the first are printed (`every`: of all), then the signal.
+    Of the run's `arms` the signal covers those that would use the episodes of `config`.
 
     Figures of the first few are told as soon as they are there. With `out`, that folder gets signal.json and every
     call as JSONL; without it nothing is written. Returns: `{"prompts": .., "signal": ..}`.
     """
     config = with_dtype(config)
+    arms = sharing(config, arms or {})
     model = fetch_model(config.model)
     chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
     notes: list[str] = []
@@ -60,7 +70,7 @@ def preview_prompts(
             progress.say(f"warning: {line}")
 
         def first(shown: list[dict[str, Any]]) -> None:
-            for line in signal_lines(_signal(shown, config, total)):
+            for line in signal_lines(_signal(shown, config, total, arms)):
                 progress.say(line)
 
         work = preview(config, model, rows, verbose=verbose, on_progress=progress.counter("preview"), on_first=first)
@@ -71,7 +81,7 @@ def preview_prompts(
             progress.say(f"warning: {line}")
     for prompt in shown if every else shown[:IN_FULL]:
         _print_calls(prompt)
-    signal = _signal(shown, config, total)
+    signal = _signal(shown, config, total, arms)
     print(printable("\n".join(signal_lines(signal))))
     if out is not None:
         make_folder(out)
@@ -81,9 +91,18 @@ def preview_prompts(
     return {"prompts": shown, "signal": signal}
 
 
-def _signal(shown: list[dict[str, Any]], config: Config, total: int) -> dict[str, Any]:
+def sharing(config: Config, arms: Mapping[str, Config]) -> dict[str, Config]:
+    """The arms whose episodes of the first iteration are those of `config`."""
+
+    def key(arm: Config) -> str:
+        return generate_hash(arm, iteration=1, prompts=arm.prompts.model_dump_json(), model="", earlier=None)
+
+    return {name: arm for name, given in arms.items() if key(arm := with_dtype(given)) == key(config)}
+
+
+def _signal(shown: list[dict[str, Any]], config: Config, total: int, arms: Mapping[str, Config]) -> dict[str, Any]:
     table = pa.Table.from_pylist([prompt["episode"] for prompt in shown], EPISODES)
-    return judge_signal(table, config, prompts=total)
+    return judge_signal(table, config, prompts=total, arms=arms)
 
 
 def _print_calls(prompt: dict[str, Any]) -> None:

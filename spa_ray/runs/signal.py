@@ -6,6 +6,7 @@ hold them) on a thread of its own, so generation does not wait for it. A resumed
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,8 +30,18 @@ class SignalWatch:
     """Passes progress on to `count`; at SAMPLE finished prompts it computes the signal, and `finish` does so at the end
     where there were fewer."""
 
-    def __init__(self, config: Config, episodes: AnyPath, *, count: Update, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        episodes: AnyPath,
+        *,
+        count: Update,
+        say: Callable[[str], None],
+        arms: Mapping[str, Config] | None = None,
+    ) -> None:
+        """`arms`: all arms that use the episodes, where there are several."""
         self._config, self._episodes, self._count, self._say = config, episodes, count, say
+        self._arms = arms
         self._file = episodes.parent / FILE
         self._done = is_file(self._file)
         self._thread: threading.Thread | None = None
@@ -65,7 +76,7 @@ class SignalWatch:
     def _tell(self, sample: pa.Table, total: int) -> None:
         if not sample.num_rows:
             return
-        signal = judge_signal(sample, self._config, prompts=total)
+        signal = judge_signal(sample, self._config, prompts=total, arms=self._arms)
         write_json(self._file, signal)
         self._done = True
         for line in signal_lines(signal):
@@ -103,7 +114,8 @@ def _tables(episodes: AnyPath, *, whole: bool) -> Iterator[pa.Table]:
 
 
 def signal_lines(signal: Mapping[str, Any]) -> list[str]:
-    """The signal for a terminal: a line for each objective, one for what to expect, and one for each advice."""
+    """The signal for a terminal: a line for each objective, two for what is kept and what to expect (two for each arm
+    where arms differ in it), and one for each advice."""
     lines = [f"signal     of {signal['prompts']} prompts"]
     for name, found in signal["objectives"].items():
         bars = " ".join(f"{mark}:{count}" for mark, count in found["histogram"].items() if count)
@@ -116,13 +128,29 @@ def signal_lines(signal: Mapping[str, Any]) -> list[str]:
         }
         told = "  ".join(f"{what} {value}" for what, value in facts.items() if value is not None)
         lines.append(f"signal     {name}: ratings {bars or 'none'}  {told}")
-    kept = "  ".join(f"{name} {share[0]:.0%}" for name, share in signal["kept"].items())
-    lines.append(f"signal     kept: {kept}  all answers tie {signal['all_tie'][0]:.0%}")
-    lines.append(f"signal     to expect: pairs {_range(signal['pairs'])}  optimizer steps {_range(signal['steps'])}")
+    tie = f"  all answers tie {signal['all_tie'][0]:.0%}"
+    for names, found in _by_arms(signal):
+        kept = "  ".join(f"{name} {share[0]:.0%}" for name, share in found["kept"].items())
+        lines.append(f"signal     {names}kept: {kept}{tie}")
+        steps = f"optimizer steps {_range(found['steps'])}"
+        lines.append(f"signal     {names}to expect: pairs {_range(found['pairs'])}  {steps}")
+        tie = ""
     for advice in signal["advice"]:
         change = f"; try {advice['change']}" if advice["change"] else ""
         lines.append(f"warning: {advice['code']}: {advice['text']}{change}")
     return lines
+
+
+def _by_arms(signal: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What is kept and to be expected, once for all arms that are alike in it, and their names where they are not."""
+    groups: dict[str, list[str]] = {}
+    for name, found in signal.get("arms", {}).items():
+        groups.setdefault(json.dumps(found), []).append(name)
+    if len(groups) < 2:
+        yield "", signal
+        return
+    for text, names in groups.items():
+        yield f"arm{'s' * (len(names) > 1)} {', '.join(names)}: ", json.loads(text)
 
 
 def _number(value: float | None) -> str | None:
