@@ -20,7 +20,16 @@ from spa_ray.runs.plan_model import ModelFacts
 from spa_ray.training.attention import use_attention
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.guards import HALF_STEP, check_lr, check_movement, movement
-from spa_ray.training.memory import GIB, Shape, layer_bytes, lora_parameters, micro_batch, shape_of, step_memory
+from spa_ray.training.memory import (
+    GIB,
+    Shape,
+    layer_bytes,
+    logits_mib,
+    lora_parameters,
+    micro_batch,
+    shape_of,
+    step_memory,
+)
 from spa_ray.training.policy import add_lora, disable_dropout
 from spa_ray.training.relief import changes, is_out_of_memory
 from tests.training_support import make_job
@@ -315,3 +324,9 @@ def test_memory_that_is_used_up_is_recorded_in_one_line_and_the_groups_next_star
 )
 def test_every_form_of_used_up_memory_is_known(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
+
+
+def test_logits_auto_are_few_on_processors_and_many_on_gpus() -> None:
+    assert [logits_mib(Train(), gpu) for gpu in (False, True)] == [128, 1024]
+    assert [logits_mib(Train(logits_mib=3), gpu) for gpu in (False, True)] == [3, 3]
+    assert logits_mib(Train(logits_mib=None), True) is None

@@ -309,8 +309,10 @@ class Train(Section):
     packing: bool | None = Field(
         None, description="sequences one after the other, no padding; null: where the model's attention allows it"
     )
-    logits_mib: float | None = Field(
-        128, gt=0, description="float32 logits held at once, MiB; null: a micro-batch's, by the model's own head"
+    logits_mib: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="float32 logits held at once, MiB; auto: 128 on processors, 1,024 on GPUs; null: a micro-batch's, "
+        "by the model's own head",
     )
     max_length: int = Field(2048, ge=2, description="prompt + response; longer pairs are dropped and counted")
     dtype: Literal["float32", "bfloat16"] = Field(

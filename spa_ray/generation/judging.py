@@ -213,6 +213,20 @@ def judge_labels(chat: Chat, scoring: Scoring) -> Labels | None:
     return labels
 
 
+def slow_labels(chat: Chat, scoring: Scoring) -> str | None:
+    """A line where a judgement of mode choice takes several steps and a grammar on this scale, and one on [1, 9]."""
+    if scoring.mode != "choice":
+        return None
+    labels = judge_labels(chat, scoring)
+    if labels is None or labels.single is not None or labels_of(chat, [str(k) for k in range(1, 10)]).single is None:
+        return None
+    long = next(text for text, ids in zip(labels.texts, labels.tokens, strict=True) if len(ids) > 1)
+    return (
+        f"scoring: {long} is several tokens of this tokenizer, so that a judgement takes several steps and a grammar; "
+        "with scoring.scale=[1, 9] it takes one step"
+    )
+
+
 def off_scale_warning(off_scale: Sequence[float | None]) -> str | None:
     """A line when the judge mostly wants to write something else than a label (mode expected), else None.
 

@@ -115,7 +115,7 @@ def _sampling(c: Choices) -> list[str]:
     else:
         decoding = [
             line("temperature", "1.2", "the paper says «high-temperature» and no number"),
-            line("top_p", "0.95", "leaves out the unlikely tail, as nucleus sampling's authors do (arXiv:1904.09751)"),
+            line("min_p", "0.1", "leaves out the unlikely tail; its authors take 0.05 to 0.1 (arXiv:2407.01082)"),
         ]
         refine = f"refine: {{temperature: 0.7, max_tokens: {c.max_tokens}}}"
     n = line("n", 5, "candidates per prompt; at least objectives + 1")

@@ -17,6 +17,7 @@ from spa_ray.data.dotted import is_dotted
 from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
+from spa_ray.generation.judging import judge_labels, slow_labels
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.runs import plan_cost as cost
@@ -235,8 +236,18 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
             "movement": movement(train, size, job.steps),
         },
         "memory_gib": memory,
-        "notes": [*cost.does_it_fit(config, memory), *filter(None, warnings)],
+        "notes": [*cost.does_it_fit(config, memory), *filter(None, warnings), *_on_judging(config, look)],
     }  # fmt: skip
+
+
+def _on_judging(config: Config, look: _Lookup) -> list[str]:
+    """A note where judging is slow on this scale. Raises: InputError where this tokenizer cannot judge on it."""
+    if not isinstance(look.encoder, Chat):
+        return []
+    chat = look.encoder.with_kwargs(config.scoring.chat_template_kwargs)
+    judge_labels(chat, config.scoring)
+    note = slow_labels(chat, config.scoring)
+    return [] if note is None else [note]
 
 
 def _output(look: _Lookup, graph: list[PlannedStage], stages: list[Plan]) -> Plan:

@@ -18,6 +18,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = 0.516  # a weight in 4 bits; with double quantisation its scales add 0.127 bits (Dettmers et al. 2023)
 BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size
 LIVE_SHARE = 32  # ZeRO-3 keeps a 32nd of the model gathered (`zero3.gathered_at_once`)
+LOGITS_MIB = {False: 128.0, True: 1024.0}  # of `logits_mib: auto`, by whether there is a GPU
 RESERVE = 2.5 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
 
 
@@ -190,7 +191,7 @@ def _step_memory(train: Train, shape: Shape, world: int, gpu: bool, *, checkpoin
         gradients=0.0 if offloaded else gradients,
         optimizer=0.0 if offloaded else optimizer,
         activations=_activations(train, shape, tokens, gpu, checkpointing),
-        logits=_head(train, shape, tokens),
+        logits=_head(train, shape, tokens, gpu),
         gathered=gathered,
         buckets=bucket,
         step=0.0 if offloaded or train.zero_stage == 3 else 4 * trained / by_state,  # one flat float32 gradient
@@ -246,15 +247,27 @@ def _activations(train: Train, shape: Shape, tokens: int, gpu: bool, checkpointi
     return tokens * (layers + ends + alive)
 
 
-def _head(train: Train, shape: Shape, tokens: int) -> float:
+def logits_mib(train: Train, gpu: bool) -> float | None:
+    """`train.logits_mib` in MiB, None for a whole micro-batch's.
+
+    On a GPU every chunk adds a gradient of the head's size (2 GiB for 128,256 tokens of 4,096), whatever its rows: few
+    and large chunks cost less.
+    """
+    if train.logits_mib == "auto":
+        return LOGITS_MIB[gpu]
+    return train.logits_mib
+
+
+def _head(train: Train, shape: Shape, tokens: int, gpu: bool) -> float:
     """Logits that exist at once, and the head's gradient summed over chunks in float32.
 
     A chunk exists as the product in the forward's type, in float32, and its gradient; a cap needs the float32 twice.
     """
     size = BYTES[train.dtype]
     every = 4.0 * tokens * shape.vocab
-    if train.logits_mib is None:
+    held = logits_mib(train, gpu)
+    if held is None:
         return every * (2 + size / 4)
-    chunk = min(max(train.logits_mib * 2**20, 4.0 * shape.vocab), every) * (2 if shape.capped else 1)
+    chunk = min(max(held * 2**20, 4.0 * shape.vocab), every) * (2 if shape.capped else 1)
     summed = shape.vocab * shape.hidden * (4 + size) if train.lora is None else 0.0
     return chunk * (1 + size / 4) + summed

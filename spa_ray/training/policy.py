@@ -26,7 +26,7 @@ from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
 from spa_ray.training.linear import use_onednn_linear
-from spa_ray.training.memory import shape_of, step_memory
+from spa_ray.training.memory import logits_mib, shape_of, step_memory
 from spa_ray.training.rope import pin_rope
 from spa_ray.training.zero3 import freed_at_once, gathered_at_once, partitioned
 
@@ -121,7 +121,8 @@ def make_engine(job: TrainJob) -> Any:
         use_onednn_linear(model)
     packed = _packs(job, model)
     use_attention(model, packed=packed)
-    budget = None if train.logits_mib is None else int(train.logits_mib * 2**20 / 4)
+    held = logits_mib(train, torch.cuda.is_available())
+    budget = None if held is None else int(held * 2**20 / 4)
     policy = ResponseLogps(model, packed=packed, logits_budget=budget)
     engine, *_ = deepspeed.initialize(
         model=policy,
