@@ -327,6 +327,6 @@ def test_every_form_of_used_up_memory_is_known(error: BaseException, expected: b
 
 
 def test_logits_auto_are_few_on_processors_and_many_on_gpus() -> None:
-    assert [logits_mib(Train(), gpu) for gpu in (False, True)] == [128, 1024]
+    assert [logits_mib(Train(), gpu) for gpu in (False, True)] == [128, 512]
     assert [logits_mib(Train(logits_mib=3), gpu) for gpu in (False, True)] == [3, 3]
     assert logits_mib(Train(logits_mib=None), True) is None

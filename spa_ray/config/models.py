@@ -311,7 +311,7 @@ class Train(Section):
     )
     logits_mib: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         "auto",
-        description="float32 logits held at once, MiB; auto: 128 on processors, 1,024 on GPUs; null: a micro-batch's, "
+        description="float32 logits held at once, MiB; auto: 128 on processors, 512 on GPUs; null: a micro-batch's, "
         "by the model's own head",
     )
     max_length: int = Field(2048, ge=2, description="prompt + response; longer pairs are dropped and counted")

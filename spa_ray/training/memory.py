@@ -18,7 +18,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = 0.516  # a weight in 4 bits; with double quantisation its scales add 0.127 bits (Dettmers et al. 2023)
 BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size
 LIVE_SHARE = 32  # ZeRO-3 keeps a 32nd of the model gathered (`zero3.gathered_at_once`)
-LOGITS_MIB = {False: 128.0, True: 1024.0}  # of `logits_mib: auto`, by whether there is a GPU
+LOGITS_MIB = {False: 128.0, True: 512.0}  # of `logits_mib: auto`, by whether there is a GPU
 RESERVE = 2.5 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
 
 
