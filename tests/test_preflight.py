@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Config, Prompts
+from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.prompts import write_prompts
 from spa_ray.errors import InputError, RunError
 from spa_ray.rollout.chat import Chat
@@ -37,7 +38,7 @@ from spa_ray.runs.placement import (
 )
 from spa_ray.runs.preflight import check_run
 from spa_ray.runs.preflight_cluster import check_cluster, live_nodes, monitor_file, types_of, wait_for
-from spa_ray.runs.preflight_files import check_model_files, context_warning, disk_warning, find_too_long
+from spa_ray.runs.preflight_files import context_warning, disk_warning, find_too_long
 from spa_ray.runs.versions import SUPPORTED, compare, untested
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -65,28 +66,28 @@ def sharded(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def test_a_whole_model_passes(sharded: Path, tiny_model: Path) -> None:
-    check_model_files(sharded)
-    check_model_files(tiny_model)
+    check_model_folder(sharded)
+    check_model_folder(tiny_model)
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / "model-2.safetensors").unlink()
     with pytest.raises(InputError, match=r"1 of 2 weight files are missing, the first model-2\.safetensors"):
-        check_model_files(sharded)
+        check_model_folder(sharded)
 
 
 def test_a_cut_shard_is_named(sharded: Path) -> None:
     shard = sharded / "model-1.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"model-1\.safetensors: cut at"):
-        check_model_files(sharded)
+        check_model_folder(sharded)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x05\x00", b"\x05" + b"\x00" * 7 + b"{nope", b"\xff" * 64])
 def test_a_file_that_is_no_safetensors_is_named(sharded: Path, content: bytes) -> None:
     (sharded / "model-1.safetensors").write_bytes(content)
     with pytest.raises(InputError, match=r"model-1\.safetensors"):
-        check_model_files(sharded)
+        check_model_folder(sharded)
 
 
 def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_named(sharded: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_named(sharded: P
     told["weight_map"]["model.extra.weight"] = "model-1.safetensors"
     index.write_text(json.dumps(told))
     with pytest.raises(InputError, match=r"model\.extra\.weight"):
-        check_model_files(sharded)
+        check_model_folder(sharded)
 
 
 # --- the context ---------------------------------------------------------------------------------------------------

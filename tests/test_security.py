@@ -22,11 +22,11 @@ from spa_ray.cli.guard import fail
 from spa_ray.cli.main import emit
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Model
+from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
-from spa_ray.runs import models
 from spa_ray.runs.examples import Example, print_examples
 from spa_ray.runs.folder import RunFolder
 from spa_ray.runs.inspect import print_story, run_configs
@@ -106,7 +106,7 @@ def test_a_folder_of_pickles_is_refused_with_the_way_to_convert_it(tmp_path: Pat
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
     with pytest.raises(InputError, match=r"only pytorch_model.bin, a pickle.*save_pretrained\(NEW\)"):
-        models.check_model_folder(tmp_path)
+        check_model_folder(tmp_path)
     assert not (tmp_path / "trapped").exists()
 
 

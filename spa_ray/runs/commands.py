@@ -18,6 +18,7 @@ from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, kind, read_json, write_json
 from spa_ray.data.left_out import FILE as LEFT_OUT
 from spa_ray.data.left_out import write_list
+from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.node_cache import local_folder
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
@@ -31,7 +32,7 @@ from spa_ray.runs.first_day import first_day, record_first_day
 from spa_ray.runs.folder import CLAIM, MARKER, Stage, check_claim, claim, open_run
 from spa_ray.runs.hashing import file_hash, model_hash, parquet_hash
 from spa_ray.runs.lock import RunLock
-from spa_ray.runs.models import check_model_folder, fetch_model, shared_model
+from spa_ray.runs.models import fetch_model, shared_model
 from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
 from spa_ray.runs.preflight_memory import check_training_memory

@@ -106,7 +106,7 @@ def choose(path: str, source: str, machine: Machine) -> Choices:
     )
     train = fitting(base, facts, resources, machine)
     if facts.folder is not None:
-        check_trainable(facts.folder, train)
+        notes += check_trainable(facts.folder, train)
     return Choices(
         model=path,
         source=source,

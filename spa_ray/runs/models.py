@@ -5,7 +5,6 @@ Raises InputError for a folder that is not a model or a model that cannot be fet
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from functools import partial
@@ -15,9 +14,8 @@ from pathlib import Path
 from spa_ray.config.models import Model
 from spa_ray.data.deadline import within
 from spa_ray.data.files import AnyPath, as_path
+from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.node_cache import FETCH_SECONDS, hub_folder, local_folder
-from spa_ray.data.pointers import check_pointers
-from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
 from spa_ray.logs import printable, redact
 
@@ -58,24 +56,6 @@ def is_hub_id(text: str) -> bool:
     except HFValidationError:
         return False
     return text.count("/") == 1 and not text.startswith((".", "~"))
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raises: InputError unless the folder holds config.json, safetensors and a tokenizer."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; a model is a folder with config.json, safetensors and a tokenizer")
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder}: an adapter alone; give the merged model folder (the adapter's parent)")
-        raise InputError(f"{folder}: not a model folder (no config.json)")
-    check_pointers(folder, ("*.json", "*.safetensors", "*.model", "*.jinja", "*.py"))
-    check_safetensors(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model)")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{folder / 'config.json'}: not JSON") from e
 
 
 def fetch_model(model: Model) -> Path:

@@ -21,13 +21,15 @@ from spa_ray.generation.judging import judge_labels, slow_labels
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.runs import plan_cost as cost
+from spa_ray.runs.plan_folder import weights_checked
 from spa_ray.runs.plan_memory import refusal
-from spa_ray.runs.plan_model import ModelFacts, model_facts
+from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
 from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_stages import PlannedStage, planned_stages
 from spa_ray.runs.plan_tokens import CHARS_PER_TOKEN, CharEncoder, Encoder, Work, answer_work, episode_work, mean_tokens
 from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check
 from spa_ray.training.guards import check_lr, check_movement, movement
+from spa_ray.training.trainable import check_section
 
 Plan = dict[str, Any]
 SAMPLING = ("n", "temperature", "top_p", "min_p", "top_k", "repetition_penalty", "max_tokens", "stop")
@@ -40,6 +42,18 @@ def make_plan(arms: dict[str, Config], *, price: float | None = None, folder: Pa
 
     Raises: InputError where the config, a local model or what is read of a prompt file is wrong.
     """
+    model = next(iter(arms.values())).model
+    folder = folder or found_folder(model)
+    if folder is not None:
+        for config in arms.values():
+            check_section(folder, config.train)
+    with weights_checked(folder, trust_remote_code=model.trust_remote_code) as weights:
+        plan = _plan(arms, price, folder)
+        notes = weights()
+    return {**plan, "notes": [*plan["notes"], *notes]}
+
+
+def _plan(arms: dict[str, Config], price: float | None, folder: Path | None) -> Plan:
     first = next(iter(arms.values()))
     price = first.resources.price_per_gpu_hour if price is None else price
     look = _Lookup(first, folder)

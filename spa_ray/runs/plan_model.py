@@ -6,21 +6,20 @@ and marked so. Never: torch, a download.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Model
+from spa_ray.data.model_folder import check_model_folder, read_config
+from spa_ray.data.weights import read_header, tensors, weight_files
 from spa_ray.errors import InputError
-from spa_ray.runs.models import check_model_folder, local_model
+from spa_ray.runs.models import local_model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN_BILLIONS = 8.0
-Header = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ModelFacts:
 
 def model_facts(model: Model, notes: list[str], folder: Path | None = None) -> ModelFacts:
     """Facts of the model's folder (`folder`: where it was fetched to), or an estimate by its name, told in `notes`."""
-    folder = folder or local_model(model) or _downloaded(model)
+    folder = folder or found_folder(model)
     if folder is None:
         return _estimated(model, notes)
     settings = text_settings(folder)
@@ -69,18 +68,17 @@ def model_facts(model: Model, notes: list[str], folder: Path | None = None) -> M
 
 def text_settings(folder: Path) -> dict[str, Any]:
     """config.json's settings of the language model. Raises: InputError where they are not an object."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    inner = settings.get("text_config") if isinstance(settings, dict) else None
+    settings = read_config(folder)
+    inner = settings.get("text_config")
     found = inner if inner is not None else settings
     if not isinstance(found, dict):
         raise InputError(f"{folder / 'config.json'}: not a model's settings; fetch the model again")
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that make up the model: not a second copy in another library's names beside them."""
-    files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if not file.name.startswith("consolidated")] or files
+def found_folder(model: Model) -> Path | None:
+    """The model's folder where it is on this machine. Raises: InputError for a path that is no model folder."""
+    return local_model(model) or _downloaded(model)
 
 
 def _downloaded(model: Model) -> Path | None:
@@ -155,23 +153,3 @@ def context_of(settings: dict[str, Any]) -> int | None:
     if kind is None or kind in SCALED or "gemma3" in str(settings.get("model_type")):
         return length
     return int(length * (rope.get("factor") or 1.0))
-
-
-def read_header(file: Path) -> Header:
-    """A safetensors file's header. Raises: InputError when the file is cut or is no safetensors file."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            header: Header = json.loads(f.read(length)) if length < size else {}
-        ends = [tensor["data_offsets"][1] for tensor in tensors(header).values()]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{file}: not a safetensors file ({type(e).__name__}); fetch it again") from e
-    if not ends or 8 + length + max(ends) > size:
-        raise InputError(f"{file}: cut at {size:,} bytes, less than its own header says; fetch it again")
-    return header
-
-
-def tensors(header: Header) -> dict[str, dict[str, Any]]:
-    """The tensors of a header: dtype, shape, data_offsets by name."""
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}

@@ -14,6 +14,7 @@ from pathlib import Path
 from spa_ray.config.models import Config, Model
 from spa_ray.data.dotted import is_dotted, load_dotted
 from spa_ray.data.files import AnyPath, as_path, is_file
+from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.prompts import Check
 from spa_ray.engine.placement import check_placement
 from spa_ray.engine.vllm_start import check_engine
@@ -24,11 +25,11 @@ from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.runs.hashing import file_hash
 from spa_ray.runs.manifest import versions
-from spa_ray.runs.models import check_model_folder
 from spa_ray.runs.plan_model import context_of, text_settings
-from spa_ray.runs.preflight_files import check_model_files, context_warning, find_too_long
+from spa_ray.runs.preflight_files import context_warning, find_too_long
 from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.versions import untested
+from spa_ray.training.folder import check_weights
 from spa_ray.training.trackers import check_backends
 from spa_ray.training.trainable import check_trainable
 
@@ -49,7 +50,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
                 if getattr(config, section) != getattr(first, section):
                     raise InputError(f"arms: {arm}: {section} cannot differ between the arms of a run")
             check_settings(config, base)
-            check_trainable(base, config.train)
+            warnings += check_trainable(base, config.train, trust_remote_code=config.model.trust_remote_code)
         lengths = Lengths(first, base)
         for config in {_prompts_key(c): c for c in arms.values()}.values():
             for _ in each_prompts(config, fresh, warnings, files, lengths.check(arms.values())):
@@ -118,7 +119,7 @@ def prompt_check(chat: Chat | None, configs: Iterable[Config] = ()) -> PromptChe
 
 def check_settings(config: Config, base: Path) -> None:
     """Templates, model files, tokenizer, engine and lengths of one arm. Raises: InputError."""
-    check_model_files(base)
+    check_model_folder(base)
     check_backends(config.tracking.backends)
     check_placement(config.model, config.resources)
     if config.model.engine != "vllm":
@@ -185,7 +186,7 @@ def check_evaluation(config: Config, base: Path) -> None:
     judge = judge_folder(config, base)
     if isinstance(judge, Path) and judge != base:
         check_model_folder(judge)
-        check_model_files(judge)
+        check_weights(judge, trust_remote_code=config.model.trust_remote_code, served_only=True)
         if config.model.engine == "vllm":
             open_chat(config.model, judge)
     if len(load_objectives(eval_config(config))) < 2:

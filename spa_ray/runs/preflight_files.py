@@ -1,12 +1,11 @@
-"""What can be known to be wrong from files alone: a model that is not whole, prompts beyond the context, a full disk.
+"""What can be known to be wrong from files alone: prompts beyond the context, a full disk.
 
-Comes in: a model folder, a file of prompts, a planned size. Goes out: nothing, a warning of one line, or `InputError`.
+Comes in: a file of prompts, a planned size. Goes out: nothing, a warning of one line, or `InputError`.
 Never: Ray, engines, weights.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,44 +18,12 @@ import pyarrow.parquet as pq
 
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
-from spa_ray.runs.plan_model import read_header, tensors
 
-INDEX = "model.safetensors.index.json"
 RENDERED = 5000  # prompts that are rendered at most; of more that might be too long a sample is
 TEXT = 20e6  # bytes of text that are cut into tokens at most
 AT_LEAST = 50
 AT_ONCE = 256
 GIB = 1024**3
-
-
-def check_model_files(folder: Path) -> None:
-    """Every weight file whole, and every shard of the index there with the tensors that the index names.
-
-    Raises: InputError naming the first file that is missing, cut or without a tensor.
-    """
-    files = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
-    headers = {name: set(tensors(read_header(file))) for name, file in files.items()}
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    try:
-        weights: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{index}: not an index of safetensors ({type(e).__name__}); fetch the model again") from e
-    wanted: dict[str, set[str]] = {}
-    for tensor, file in weights.items():
-        wanted.setdefault(file, set()).add(tensor)
-    missing = sorted(set(wanted) - set(files))
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing)} of {len(wanted)} weight files are missing, the first {missing[0]}; fetch the "
-            "model again"
-        )
-    for file, names in wanted.items():
-        for tensor in sorted(names - headers[file]):
-            raise InputError(
-                f"{folder / file}: no tensor {tensor!r}, which the index places there; fetch the model again"
-            )
 
 
 @dataclass(frozen=True)

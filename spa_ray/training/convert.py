@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
+from spa_ray.data.model_folder import check_model_folder
 from spa_ray.errors import InputError, RunError
 from spa_ray.training import hashes
 from spa_ray.training.checkpoint import META, TAG, newest, read_meta
 from spa_ray.training.export import POLICY, aside, merge_adapter, save_complete, write_model
 from spa_ray.training.job import JOB, TrainJob, read_job
-from spa_ray.training.policy import DTYPES, add_lora, check_model_folder, load_policy, quiet_deepspeed
+from spa_ray.training.policy import DTYPES, add_lora, load_policy, quiet_deepspeed
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter_config.json"

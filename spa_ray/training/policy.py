@@ -10,7 +10,6 @@ import logging
 import os
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch
 from torch import nn
 
 from spa_ray.config.models import Lora, Train
-from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError
 from spa_ray.training import comm
 from spa_ray.training.attention import use_attention, why_not_packed
@@ -31,15 +29,6 @@ from spa_ray.training.rope import pin_rope
 from spa_ray.training.zero3 import freed_at_once, gathered_at_once, partitioned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def check_model_folder(model: Path) -> None:
-    """Raises: InputError when this is not a complete Hugging Face model folder."""
-    if not (model / "config.json").is_file():
-        raise InputError(
-            f"{model}: not a model folder (config.json is missing); give a local Hugging Face model folder"
-        )
-    check_safetensors(model)
 
 
 def load_policy(job: TrainJob, dtype: torch.dtype) -> Any:

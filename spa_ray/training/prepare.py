@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spa_ray.config.models import TRAIN_BYSTANDERS
+from spa_ray.data.model_folder import check_model_folder
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat, chat_of
 from spa_ray.rollout.settings import ChatSettings, today
@@ -21,7 +22,6 @@ from spa_ray.training.batches import Order, Plan, make_plan, order_pairs, step_w
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
 from spa_ray.training.job import TrainJob, check_train
 from spa_ray.training.objective import OBJECTIVES
-from spa_ray.training.policy import check_model_folder
 from spa_ray.training.rope import long_factors
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from spa_ray.training.trainable import check_trainable
@@ -98,7 +98,7 @@ def tokens_path(job: TrainJob, mark: str) -> Path:
 def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
     check_train(job)
     check_model_folder(job.model)
-    check_trainable(job.model, job.train)
+    check_trainable(job.model, job.train, trust_remote_code=job.trust_remote_code)
     if not job.pairs.exists():
         raise InputError(f"{job.pairs}: no such file or folder; give the pairs that `spa build` wrote")
     mark = fingerprint(job)

@@ -1,17 +1,18 @@
-"""Whether a model folder can be trained, as far as its config and the headers of its weights say: no torch, no weights.
+"""Whether a model folder can be trained: its kind, its weights against its config.json, and what LoRA is to reach.
 
-Takes a local model folder and a `Train` section; returns nothing, or raises InputError with the reason and the fix.
+Takes a local model folder and a `Train` section; returns notes, or raises InputError with the reason and the fix.
+Reads no weights.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Lora, Train
+from spa_ray.data.model_folder import read_config
+from spa_ray.data.weights import read_header, tensors, weight_files
 from spa_ray.errors import InputError
 
 ALL_LINEAR = "all-linear"
@@ -20,26 +21,27 @@ PREFIXES = ("model", "transformer", "gpt_neox")
 OTHER_KINDS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
 
 
-def check_trainable(folder: Path, train: Train) -> None:
-    """Refuse what is known not to train before anything is generated for it. Raises: InputError."""
-    config = _config(folder)
+def check_trainable(folder: Path, train: Train, *, trust_remote_code: bool = False) -> list[str]:
+    """Refuse what is known not to train before anything is generated for it. Returns: notes on what is left out.
+
+    Raises: InputError.
+    """
+    from spa_ray.training.folder import check_weights
+
+    check_section(folder, train)
+    return check_weights(folder, trust_remote_code=trust_remote_code)
+
+
+def check_section(folder: Path, train: Train) -> None:
+    """The part of `check_trainable` that needs no torch. Raises: InputError."""
+    config = read_config(folder)
     _check_kind(folder, config)
     if train.lora is not None:
         check_targets(folder, config, train.lora)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({type(e).__name__}); fetch the model again") from e
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds a {type(config).__name__}, a model's config is an object; fetch it again")
-    return config
-
-
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
+    names = [n for n in config.get("architectures") or [] if isinstance(n, str)]
     quantized = config.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
@@ -53,9 +55,9 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
             "move the adapter's files elsewhere, or merge them first with spa export"
         )
     if config.get("is_encoder_decoder"):
-        raise InputError(f"{folder}: an encoder-decoder; only decoder-only language models are trained")
-    names = config.get("architectures") or []
-    strange = [n for n in names if isinstance(n, str) and n.endswith(OTHER_KINDS)]
+        kind = f" ({names[0]})" if names else ""
+        raise InputError(f"{folder}: an encoder-decoder{kind}; only decoder-only language models are trained")
+    strange = [n for n in names if n.endswith(OTHER_KINDS)]
     if strange:
         raise InputError(f"{folder}: a {strange[0]}, which writes no text; give a causal language model")
 
@@ -105,13 +107,5 @@ def _tied(config: dict[str, Any], modules: set[str]) -> bool:
 
 def _modules(folder: Path) -> set[str]:
     """Names of the modules that have a weight, read off the headers."""
-    names: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with file.open("rb") as f:
-                (length,) = struct.unpack("<Q", f.read(8))
-                header: dict[str, Any] = json.loads(f.read(length)) if length < file.stat().st_size else {}
-            names |= {name for name in header if name.endswith(".weight")}
-        except (OSError, struct.error, ValueError, TypeError) as e:
-            raise InputError(f"{file}: not a safetensors file ({type(e).__name__}); fetch it again") from e
-    return {name.removesuffix(".weight") for name in names}
+    names = {name for file in weight_files(folder) for name in tensors(read_header(file))}
+    return {name.removesuffix(".weight") for name in names if name.endswith(".weight")}

@@ -1,0 +1,63 @@
+"""Whether a folder is a complete Hugging Face model folder: config.json, safetensors and a tokenizer.
+
+Takes a path; returns nothing, or raises InputError that says what is there instead and what to give. Reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spa_ray.data.pointers import check_pointers
+from spa_ray.data.weights import check_complete, check_safetensors
+from spa_ray.errors import InputError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+READ = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.py")
+WANTED = "a model is a folder with config.json, safetensors and a tokenizer"
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises: InputError unless the folder holds config.json, complete safetensors and a tokenizer."""
+    if not folder.is_dir():
+        inside = (folder.parent / "config.json").is_file()
+        raise InputError(f"{folder}: not a folder; {f'give {folder.parent}' if inside else WANTED}")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: not a model folder (no config.json); {_instead(folder)}")
+    check_pointers(folder, READ)
+    read_config(folder)
+    check_safetensors(folder)
+    check_complete(folder)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model); fetch it as well")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, an object. Raises: InputError."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file}: not JSON ({type(e).__name__}); fetch the model again") from e
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: holds a {type(config).__name__}, a model's config is an object; fetch it again")
+    return config
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without config.json is, and what to give in its place."""
+    found = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
+    if (folder / "adapter_config.json").is_file():
+        return "an adapter alone; give the merged model folder (spa export merges it)"
+    if (folder / "model_index.json").is_file():
+        return "a diffusers pipeline; give a causal language model"
+    if found:
+        return f"there is one in {found[0]}: give that"
+    if any(folder.glob("*.gguf")):
+        return "a GGUF, which cannot be trained; give the folder that it was made from"
+    if (folder / "params.json").is_file():
+        return "the weights in their maker's own format; give the Hugging Face form of the model"
+    if not any(folder.iterdir()):
+        return "it is empty"
+    return WANTED

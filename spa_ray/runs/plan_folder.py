@@ -1,0 +1,64 @@
+"""The check of a model's weights beside a plan, in a process of its own: importing torch takes longer than planning.
+
+Takes a model folder; gives the notes of `training.folder.check_weights`, or its InputError, when the plan is made.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spa_ray.errors import InputError, RunError
+
+Notes = Callable[[], list[str]]
+
+
+@contextmanager
+def weights_checked(folder: Path | None, *, trust_remote_code: bool) -> Iterator[Notes]:
+    """Start the check; calling what is yielded waits for it. A process that has torch already checks by itself."""
+    if folder is None:
+        yield list
+        return
+    if "torch" in sys.modules:
+        from spa_ray.training.folder import check_weights
+
+        yield lambda: check_weights(folder, trust_remote_code=trust_remote_code)
+        return
+    command = [sys.executable, "-m", "spa_ray.runs.plan_folder", str(folder), str(int(trust_remote_code))]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield lambda: answer(process, folder)
+        finally:
+            process.kill()
+
+
+def answer(process: subprocess.Popen[bytes], folder: Path) -> list[str]:
+    """The notes that the process printed. Raises: its InputError; RunError when it ended without a verdict."""
+    out, err = process.communicate()
+    if process.returncode:
+        last = (err.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        raise RunError(f"{folder}: the check of its weights ended with status {process.returncode}: {last}")
+    said = json.loads(out.decode().splitlines()[-1])
+    if said["error"] is not None:
+        raise InputError(said["error"])
+    return list(said["notes"])
+
+
+def main(folder: str, trust_remote_code: str) -> None:
+    """Print the verdict as one line of JSON."""
+    from spa_ray.training.folder import check_weights
+
+    notes, error = list[str](), None
+    try:
+        notes = check_weights(Path(folder), trust_remote_code=trust_remote_code == "1")
+    except InputError as e:
+        error = str(e)
+    print(json.dumps({"notes": notes, "error": error}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
