@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from spa_ray.errors import InputError
 from spa_ray.runs.init import Machine, config_text
 from spa_ray.runs.plan import make_plan
 from tests.mistral_model import build_mistral_like
+from tests.tiny_model import CHAT_TEMPLATE, build_tiny_tokenizer
 
 EMBEDDED = "package://spa_ray.microworld/model"
 CPU = Machine(gpus=0, gpu_gib=0.0, bfloat16=False, ram_gib=24.0)
@@ -49,6 +51,16 @@ def test_the_embedded_models_config_is_written_and_planned(spa: Any, tmp_path: P
     assert (status, error.count("\n")) == (2, 1)
     assert "exists already" in error
     assert out.read_text() == before
+
+
+def test_a_model_that_can_think_is_told_not_to(tmp_path: Path, tiny_model: Path, prompts: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    assert written(tmp_path, folder, prompts, CPU).model.chat_template_kwargs == {}
+    build_tiny_tokenizer(f"{CHAT_TEMPLATE}{{% if enable_thinking %}}{{% endif %}}").save_pretrained(folder)
+    config = written(tmp_path, folder, prompts, CPU)
+    assert config.model.chat_template_kwargs == {"enable_thinking": False}
+    assert not any("thinking" in note for note in make_plan({"main": config})["notes"])
 
 
 def test_a_dash_prints_the_config_alone(spa: Any, prompts: Path, tmp_path: Path) -> None:

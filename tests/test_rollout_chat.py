@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spa_ray.config.load import arm_configs
-from spa_ray.config.models import Scoring
+from spa_ray.config.models import Model, Scoring
 from spa_ray.data.prompts import PromptCounts, read_prompts, write_prompts
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
@@ -22,7 +23,9 @@ from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.rollout.labels import labels_of
 from spa_ray.rollout.settings import ChatSettings
+from spa_ray.rollout.thinking import unsaid
 from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.runs.preflight import check_run, thinking_warnings
 from spa_ray.training.dataset import TokenizedPairs
 from spa_ray.training.prepare import _chat
 from spa_ray.training.tokenize import tokenize_pairs
@@ -322,6 +325,68 @@ def test_mistrals_digit_comes_behind_a_word_mark_that_joins_the_judges_prompt() 
         judge_labels(chat, Scoring(mode="expected"))
     assert judge_labels(chat, Scoring(mode="choice")).single is None
     assert judge_labels(chat, Scoring(mode="regex")) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "switch"),
+    [
+        (THINKS, "enable_thinking"),
+        ("{%- if thinking %}<think>{% endif %}" + TURNS, "thinking"),
+        ("{% if not thinking is defined %}{% set thinking = false %}{% endif %}" + TURNS, "thinking"),
+        ("Say enable_thinking if thinking helps." + TURNS, None),
+        (TURNS, None),
+    ],
+)
+def test_a_template_that_can_turn_thinking_off_is_told_of_where_the_config_says_nothing(
+    tiny_model: Path, tmp_path: Path, template: str, switch: str | None
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    build_tiny_tokenizer(template).save_pretrained(folder)
+
+    def told(**model: Any) -> list[str]:
+        raw = {"model": {"path": str(folder), **model}}
+        config = arm_configs(raw, [], where="t", stem="t")["main"]
+        return thinking_warnings(open_chat(config.model, folder), config)
+
+    if switch is None:
+        assert told() == []
+        return
+    (line,) = told()
+    assert f"asks for `{switch}`" in line
+    assert f"model.chat_template_kwargs={{{switch}: false}} turns it off" in line
+    assert told(chat_template_kwargs={switch: False}) == told(chat_template_kwargs={switch: True}) == []
+    assert told(think="strip") == []
+    assert len(told(chat_template_kwargs={"other": 1})) == 1
+
+
+def test_a_template_that_always_opens_the_thinking_is_told_of() -> None:
+    line = unsaid(TURNS, Model(path="m"), opened=True)
+    assert line is not None
+    assert "opens <think> in every prompt" in line
+    assert "turns it off" not in line
+    assert unsaid(TURNS, Model(path="m", think="mask"), opened=True) is None
+
+
+def test_plan_and_run_tell_of_it_once(spa: Any, tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    build_tiny_tokenizer(THINKS).save_pretrained(folder)
+    (tmp_path / "p.txt").write_text("How?\n")
+    raw = {
+        "model": {"path": str(folder)},
+        "prompts": {"source": str(tmp_path / "p.txt")},
+        "sampling": {"max_tokens": 20},
+        "refine": {"max_tokens": 20},
+        "arms": {"a": {}, "b": {"train.method": "sft"}},
+        "run_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(raw))
+    status, out, err = spa("plan", tmp_path / "c.yaml")
+    assert status == 0, err
+    assert out.count("asks for `enable_thinking`") == 1
+    warnings = check_run(arm_configs(raw, [], where="t", stem="t"), folder)
+    assert sum("asks for `enable_thinking`" in line for line in warnings) == 1
 
 
 @pytest.mark.parametrize("template", [TURNS, TURNS.replace("<|assistant|>", "<|assistant|>\n"), THINKS, MISTRAL])

@@ -126,7 +126,7 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
         fresh = Path(scratch) / "prompts.parquet"
         lengths = Lengths(config, model)
         counts = write_prompts(config.prompts, fresh, check=lengths.check([config]))
-        for line in [*counts.notes(), *lengths.of_prompts(fresh, config)]:
+        for line in [*lengths.warnings(config), *counts.notes(), *lengths.of_prompts(fresh, config)]:
             progress.say(f"warning: {line}")
         day, hashes = first_day(as_path(out)), {"prompts": file_hash(fresh), "model": model_hash(model)}
         rendered = ChatSettings.of(config.model, day=day).key(template_text(model))
@@ -284,7 +284,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
         fresh = Path(scratch) / "prompts.parquet"
         lengths = Lengths(config, model)
         counts = write_eval_prompts(config.evaluation, fresh, check=lengths.check())
-        for line in [*counts.notes, *lengths.of_held_out(fresh, config)]:
+        for line in [*lengths.warnings(config), *counts.notes, *lengths.of_held_out(fresh, config)]:
             progress.say(f"warning: {line}")
         hashes = {"model": model_hash(model), "judge": model_hash(judge) if judge else ""}
         day = first_day(as_path(out))

@@ -21,6 +21,7 @@ from spa_ray.logs import printable
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.rollout.labels import labels_of
+from spa_ray.rollout.thinking import switch_of
 from spa_ray.runs.init_text import Choices, Scale, render
 from spa_ray.runs.plan import make_plan
 from spa_ray.runs.plan_memory import training_memory
@@ -114,6 +115,7 @@ def choose(path: str, source: str, machine: Machine) -> Choices:
         estimated=found.estimated,
         parameters=facts.parameters,
         dtype=dtype,
+        thinking=None if chat is None else switch_of(chat.source),
         context=context,
         tensor_parallel_size=ranks,
         scale=scale_of(chat),

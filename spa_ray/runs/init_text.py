@@ -32,6 +32,7 @@ class Choices:
     estimated: bool
     parameters: float
     dtype: str
+    thinking: str | None  # the template's variable that turns it off
     context: int
     tensor_parallel_size: int
     scale: Scale
@@ -84,11 +85,14 @@ def _model(c: Choices) -> list[str]:
         why = "without AMX or AVX512-BF16 a processor is slower in bfloat16"
         why = why if c.dtype == "float32" else "the model's own type; this processor computes in bfloat16"
     ranks = [line("tensor_parallel_size", c.tensor_parallel_size, "GPUs that hold one engine's weights together")]
+    off = f"{{{c.thinking}: false}}"
+    thinking = line("chat_template_kwargs", off, "thinking counts against max_tokens: with true they have to be larger")
     return [
         "model:",
         f"  path: {quoted(c.model)}",
         line("dtype", c.dtype, why),
         line("max_model_len", c.context, "context in tokens: the model's own, at most 8,192; more takes more memory"),
+        *([thinking] if c.thinking else []),
         *(ranks if c.tensor_parallel_size > 1 else []),
     ]
 

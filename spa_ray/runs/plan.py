@@ -27,7 +27,7 @@ from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
 from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_stages import PlannedStage, planned_stages
 from spa_ray.runs.plan_tokens import CHARS_PER_TOKEN, CharEncoder, Encoder, Work, answer_work, episode_work, mean_tokens
-from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check
+from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check, thinking_warnings
 from spa_ray.training.guards import check_lr, check_movement, movement
 from spa_ray.training.trainable import check_section
 
@@ -94,6 +94,7 @@ class _Lookup:
         changed = config.model.dtype != self.first.model.dtype
         self.model: ModelFacts = model_facts(config.model, [], self.folder) if changed else facts
         self.encoder: Encoder = self._encoder()
+        self.notes += thinking_warnings(self.encoder if isinstance(self.encoder, Chat) else None, self.first)
 
     def _encoder(self) -> Encoder:
         folder = self.model.folder

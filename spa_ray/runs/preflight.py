@@ -23,6 +23,7 @@ from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
+from spa_ray.rollout.thinking import unsaid
 from spa_ray.runs.hashing import file_hash
 from spa_ray.runs.manifest import versions
 from spa_ray.runs.plan_model import context_of, text_settings
@@ -52,6 +53,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
             check_settings(config, base)
             warnings += check_trainable(base, config.train, trust_remote_code=config.model.trust_remote_code)
         lengths = Lengths(first, base)
+        warnings += lengths.warnings(first)
         for config in {_prompts_key(c): c for c in arms.values()}.values():
             for _ in each_prompts(config, fresh, warnings, files, lengths.check(arms.values())):
                 warnings += lengths.of_prompts(fresh, config)
@@ -91,6 +93,10 @@ class Lengths:
         self.context = context_length(config, base)
         self.chat = open_chat(config.model, base) if config.model.engine == "vllm" else None
 
+    def warnings(self, config: Config) -> list[str]:
+        """What the config leaves open that this model's template asks."""
+        return thinking_warnings(self.chat, config)
+
     def check(self, configs: Iterable[Config] = ()) -> PromptCheck | None:
         """Whether the template renders the prompts of these configs; of none: the held-out ones."""
         return prompt_check(self.chat, configs)
@@ -108,6 +114,12 @@ class Lengths:
         found = find_too_long(prompts, self.chat, systems, room=self.context - answer)
         warning = context_warning(found, context=self.context, answer=answer, where=where)
         return [warning] if warning else []
+
+
+def thinking_warnings(chat: Chat | None, config: Config) -> list[str]:
+    """At most one line, where the template knows thinking and the config says nothing of it."""
+    said = None if chat is None else unsaid(chat.source, config.model, opened=chat.opens_thinking)
+    return [] if said is None else [said]
 
 
 def prompt_check(chat: Chat | None, configs: Iterable[Config] = ()) -> PromptCheck | None:

@@ -25,7 +25,7 @@ from spa_ray.logs import printable
 from spa_ray.rollout.chat import open_chat
 from spa_ray.runs.models import fetch_model
 from spa_ray.runs.plan_prompts import prompt_facts
-from spa_ray.runs.preflight import prompt_check
+from spa_ray.runs.preflight import prompt_check, thinking_warnings
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.signal import FILE, signal_lines
 from spa_ray.runs.stages import generate_hash
@@ -54,7 +54,7 @@ def preview_prompts(
     arms = sharing(config, arms or {})
     model = fetch_model(config.model)
     chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
-    notes: list[str] = []
+    notes = thinking_warnings(chat, config)
     facts = prompt_facts(config.prompts, notes, "prompts", prompt_check(chat, [config]))
     dropped = {"prompts": facts.dropped}
     if out is None:
