@@ -14,9 +14,13 @@ from torch import Tensor
 from spa_ray.config import load_config
 from spa_ray.config.models import Lora, Resources, Train
 from spa_ray.errors import InputError
+from spa_ray.runs import host as host_module
 from spa_ray.runs import plan_cost as cost
+from spa_ray.runs.host import Host, largest_host, planned_host
+from spa_ray.runs.placement import Node
 from spa_ray.runs.plan_memory import model_shape, refusal
 from spa_ray.runs.plan_model import ModelFacts
+from spa_ray.runs.preflight_memory import check_training_memory
 from spa_ray.training.attention import use_attention
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.guards import HALF_STEP, check_lr, check_movement, movement
@@ -253,9 +257,6 @@ def test_spa_plan_says_it_and_ends_with_exit_status_2(
 
 
 def test_preflight_takes_the_memory_of_the_smallest_gpu_and_refuses(tiny_model: Path) -> None:
-    from spa_ray.runs.placement import Node
-    from spa_ray.runs.preflight_memory import check_training_memory
-
     def node(*types: str, gpus: float = 8.0) -> list[Node]:
         return [Node(t, "10.0.0.1", {"GPU": gpus, f"accelerator_type:{t}": 1.0}, None) for t in types]
 
@@ -267,6 +268,87 @@ def test_preflight_takes_the_memory_of_the_smallest_gpu_and_refuses(tiny_model: 
         check_training_memory(arms, tiny_model, node("H100", "L4"))
     with pytest.raises(InputError, match="a GPU has 80 "):
         check_training_memory(arms, tiny_model, node("unknown"))
+
+
+# --- the host's memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gib", [16, 64, 100, 200])
+@pytest.mark.parametrize("gpu_gib", [24, 48, 80])
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_offload_that_the_host_cannot_hold_is_refused_with_a_change_that_fits_both(
+    gib: int, gpu_gib: int, workers: int
+) -> None:
+    given = [
+        f"resources.train_workers={workers}", f"resources.gpu_memory_gib={gpu_gib}",
+        f"resources.host_memory_gib={gib}", "train.offload=true",
+    ]  # fmt: skip
+    arms = load_config(RECIPE, given)
+    host = planned_host(next(iter(arms.values())).resources, on_gpus=True)
+    said = refusal(arms, LLAMA_8B, host)
+    if gpu_gib >= 48:
+        assert (said is None) == (gib == 200)  # 119.7 GiB, however many ranks share them
+    if said is not None:
+        if "a GPU has" not in said:
+            assert f"train.offload keeps 119.7 GiB of {workers} ranks in the memory of one machine, and" in said
+            assert f"a node has {gib:.1f} (resources.host_memory_gib); set " in said
+        fix = said.partition("; set ")[2].split()
+        assert refusal(load_config(RECIPE, [*given, *fix]), LLAMA_8B, host) is None
+
+
+def test_offload_is_no_fix_where_the_host_is_too_small() -> None:
+    arms = load_config(RECIPE, ["resources.train_workers=1"])
+    assert "set train.offload=true" in str(refusal(arms, LLAMA_8B))
+    assert "set train.offload=true" in str(refusal(arms, LLAMA_8B, Host(200, 8, "a node")))
+    assert "offload" not in str(refusal(arms, LLAMA_8B, Host(64, 8, "a node"))).partition("; set ")[2]
+
+
+def test_a_plan_knows_the_host_where_the_run_would_be_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(host_module, "DEVICES", tmp_path)
+    monkeypatch.setattr(host_module, "memory_gib", lambda: 12.0)
+    assert planned_host(Resources(), on_gpus=True) is None  # planned here, run elsewhere
+    assert planned_host(Resources(train_workers=3), on_gpus=False) == Host(12.0, 3, "this machine")
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    assert planned_host(Resources(), on_gpus=True) == Host(12.0, 2, "this machine")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert planned_host(Resources(), on_gpus=True) is None
+    assert planned_host(Resources(host_memory_gib=7), on_gpus=True) == Host(7.0, 8, "a node")
+
+
+def test_a_containers_limit_is_below_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = host_module.memory_gib()
+    monkeypatch.setattr(host_module, "LIMITS", (tmp_path / "none", tmp_path / "max", tmp_path / "limit"))
+    (tmp_path / "max").write_text("max\n")
+    assert host_module.memory_gib() >= whole
+    (tmp_path / "limit").write_text(f"{2**29}\n")
+    assert host_module.memory_gib() == 0.5
+
+
+def test_preflight_takes_the_largest_node_that_can_hold_a_rank(tiny_model: Path) -> None:
+    def node(gib: float, **resources: float) -> Node:
+        return Node("n", "10.0.0.1", {"memory": gib * GIB * 0.7, "object_store_memory": gib * GIB * 0.3, **resources})
+
+    nodes = [node(999, CPU=64), node(1e-5, GPU=4, CPU=8), node(2e-5, GPU=2, CPU=8)]
+    found = largest_host(Resources(), nodes, gpus=1.0)
+    assert found is not None
+    assert (round(found.gib, 6), found.ranks) == (2e-5, 2)
+    assert largest_host(Resources(), nodes, gpus=16.0) is None
+    arms = load_config(RECIPE, ["train.offload=true", "arms={main: {}}"])
+    with pytest.raises(InputError, match=r"train.offload keeps 0\.0 GiB .* a node has 0\.0 .*set train.offload=false"):
+        check_training_memory(arms, tiny_model, nodes)
+    check_training_memory(load_config(RECIPE), tiny_model, nodes)
+    on_cpus = load_config(RECIPE, ["train.offload=true", "arms={main: {}}", "resources.gpus_per_worker=0"])
+    with pytest.raises(InputError, match=r"set train\.offload=false"):
+        check_training_memory(on_cpus, tiny_model, [node(1e-5, CPU=8)])
+
+
+def test_spa_plan_refuses_offload_that_this_machine_cannot_hold(spa: Any) -> None:
+    small = ["model.path=org/some-8B", "prompts.source=honeset", "evaluation.prompts=null", "resources.train_workers=1"]
+    status, _, err = spa("plan", RECIPE, *small, "train.offload=true", "resources.host_memory_gib=64")
+    assert status == 2
+    assert "in the memory of one machine, and a node has 64.0 (resources.host_memory_gib)" in err
 
 
 # --- memory that is used up -------------------------------------------------------------------------------------------

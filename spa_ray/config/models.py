@@ -437,6 +437,12 @@ class Resources(Section):
         description="for an autoscaling cluster to bring the nodes that a run needs; also for training's start",
     )
     gpu_memory_gib: float | None = Field(None, gt=0, description="of one GPU, for plans; null: 80")
+    host_memory_gib: float | None = Field(
+        None,
+        gt=0,
+        description="of one machine that trains, for what `train.offload` keeps there; null: what Ray says of its"
+        " nodes, and in plans this machine's where the run would be on it",
+    )
     price_per_gpu_hour: float | None = Field(None, ge=0, description="for plans, in any currency; null: no prices")
 
 

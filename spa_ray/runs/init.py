@@ -22,6 +22,7 @@ from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.rollout.labels import labels_of
 from spa_ray.rollout.thinking import switch_of
+from spa_ray.runs.host import memory_gib
 from spa_ray.runs.init_text import Choices, Scale, render
 from spa_ray.runs.plan import make_plan
 from spa_ray.runs.plan_memory import training_memory
@@ -50,7 +51,7 @@ def this_machine() -> Machine:
     """The GPUs that torch sees, and this machine's memory."""
     import torch
 
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    ram = memory_gib()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         return Machine(0, 0.0, False, ram)

@@ -21,6 +21,7 @@ from spa_ray.generation.judging import judge_labels, slow_labels
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.runs import plan_cost as cost
+from spa_ray.runs.host import planned_host
 from spa_ray.runs.plan_folder import weights_checked
 from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
@@ -73,7 +74,7 @@ def _plan(arms: dict[str, Config], price: float | None, folder: Path | None) -> 
         "price_per_gpu_hour": price,
         "output_gib": _output(look, graph, stages),
         "assumptions": cost.assumptions(first, look.devices),
-        "refusal": refusal(arms, look.model) if look.devices.gpus_per_worker else None,
+        "refusal": refusal(arms, look.model, look.host, gpu=look.devices.gpus_per_worker > 0),
         "notes": list(dict.fromkeys([*look.notes, *(n for arm in plan_arms.values() for n in arm["notes"])])),
     }  # fmt: skip
 
@@ -93,6 +94,7 @@ class _Lookup:
         config = self.first if self.devices.gpus_per_engine else with_dtype(self.first)
         changed = config.model.dtype != self.first.model.dtype
         self.model: ModelFacts = model_facts(config.model, [], self.folder) if changed else facts
+        self.host = planned_host(self.first.resources, on_gpus=self.devices.gpus_per_worker > 0)
         self.encoder: Encoder = self._encoder()
         self.notes += thinking_warnings(self.encoder if isinstance(self.encoder, Chat) else None, self.first)
 

@@ -1,16 +1,19 @@
-"""Whether training fits into the GPUs of a config, and if not, the smallest change that makes it fit.
+"""Whether training fits into the GPUs and hosts of a config, and if not, the smallest change that makes it fit.
 
-Takes arm configs, `ModelFacts` and a GPU's memory; returns `StepMemory`, a line of refusal or None. Reads no weights.
+Takes arm configs, `ModelFacts`, a GPU's and a host's memory; returns `StepMemory`, a line of refusal or None. Reads no
+weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from spa_ray.config.models import Config, Resources, Train
+from spa_ray.runs.host import Host
 from spa_ray.runs.plan_model import ModelFacts, text_settings
 from spa_ray.training.memory import GIB, Shape, StepMemory, shape_of, step_memory
-from spa_ray.training.relief import Change, changes
+from spa_ray.training.relief import Change, changes, host_changes
 
 GPU_MEMORY_GIB = 80.0  # an A100 or H100 of the larger kind
 
@@ -50,28 +53,70 @@ def training_memory(train: Train, facts: ModelFacts, resources: Resources, *, gp
     return step_memory(train, model_shape(facts), resources.train_workers, gpu=gpu, limit=limit)
 
 
-def refusal(arms: Mapping[str, Config], facts: ModelFacts) -> str | None:
-    """One line where an arm's training does not fit into the GPU, with the first change that makes all arms fit."""
+def host_gib(train: Train, facts: ModelFacts, resources: Resources, host: Host) -> float:
+    """What all ranks of one machine keep in its memory by `train.offload`."""
+    each = training_memory(train, facts, resources).offloaded / GIB
+    return each * min(resources.train_workers, host.ranks)
+
+
+def refusal(arms: Mapping[str, Config], facts: ModelFacts, host: Host | None = None, *, gpu: bool = True) -> str | None:
+    """One line where an arm's training does not fit into the GPU, or what it offloads not into the host, with the first
+    change that makes all arms fit. `host` null: not known; `gpu` false: no GPU trains."""
     needs = {name: training_memory(c.train, facts, c.resources).total / GIB for name, c in arms.items()}
     worst = max(needs, key=lambda name: needs[name])
     resources, train = arms[worst].resources, arms[worst].train
     room = gpu_gib(resources)
-    if needs[worst] <= room:
-        return None
-    fix = next((text for text, change in changes(train, resources) if _all_fit(arms, facts, change)), None)
-    where = f"arm {worst}: " if len(arms) > 1 else ""
-    advice = f"set {fix}" if fix else "no setting makes it fit: take larger GPUs or a smaller model"
+    if not gpu or needs[worst] <= room:
+        return _host_refusal(arms, facts, host, gpu=gpu)
+    fixes = chain(changes(train, resources), host_changes(train, resources) if train.offload else ())
+    advice = _advice(arms, facts, host, fixes) or "no setting makes it fit: take larger GPUs or a smaller model"
     return (
-        f"{where}training needs {needs[worst]:.1f} GiB on each of {resources.train_workers} ranks, and a GPU has "
-        f"{room:g} (resources.gpu_memory_gib); {advice}"
+        f"{_of(worst, arms)}training needs {needs[worst]:.1f} GiB on each of {resources.train_workers} ranks, and a "
+        f"GPU has {room:g} (resources.gpu_memory_gib); {advice}"
     )
 
 
-def _all_fit(arms: Mapping[str, Config], facts: ModelFacts, change: Change) -> bool:
-    return all(_fits(config, facts, change) for config in arms.values())
+def _host_refusal(arms: Mapping[str, Config], facts: ModelFacts, host: Host | None, *, gpu: bool) -> str | None:
+    if host is None:
+        return None
+    needs = {name: host_gib(c.train, facts, c.resources, host) for name, c in arms.items()}
+    worst = max(needs, key=lambda name: needs[name])
+    if needs[worst] <= host.gib:
+        return None
+    resources, train = arms[worst].resources, arms[worst].train
+    fixes = host_changes(train, resources)
+    advice = (
+        _advice(arms, facts, host, fixes, gpu=gpu) or "no setting makes it fit: take more memory or a smaller model"
+    )
+    ranks = min(resources.train_workers, host.ranks)
+    return (
+        f"{_of(worst, arms)}train.offload keeps {needs[worst]:.1f} GiB of {ranks} ranks in the memory of one machine, "
+        f"and {host.what} has {host.gib:.1f} (resources.host_memory_gib); {advice}"
+    )
 
 
-def _fits(config: Config, facts: ModelFacts, change: Change) -> bool:
+def _of(arm: str, arms: Mapping[str, Config]) -> str:
+    return f"arm {arm}: " if len(arms) > 1 else ""
+
+
+def _advice(
+    arms: Mapping[str, Config],
+    facts: ModelFacts,
+    host: Host | None,
+    fixes: Iterable[tuple[str, Change]],
+    *,
+    gpu: bool = True,
+) -> str | None:
+    """The first of the changes under which all arms fit."""
+    for text, change in fixes:
+        if all(_fits(config, facts, host, change, gpu=gpu) for config in arms.values()):
+            return f"set {text}"
+    return None
+
+
+def _fits(config: Config, facts: ModelFacts, host: Host | None, change: Change, *, gpu: bool) -> bool:
     train = config.train.model_copy(update=change[0])
     resources = config.resources.model_copy(update=change[1])
-    return training_memory(train, facts, resources).total <= gpu_gib(resources) * GIB
+    if host is not None and host_gib(train, facts, resources, host) > host.gib:
+        return False
+    return not gpu or training_memory(train, facts, resources).total <= gpu_gib(resources) * GIB

@@ -1,7 +1,7 @@
-"""Whether training fits into the GPUs that a cluster has, before anything is generated for it.
+"""Whether training fits into the GPUs and the memory that a cluster has, before anything is generated for it.
 
 Takes arm configs, the base model's folder and a connected Ray's nodes. Raises InputError with the change that makes it
-fit. On CPUs nothing is checked.
+fit. On CPUs only what `train.offload` keeps in memory is checked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from spa_ray.config.gpus import gpus_wanted
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
+from spa_ray.runs.host import largest_host
 from spa_ray.runs.placement import Node
 from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import model_facts
@@ -26,18 +27,19 @@ TYPES = {
 
 def check_training_memory(arms: Mapping[str, Config], base: Path, nodes: Iterable[Node]) -> None:
     """Refuse training that does not fit. `resources.gpu_memory_gib` is taken where it is set, else the smallest GPU
-    that the nodes name, else the plan's assumption. Raises: InputError."""
+    that the nodes name, else the plan's assumption; of the hosts `resources.host_memory_gib`, else the largest node's
+    memory by Ray. Raises: InputError."""
     first, nodes = next(iter(arms.values())), list(nodes)
     gpus = sum(node.resources.get("GPU", 0.0) for node in nodes)
-    if not gpus_wanted(first.resources.gpus_per_worker, 1.0, cluster_gpus=gpus, key="resources.gpus_per_worker"):
-        return
+    each = gpus_wanted(first.resources.gpus_per_worker, 1.0, cluster_gpus=gpus, key="resources.gpus_per_worker")
+    host = largest_host(first.resources, nodes, gpus=each)
     found = first.resources.gpu_memory_gib or smallest_gpu(nodes)
     with_memory = {
         name: config.model_copy(update={"resources": config.resources.model_copy(update={"gpu_memory_gib": found})})
         for name, config in arms.items()
     }
-    said = refusal(with_memory, model_facts(first.model, [], base))
-    if said is not None and found and not first.resources.gpu_memory_gib:
+    said = refusal(with_memory, model_facts(first.model, [], base), host, gpu=each > 0)
+    if said is not None and "gpu_memory_gib" in said and found and not first.resources.gpu_memory_gib:
         said += f"; {found:g} GiB is the smallest GPU of the type that Ray names: where it has more, say so by that key"
     if said is not None:
         raise InputError(said)

@@ -52,6 +52,17 @@ def changes(train: Train, resources: Resources) -> Iterator[tuple[str, Change]]:
         yield " ".join([text, *(t for t, _ in small)]), (update, {"train_workers": workers})
 
 
+def host_changes(train: Train, resources: Resources) -> Iterator[tuple[str, Change]]:
+    """Changes by which less is kept in the host's memory: no offload, alone and with what else the GPU then needs, then
+    those with fewer trained weights."""
+    kept = train.model_copy(update={"offload": False})
+    yield "train.offload=false", ({"offload": False}, {})
+    for text, (of_train, of_resources) in changes(kept, resources):
+        if "offload" not in of_train:
+            yield f"train.offload=false {text}", ({**of_train, "offload": False}, of_resources)
+    yield from changes(train, resources)
+
+
 def _joined(items: list[tuple[str, dict[str, Any]]]) -> tuple[str, Change]:
     merged = {key: value for _, update in items for key, value in update.items()}
     return " ".join(text for text, _ in items), (merged, {})
