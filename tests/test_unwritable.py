@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from spa_ray.cli.main import app
 from spa_ray.data import node_cache
 from spa_ray.data.files import check_writable, out_path
 from spa_ray.data.node_cache import local_folder
+from spa_ray.engine.vllm_start import own_environment, prepare_environment
 from spa_ray.errors import InputError
 from spa_ray.runs.cluster import connected
 from spa_ray.runs.lock import RunLock
@@ -71,6 +76,62 @@ def test_a_home_in_which_ray_cannot_write_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(InputError, match=r"/proc/none: Ray .* set HOME"), connected(verbose=False):
         pass
+
+
+def test_engines_keep_their_caches_elsewhere_where_home_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for home, elsewhere in ((NOWHERE, True), (Path("/sys"), True), (tmp_path, False)):
+        monkeypatch.setenv("HOME", str(home))
+        with own_environment():
+            prepare_environment()
+            found = [os.environ.get(name) for name in ("VLLM_CACHE_ROOT", "TRITON_HOME")]
+        assert [value is not None for value in found] == [elsewhere, elsewhere]
+        for value in filter(None, found):
+            check_writable(Path(value))
+    monkeypatch.setenv("HOME", str(NOWHERE))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with own_environment():
+        prepare_environment()
+        assert os.environ["VLLM_CACHE_ROOT"] == str(tmp_path)
+
+
+def test_a_machine_without_any_temporary_folder_is_told_what_to_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(NOWHERE), "/sys"])
+    status, out, err = spa(capsys, ("run", DEMO, f"run_dir={Path.cwd()}/nothing-is-written-here", SCRIPTED))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"spa: No usable temporary directory found in ['{NOWHERE}', '/sys']; set TMPDIR to a folder")
+
+
+@pytest.mark.parametrize(("home", "temporary"), [("/sys", str(NOWHERE)), (str(NOWHERE), "x" * 120)])
+def test_a_plan_and_a_preview_need_neither_home_nor_a_named_temporary_folder(
+    home: str, temporary: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    """In a process of its own: libraries read these variables when they are imported. The long path is longer than a
+    socket's may be."""
+    (tmp_path / ("x" * 120)).mkdir()
+    (tmp_path / "p.txt").write_text("How?\n")
+    given = ["prompts.source=" + str(tmp_path / "p.txt"), f"model.path={tiny_model}", SCRIPTED, "scoring.mode=regex"]
+    raw = "model: {max_model_len: 4096}\nevaluation: {prompts: null}\n"
+    (tmp_path / "c.yaml").write_text(raw)
+    code = (
+        "import sys; from spa_ray.cli.main import app; from spa_ray.cli.guard import guarded\n"
+        "for command in (['plan'], ['preview', '--prompts', '1']):\n"
+        "    guarded(lambda: app([*command, *sys.argv[1:]], standalone_mode=False, prog_name='spa'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "c.yaml"), *given],
+        env={**os.environ, "HOME": home, "TMPDIR": str(tmp_path / temporary)}, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "signal     to expect" in done.stdout
 
 
 def test_a_cache_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

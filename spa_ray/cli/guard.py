@@ -75,6 +75,8 @@ def explain(error: BaseException, *, name: str = "spa") -> tuple[str, int]:
     line = client_error(error)
     if line is not None:
         return f"{line}; check the endpoint and the keys in the environment, and run the same command again", 1
+    if isinstance(error, FileNotFoundError) and str(error.strerror).startswith("No usable temporary directory"):
+        return f"{error.strerror}; set TMPDIR to a folder that can be written", 2
     if isinstance(error, OSError) and error.strerror:  # a disk that is full, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; what was finished stays, run the same command again{_details(error)}", 1

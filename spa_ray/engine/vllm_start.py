@@ -6,15 +6,18 @@ of a tensor-parallel engine inherit it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Model
+from spa_ray.data.files import check_writable
 from spa_ray.engine.placement import engine_world, executor_backend
 from spa_ray.errors import InputError
 
@@ -47,12 +50,27 @@ LONGEST_REASON = 600  # characters
 def prepare_environment(*, verbose: bool = False) -> None:
     """Set what vLLM reads when it is imported. Without `verbose` it logs errors alone."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in ENVIRONMENT.items():
+    for name, value in {**ENVIRONMENT, **_caches()}.items():
         os.environ.setdefault(name, value)
     if not verbose:
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         os.environ["VLLM_CONFIGURE_LOGGING"] = "1"
         logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+def _caches() -> dict[str, str]:
+    """Where vLLM and Triton keep what they compiled, if the home folder cannot be written: else both write there."""
+    try:
+        check_writable(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vllm")
+    except InputError:
+        return {"VLLM_CACHE_ROOT": f"{_scratch().name}/vllm", "TRITON_HOME": _scratch().name}
+    return {}
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is deleted when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="spa-cache-")
 
 
 def start_vllm(model: Model, folder: Path, *, verbose: bool) -> Any:
