@@ -59,6 +59,26 @@ def test_verbose_shows_the_libraries_too() -> None:
     assert not [word for word in ("FutureWarning", "unable to detect") if word not in text], text
 
 
+LEVEL = "[2026-11-25 15:30:18,128 I 12655 12655] logging.cc:303: Set ray log level from environment variable X to 3"
+RAY = f"""
+import os, subprocess, sys
+from spa_ray.logs import without_rays_level
+with without_rays_level():
+    os.write(2, b"[2026-11-25 15:30:18,128 E 1 1] ")
+    print("before", file=sys.stderr)
+    os.write(2, b"{LEVEL[:40]}")
+    os.write(2, b"{LEVEL[40:]}\\n[half")
+    subprocess.run([sys.executable, "-c", "import sys; print(' of a child', file=sys.stderr)"])
+    print("bar", end="", file=sys.stderr)
+print(" after", file=sys.stderr)
+"""
+
+
+def test_rays_line_about_its_own_level_is_left_out_and_nothing_else() -> None:
+    done = subprocess.run([sys.executable, "-c", RAY], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "[2026-11-25 15:30:18,128 E 1 1] before\n[half of a child\nbar after\n"
+
+
 def test_a_variable_that_the_user_set_keeps_its_value() -> None:
     environment = {"TRANSFORMERS_VERBOSITY": "info"}
     hush(environment)

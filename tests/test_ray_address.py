@@ -111,3 +111,4 @@ with connected(verbose=False):
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "logging.cc" not in done.stderr

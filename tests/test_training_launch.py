@@ -17,6 +17,7 @@ import torch
 
 from spa_ray.config.models import Resources
 from spa_ray.errors import InputError, RunError
+from spa_ray.training import launch
 from spa_ray.training.job import TrainJob, TrainResult
 from spa_ray.training.launch import train_jobs
 from tests.training_support import make_job, pair_rows, write_pairs
@@ -129,6 +130,52 @@ def test_a_bad_job_fails_in_one_line_after_the_good_ones_are_skipped(runs: Runs,
         train_jobs([runs.two["zero2"], bad], TWO, storage=runs.storage, name="bad")
     assert "\n" not in str(e.value)
     assert not bad.out.exists()
+
+
+def train_until_memory_is_used_up(config: dict[str, Any]) -> dict[str, Any]:
+    """A worker whose rank 1 has no memory left in its second step, while rank 0 waits for it in a collective."""
+    from ray.train import get_context
+
+    from spa_ray.training.step import StepLoop
+
+    rank = get_context().get_world_rank()
+    with Path(config["starts"]).open("a") as starts:
+        starts.write(f"{rank}\n")
+    forward = StepLoop._forward
+
+    def limited(self: StepLoop, step: int, *rest: Any) -> Any:
+        if step == 1 and rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of 79 GiB")
+        return forward(self, step, *rest)
+
+    StepLoop._forward = limited  # type: ignore[method-assign]
+    return launch._train_on_worker(config)
+
+
+def test_memory_that_is_used_up_in_a_step_ends_the_group_in_one_line_and_is_not_tried_again(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, trainer = tmp_path / "starts", launch._trainer
+
+    def limited(*given: Any, **named: Any) -> Any:
+        made = trainer(*given, **named)
+        made.train_loop_per_worker = train_until_memory_is_used_up
+        made.train_loop_config["starts"] = str(starts)
+        return made
+
+    monkeypatch.setattr(launch, "_trainer", limited)
+    job = replace(runs.two["zero2"], name="large", out=tmp_path / "out", work=tmp_path / "work")
+    with pytest.raises(RunError) as e:
+        train_jobs([job], TWO, storage=runs.storage, name="large")
+    said = str(e.value)
+    assert said.startswith(
+        "job large: memory is used up on a rank; set train.gradient_checkpointing=true or train.micro"
+    )
+    assert said.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+    assert "\n" not in said
+    assert len((job.work / "train_log.jsonl").read_text().splitlines()) == 1  # no step was taken again
+    assert len(starts.read_text().splitlines()) <= 4  # once to train, and once at most to read the record
+    assert not job.out.exists()
 
 
 def test_without_ray_a_bad_job_ends_with_exit_status_2_and_one_line(tmp_path: Path) -> None:

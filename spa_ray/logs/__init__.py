@@ -4,7 +4,7 @@ Comes in: log records, numbers, command lines, error messages, model text. Goes 
 strings. Never: models, what a message is about. Every room may import it.
 """
 
-from spa_ray.logs.noise import hush
+from spa_ray.logs.noise import hush, without_rays_level
 from spa_ray.logs.redact import redact, redact_command, redact_tree
 from spa_ray.logs.structured import WorkerLog, context, driver_log, level_of
 from spa_ray.logs.terminal import printable, printable_json
@@ -20,4 +20,5 @@ __all__ = [
     "redact",
     "redact_command",
     "redact_tree",
+    "without_rays_level",
 ]

@@ -9,11 +9,11 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from spa_ray.data.files import STORAGE_VARIABLES
 from spa_ray.errors import InputError
-from spa_ray.logs import hush
+from spa_ray.logs import hush, without_rays_level
 from spa_ray.runs.ray_address import check_address, named_address, refused, short_folder
 
 FOOTER_READERS = 2
@@ -35,6 +35,7 @@ def connected(*, verbose: bool) -> Iterator[None]:
         yield
         return
     level = logging.INFO if verbose else logging.ERROR
+    quiet = nullcontext() if verbose else without_rays_level()
     address = named_address()
     if address is not None:
         check_address(address)
@@ -44,14 +45,14 @@ def connected(*, verbose: bool) -> Iterator[None]:
         # A job that was submitted with these variables is no conflict: here they came from there.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         try:
-            with _home():
+            with quiet, _home():
                 ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as e:
             lines = str(e).strip().splitlines() or [type(e).__name__]
             raise refused(address or "none", f"Ray cannot be joined ({' '.join(lines)[:300]})") from e
     else:
         cpus = max(MIN_LOCAL_CPUS, os.cpu_count() or 1)
-        with _loopback(), _home():
+        with _loopback(), quiet, _home():
             ray.init(
                 address="local",
                 num_cpus=cpus,
