@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spa_ray.errors import InputError
+from spa_ray.training import attention
 from spa_ray.training.attention import NAME, packed_attention, use_attention, use_packed_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps, Rows
 from spa_ray.training.losses import sequence_logps
+from spa_ray.training.policy import TOLERANCE, _short_rows, check_layout
+from tests.training_support import make_job
 
 VOCAB = 97
 SMALL: dict[str, Any] = {
@@ -168,3 +174,75 @@ def test_packed_attention_without_lengths_or_with_unknown_scores_is_an_error() -
     windowed.config = SimpleNamespace(sliding_window=4)
     with pytest.raises(InputError, match="sliding window to itself"):
         packed_attention(windowed, q, q, q, None, cu_seq_lens_q=offsets, max_length_q=5)
+
+
+def deep(dtype: torch.dtype) -> Any:
+    """A model of many layers whose scores reach far: rounding grows from layer to layer."""
+    model = tiny("Llama", hidden_size=64, head_dim=16, num_hidden_layers=12, initializer_range=0.25)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(1.4)
+    return model.to(dtype)
+
+
+class Engine:
+    """Of a DeepSpeed engine what the check of the layout needs."""
+
+    def __init__(self, policy: ResponseLogps) -> None:
+        self.module = policy
+
+    def __call__(self, batch: Any) -> Any:
+        return self.module(batch)
+
+
+def off(policy: ResponseLogps) -> float:
+    """Root mean square of what the packed log-probs differ by from the plain ones, over the check's rows."""
+    rows = _short_rows(VOCAB)
+    with torch.no_grad():
+        found, _ = policy(policy.collate(rows, "cpu"))
+        with policy.plain():
+            truth, _ = policy(policy.collate(rows, "cpu"))
+    return float((found - truth).square().mean().sqrt())
+
+
+@pytest.fixture
+def other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed attention by a kernel that is sound and rounds otherwise, as a GPU's does."""
+    by_length = attention._by_length
+
+    def by_math(*args: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return by_length(*args)
+
+    monkeypatch.setattr(attention, "_by_length", by_math)
+
+
+def test_rounding_alone_is_not_refused_in_bfloat16(other_kernel: None, tmp_path: Path) -> None:
+    policy = packed_policy(deep(torch.bfloat16), None)
+    job = make_job(tmp_path, tmp_path, tmp_path, dtype="bfloat16")
+    assert off(policy) > TOLERANCE["bfloat16"]
+    check_layout(Engine(policy), job)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "dtype"), [("scores", "bfloat16"), ("boundaries", "bfloat16"), ("scores", "float32")]
+)
+def test_attention_that_is_misunderstood_is_refused(wrong: str, dtype: str, other_kernel: None, tmp_path: Path) -> None:
+    policy = packed_policy(deep(getattr(torch, dtype)), None)
+    right = attention.packed_attention
+
+    def misunderstood(*args: Any, **kwargs: Any) -> Any:
+        if wrong == "scores":
+            kwargs["scaling"] *= 1.25
+        else:  # all sequences are taken for one
+            last = int(kwargs["cu_seq_lens_q"][-1])
+            kwargs["cu_seq_lens_q"], kwargs["max_length_q"] = torch.tensor([0, last], dtype=torch.int32), last
+        return right(*args, **kwargs)
+
+    transformers.AttentionInterface.register(NAME, misunderstood)
+    try:
+        with pytest.raises(InputError, match=r"a token off when packed .*rounding alone.*set train\.packing=false"):
+            check_layout(Engine(policy), make_job(tmp_path, tmp_path, tmp_path, dtype=dtype))
+    finally:
+        transformers.AttentionInterface.register(NAME, right)

@@ -6,6 +6,7 @@ Takes a path; returns nothing, or raises InputError that says what is there inst
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from spa_ray.data.weights import check_complete, check_safetensors
 from spa_ray.errors import InputError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 READ = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.py")
 WANTED = "a model is a folder with config.json, safetensors and a tokenizer"
 
@@ -23,10 +25,11 @@ def check_model_folder(folder: Path) -> None:
     if not folder.is_dir():
         inside = (folder.parent / "config.json").is_file()
         raise InputError(f"{folder}: not a folder; {f'give {folder.parent}' if inside else WANTED}")
+    _check_links(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a model folder (no config.json); {_instead(folder)}")
     check_pointers(folder, READ)
-    read_config(folder)
+    _check_config(folder)
     check_safetensors(folder)
     check_complete(folder)
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -35,14 +38,34 @@ def check_model_folder(folder: Path) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, an object. Raises: InputError."""
-    file = folder / "config.json"
+    return _object(folder / "config.json")
+
+
+def _object(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise InputError(f"{file}: not JSON ({type(e).__name__}); fetch the model again") from e
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: holds a {type(config).__name__}, a model's config is an object; fetch it again")
-    return config
+        what = "empty" if file.is_file() and not file.stat().st_size else f"not JSON ({type(e).__name__})"
+        raise InputError(f"{file}: {what}; fetch the model again") from e
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds a {type(found).__name__}, where a JSON object belongs; fetch it again")
+    return found
+
+
+def _check_config(folder: Path) -> None:
+    names = read_config(folder).get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{folder / 'config.json'}: architectures is {names!r}; write a list of names")
+    for name in OBJECTS:
+        if (folder / name).is_file():
+            _object(folder / name)
+
+
+def _check_links(folder: Path) -> None:
+    """The hub's cache is made of links. Raises: InputError for one whose file is gone."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there; fetch the model again")
 
 
 def _instead(folder: Path) -> str:

@@ -58,9 +58,12 @@ def _is_safetensors(name: Any) -> bool:
 
 def _weight_map(index: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise InputError(f"{index}: not an index of weights ({type(e).__name__}: {e}); fetch the model again") from e
+    if not found:
+        raise InputError(f"{index}: an index without weights; fetch the model again")
+    return found
 
 
 def check_complete(folder: Path) -> None:
@@ -104,7 +107,8 @@ def read_header(file: Path) -> Header:
             header: Header = json.loads(f.read(length)) if length < size else {}
         ends = [tensor["data_offsets"][1] for tensor in tensors(header).values()]
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{file}: not a safetensors file ({type(e).__name__}); fetch it again") from e
+        what = "empty" if file.is_file() and not file.stat().st_size else f"not a safetensors file ({type(e).__name__})"
+        raise InputError(f"{file}: {what}; fetch it again") from e
     if not ends or 8 + length + max(ends) > size:
         raise InputError(f"{file}: cut at {size:,} bytes, less than its own header says; fetch it again")
     return header

@@ -16,10 +16,12 @@ from spa_ray.data.deadline import within
 from spa_ray.data.files import AnyPath, as_path
 from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.node_cache import FETCH_SECONDS, hub_folder, local_folder
-from spa_ray.errors import InputError
+from spa_ray.errors import InputError, RunError
 from spa_ray.logs import printable, redact
+from spa_ray.rollout.tokenizer import why
 
 PACKAGE = "package://"
+HUB_ADDRESSES = ("https://huggingface.co/", "http://huggingface.co/", "https://hf.co/", "hf://")
 
 
 def local_model(model: Model) -> Path | None:
@@ -34,16 +36,29 @@ def local_model(model: Model) -> Path | None:
         except ModuleNotFoundError as e:
             raise InputError(f"model.path: no package {package!r} is installed (from {model.path!r})") from e
     elif "://" in model.path:
-        return None
+        _check_address(model.path)
+        stored = as_path(model.path)
+        if not isinstance(stored, Path):
+            return None
+        folder = stored  # file://
     else:
         folder = Path(os.path.expanduser(model.path))  # a user that is not known stays as it is
-        looks_local = not is_hub_id(model.path)
-        if not folder.exists() and not looks_local:
+        if not os.path.exists(folder) and is_hub_id(model.path):
             return None
-    if not folder.exists():
+    if not os.path.exists(folder):  # Path.exists raises for a name that is too long
         raise InputError(f"model.path: {folder}: no such folder; give a model folder or a hub id (owner/name)")
     check_model_folder(folder)
     return folder.resolve()
+
+
+def _check_address(path: str) -> None:
+    """Raises: InputError for a hub's address in the place of the model's name."""
+    for start in HUB_ADDRESSES:
+        if path.startswith(start):
+            name = "/".join(path.removeprefix(start).split("/")[:2])
+            raise InputError(
+                f"model.path: {path!r} is an address on the hub; give the model's name: {name or 'owner/name'}"
+            )
 
 
 def is_hub_id(text: str) -> bool:
@@ -67,7 +82,15 @@ def fetch_model(model: Model) -> Path:
     print(printable(redact(f"model      fetching {model.path}")), file=sys.stderr, flush=True)
     late = f"model.path: {model.path} was not fetched"
     if "://" in model.path:
-        copy = within(FETCH_SECONDS, partial(local_folder, as_path(model.path)), late)
+        try:
+            copy = within(FETCH_SECONDS, partial(local_folder, as_path(model.path)), late)
+        except (InputError, RunError):
+            raise
+        except Exception as e:  # each store's client has its own errors
+            raise InputError(
+                f"model.path: {model.path!r} could not be fetched ({why(e)}); look at the address, the credentials and "
+                "the network"
+            ) from e
         check_model_folder(copy)
         return copy
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
