@@ -26,7 +26,7 @@ class EnoughError(Exception):
 
 def run_ours(setup: Setup, micro_batch_tokens: int, steps: int) -> Run:
     """`spa_ray.training.loop` in this process, without Ray, for the first `steps` steps."""
-    from spa_ray.config.models import Tracking
+    from spa_ray.config.training import Tracking
     from spa_ray.training import comm
     from spa_ray.training.job import TrainJob
     from spa_ray.training.loop import run_job

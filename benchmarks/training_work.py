@@ -46,7 +46,7 @@ class Setup:
 
     def train(self, micro_batch_tokens: int | None = None) -> Any:
         """The `train` section. Nothing is watched or saved on the way, on either side."""
-        from spa_ray.config.models import Train
+        from spa_ray.config.training import Train
 
         return Train(
             method="spa_simpo",

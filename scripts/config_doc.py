@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from spa_ray.config.models import METHOD_DEFAULTS, PROFILES, Config
+from spa_ray.config.models import PROFILES, Config
+from spa_ray.config.training import METHOD_DEFAULTS
 
 OUT = Path(__file__).parents[1] / "docs" / "CONFIG.md"
 

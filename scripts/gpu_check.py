@@ -268,7 +268,7 @@ def training(name: str, **train: Any) -> Callable[[Path, Size], Facts]:
     def check(scratch: Path, size: Size) -> Facts:
         import torch
 
-        from spa_ray.config.models import Tracking, Train
+        from spa_ray.config.training import Tracking, Train
         from spa_ray.training import comm
         from spa_ray.training.job import TrainJob
         from spa_ray.training.loop import run_job

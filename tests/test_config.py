@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.config.kinds import known_keys
 from spa_ray.config.load import parse_override
-from spa_ray.config.models import METHOD_DEFAULTS, Train
+from spa_ray.config.training import METHOD_DEFAULTS, Train
 from spa_ray.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -438,7 +438,7 @@ def test_thinking_is_cut_up_to_its_end(one_token: bool) -> None:
 
 @pytest.mark.parametrize("think", ["strip", "mask"])
 def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: Any) -> None:
-    from spa_ray.config.models import Train
+    from spa_ray.config.training import Train
     from spa_ray.training.dataset import select_pairs, sequences
 
     tokenizer = build_tiny_tokenizer(THINKS)

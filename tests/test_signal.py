@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from spa_ray.config import arm_configs
-from spa_ray.config.models import Config, Train
+from spa_ray.config.models import Config
+from spa_ray.config.training import Train
 from spa_ray.data.files import read_json
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.evaluation.signal import Sample, judge_signal, optimizer_steps, wilson

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
 from spa_ray.training.dataset import TokenizedPairs, select_pairs, sequences

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.training import comm
 from spa_ray.training.convert import merge

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from spa_ray.config import arm_configs
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.errors import InputError, RunError
 from spa_ray.runs import plan_folder
 from spa_ray.runs.plan import make_plan

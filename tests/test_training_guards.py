@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.config.models import METHOD_DEFAULTS, Lora, Train
+from spa_ray.config.training import METHOD_DEFAULTS, Lora, Train
 from spa_ray.errors import RunError
 from spa_ray.training.guards import KNOWN_LR, PER_TOKEN, CollapseAlarm, check_dropped, check_lr
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.training.losses import (
     dpo_loss,
     gamma_from_ratio,

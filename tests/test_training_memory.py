@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spa_ray.config import load_config
-from spa_ray.config.models import Lora, Resources, Train
+from spa_ray.config.models import Resources
+from spa_ray.config.training import Lora, Train
 from spa_ray.errors import InputError
 from spa_ray.runs import host as host_module
 from spa_ray.runs import plan_cost as cost

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.training import checkpoint, comm
 from spa_ray.training.checkpoint import SaveTimer, is_due
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spa_ray.config import load_config
-from spa_ray.config.models import TRAIN_BYSTANDERS, Tracking
+from spa_ray.config.training import TRAIN_BYSTANDERS, Tracking
 from spa_ray.errors import InputError
 from spa_ray.runs.progress import train_counter
 from spa_ray.runs.stages import train_hash

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.training.trainable import check_trainable
 from tests.tiny_model import build_tiny_model

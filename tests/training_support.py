@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.data.schemas import PAIRS
 from spa_ray.training.job import TrainJob
 

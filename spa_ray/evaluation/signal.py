@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spa_ray.config.models import Config, Train
+from spa_ray.config.models import Config
+from spa_ray.config.training import Train
 from spa_ray.evaluation.advice import advise
 from spa_ray.evaluation.bootstrap import mean_interval
 from spa_ray.preferences import build_pairs, denoise, resolve_delta, resolve_tau

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from spa_ray.config.models import Model, Section
+from spa_ray.config.models import Model
+from spa_ray.config.section import Section
 
 DATE_STRING = "%d %b %Y"  # how Llama's templates write a date
 

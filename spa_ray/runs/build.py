@@ -139,3 +139,14 @@ class _PairsSink(Datasink[Funnel]):
 
     def on_write_complete(self, write_result: Any) -> None:
         self.funnels = list(write_result.write_returns)
+
+
+def check_pairs(arm: str, funnel: dict[str, Any], folder: AnyPath) -> None:
+    """Raises: RunError when nothing is left to train on."""
+    if funnel["pairs"]:
+        return
+    dropped = ", ".join(f"{count} {reason}" for reason, count in funnel["dropped"].items() if count)
+    raise RunError(
+        f"build: arm {arm}: no pair is left of {funnel['prompts']} prompts (dropped: {dropped}); see "
+        f"{folder / 'funnel.json'}; profile=robust or denoise.consistency=primary_ge keep more"
+    )

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from spa_ray.config.models import Resources, Train
+from spa_ray.config.models import Resources
+from spa_ray.config.training import Train
 from spa_ray.training.guards import KNOWN_AT, KNOWN_LR, LORA
 
 BFLOAT16 = 3.0  # times the known learning rates; five times would draw a plan's warning

@@ -22,7 +22,7 @@ from spa_ray.data.files import AnyPath, as_path, copy_file, is_local, write_json
 from spa_ray.data.left_out import FILE as LEFT_OUT
 from spa_ray.data.left_out import write_list
 from spa_ray.engine.cpu_dtype import with_dtype
-from spa_ray.errors import InputError, RunError
+from spa_ray.errors import InputError
 from spa_ray.logs import driver_log
 from spa_ray.preferences import live_reasons
 from spa_ray.rollout.settings import ChatSettings
@@ -288,6 +288,7 @@ class Pipeline:
 
     def _train(self, states: dict[str, ArmState], builds: dict[str, Stage]) -> dict[str, Stage]:
         """Train what is not trained yet, all in one worker group; then every arm's policy is its new model."""
+        from spa_ray.runs.build import check_pairs
         from spa_ray.training.launch import Job, train_jobs
         from spa_ray.training.stored import train_job
 
@@ -388,14 +389,3 @@ class Pipeline:
         metrics = run_metrics(config, stages)
         write_json(self.folder.path / "metrics.json", metrics)
         return {name: {family: arms[name] for family, arms in metrics.items()} for name in models}
-
-
-def check_pairs(arm: str, funnel: dict[str, Any], folder: AnyPath) -> None:
-    """Raises: RunError when nothing is left to train on."""
-    if funnel["pairs"]:
-        return
-    dropped = ", ".join(f"{count} {reason}" for reason, count in funnel["dropped"].items() if count)
-    raise RunError(
-        f"build: arm {arm}: no pair is left of {funnel['prompts']} prompts (dropped: {dropped}); see "
-        f"{folder / 'funnel.json'}; profile=robust or denoise.consistency=primary_ge keep more"
-    )

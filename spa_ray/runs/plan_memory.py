@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
-from spa_ray.config.models import Config, Resources, Train
+from spa_ray.config.models import Config, Resources
+from spa_ray.config.training import Train
 from spa_ray.runs.host import Host
 from spa_ray.runs.plan_model import ModelFacts, text_settings
 from spa_ray.training.memory import GIB, Shape, StepMemory, shape_of, step_memory

@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
-from spa_ray.config.models import TRAIN_BYSTANDERS, Config, Scoring, Section
+from spa_ray.config.models import Config, Scoring
+from spa_ray.config.section import Section
+from spa_ray.config.training import TRAIN_BYSTANDERS
 from spa_ray.data.dotted import is_dotted, source_of
 from spa_ray.objectives import load_objectives
 from spa_ray.runs.hashing import file_hash, stage_hash

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.errors import InputError, RunError
 from spa_ray.training import comm, hashes
 

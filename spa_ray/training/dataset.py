@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.training.batches import LABELS, SUBSET, PairTokens, stream
 

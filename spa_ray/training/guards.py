@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.errors import RunError
 from spa_ray.training.schedule import lr_multiplier
 

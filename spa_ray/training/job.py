@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Tracking, Train
+from spa_ray.config.training import Tracking, Train
 from spa_ray.data.files import AnyPath, as_path
 from spa_ray.errors import InputError
 from spa_ray.rollout.settings import ChatSettings

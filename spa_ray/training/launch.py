@@ -129,13 +129,13 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     from ray.train import get_context
 
-    from spa_ray.training.loop import run_job
-    from spa_ray.training.metrics import TrainMetrics
-
     WorkerLog(config["log_level"], {"run": config["run"], "stage": "train"}).start(rank=get_context().get_world_rank())
     recorded = as_path(config["out_of_memory"])
     if is_file(recorded):
         return {"results": [], **read_json(recorded)}
+    from spa_ray.training.loop import run_job
+    from spa_ray.training.metrics import TrainMetrics
+
     report = TrainMetrics(run=config["run"]).row
     results: list[dict[str, Any]] = []
     try:

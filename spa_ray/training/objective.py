@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from spa_ray.config.models import Train
+from spa_ray.config.training import Train
 from spa_ray.training.losses import dpo_loss, ipo_loss, log_odds_ratio, orpo_loss, sft_loss, simpo_loss
 
 Stats = dict[str, Tensor]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spa_ray.config.models import Lora, Train
+from spa_ray.config.training import Lora, Train
 from spa_ray.errors import InputError
 from spa_ray.training import comm
 from spa_ray.training.attention import use_attention, why_not_packed

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from spa_ray.config.models import TRAIN_BYSTANDERS
+from spa_ray.config.training import TRAIN_BYSTANDERS
 from spa_ray.data.model_folder import check_model_folder
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat, chat_of

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from spa_ray.config.models import Lora, Resources, Train
+from spa_ray.config.models import Resources
+from spa_ray.config.training import Lora, Train
 
 MOST_WORKERS = 64
 WORDS = ("out of memory", "alloc_failed", "can't allocate memory")  # of CUDA, NCCL, cuBLAS, torch's CPU allocator

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Tracking, Train
+from spa_ray.config.training import Tracking, Train
 from spa_ray.data.files import (
     AnyPath,
     as_path,

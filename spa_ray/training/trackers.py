@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from spa_ray.config.models import TrackerName
+from spa_ray.config.training import TrackerName
 from spa_ray.errors import InputError
 from spa_ray.training.job import TrainJob
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Lora, Train
+from spa_ray.config.training import Lora, Train
 from spa_ray.data.model_folder import read_config
 from spa_ray.data.weights import read_header, tensors, weight_files
 from spa_ray.errors import InputError
