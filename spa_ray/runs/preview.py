@@ -73,6 +73,7 @@ def preview_prompts(
             for line in signal_lines(_signal(shown, config, total, arms)):
                 progress.say(line)
 
+        progress.say(f"preview    starting an engine with {model}")
         work = preview(config, model, rows, verbose=verbose, on_progress=progress.counter("preview"), on_first=first)
         shown = asyncio.run(work)
         kinds: ErrorKinds = {}
