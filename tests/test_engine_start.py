@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import pprint
 import shutil
 import subprocess
 import sys
@@ -236,3 +238,15 @@ def test_a_stop_string_that_the_tokens_do_not_hold_is_an_error() -> None:
     tokenizer = build_tiny_tokenizer()
     with pytest.raises(RuntimeError, match="do not hold"):
         before_stop(tokenizer, tokenizer.encode("Paris"), "Rome")
+
+
+def test_half_of_the_compile_cache_costs_one_start() -> None:
+    """vLLM writes its index of compiled graphs in place (`compilation/backends.py`), and reads it by `literal_eval`:
+    what an engine that starts in this millisecond meets is an error that passes, whichever part it sees."""
+    entry = {"graph_handle": ("artifact_compile_range_1_8192_subgraph_0", "/cache/rank_0_0"), "cache_key": "f3a"}
+    written = pprint.pformat({((1, 8192), i, "inductor_standalone"): entry for i in range(3)}, indent=4)
+    assert ast.literal_eval(written)
+    for size in range(len(written)):
+        with pytest.raises(SyntaxError) as caught:
+            ast.literal_eval(written[:size])
+        assert not isinstance(start_error(caught.value, Path("m")), InputError)

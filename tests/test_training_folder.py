@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from spa_ray.config.training import Train
 from spa_ray.errors import InputError, RunError
 from spa_ray.runs import plan_folder
 from spa_ray.runs.plan import make_plan
+from spa_ray.runs.plan_folder import _kept, _place
 from spa_ray.training.folder import check_weights
 from spa_ray.training.trainable import check_trainable
 from tests.families.table import FAMILIES
@@ -233,16 +235,40 @@ def test_a_plan_says_it(tiny_model: Path, tmp_path: Path) -> None:
     assert any("has no place for mtp.norm.weight" in note for note in noted["notes"])
 
 
-def test_a_process_without_torch_asks_another_one(tiny_model: Path, tmp_path: Path) -> None:
-    broken = changed(tiny_model, tmp_path / "broken", without("lm_head.weight"))
+def ask(folder: Path, cache: Path, interpreter: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """The verdict in a process without torch, which asks `interpreter`."""
     script = (
         "import sys\nfrom pathlib import Path\nfrom spa_ray.runs.plan_folder import weights_checked\n"
-        "try:\n    with weights_checked(Path(sys.argv[1]), trust_remote_code=False) as notes:\n        notes()\n"
+        "sys.executable = sys.argv[2]\n"
+        "try:\n    with weights_checked(Path(sys.argv[1]), trust_remote_code=False) as notes:\n"
+        "        print(notes())\n"
         "finally:\n    print('torch' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(broken)], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "SPA_RAY_CACHE": str(cache)}
+    command = [sys.executable, "-c", script, str(folder), interpreter]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_a_process_without_torch_asks_another_one(tiny_model: Path, tmp_path: Path) -> None:
+    broken = changed(tiny_model, tmp_path / "broken", without("lm_head.weight"))
+    done = ask(broken, tmp_path / "cache")
     assert done.stdout == "False\n"
     assert f"InputError: {broken}: no weight lm_head.weight" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_passed_is_asked_about_once(tiny_model: Path, tmp_path: Path) -> None:
+    folder, cache = changed(tiny_model, tmp_path / "m"), tmp_path / "cache"
+    _kept(["a note"], _place_in(cache, folder))
+    assert ask(folder, cache, "/bin/false").stdout == "['a note']\nFalse\n"
+    os.utime(folder / "config.json", ns=(1, 1))
+    assert "ended with status 1" in ask(folder, cache, "/bin/false").stderr
+
+
+def _place_in(cache: Path, folder: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPA_RAY_CACHE", str(cache))
+        return _place(folder)
 
 
 def test_the_other_process_prints_notes(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _object(folder / "config.json")
 
 
+def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of each of the folder's files: while it is the same, so is what was found of the folder."""
+    states = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
 def _object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -1,19 +1,26 @@
 """The check of a model's weights beside a plan, in a process of its own: importing torch takes longer than planning.
 
-Takes a model folder; gives the notes of `training.folder.check_weights`, or its InputError, when the plan is made.
+Takes a model folder; gives the notes of `training.folder.check_weights`, or its InputError, when the plan is made. A
+folder that passed is known from then on, in this node's cache, until one of its files or transformers changes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 
+from spa_ray.data.model_folder import stamp
+from spa_ray.data.node_cache import cache_root
 from spa_ray.errors import InputError, RunError
 
+CHECK = 1  # raise it when `training.folder` finds more
 Notes = Callable[[], list[str]]
 
 
@@ -28,12 +35,31 @@ def weights_checked(folder: Path | None, *, trust_remote_code: bool) -> Iterator
 
         yield lambda: check_weights(folder, trust_remote_code=trust_remote_code)
         return
+    passed = _place(folder)
+    if passed.is_file() and not trust_remote_code:  # a folder's own code may come from elsewhere
+        yield lambda: list(json.loads(passed.read_text(encoding="utf-8")))
+        return
     command = [sys.executable, "-m", "spa_ray.runs.plan_folder", str(folder), str(int(trust_remote_code))]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
-            yield lambda: answer(process, folder)
+            yield lambda: _kept(answer(process, folder), passed)
         finally:
             process.kill()
+
+
+def _place(folder: Path) -> Path:
+    """The file that says that this folder, as it is, has passed."""
+    known = [CHECK, version("transformers"), str(folder.resolve()), stamp(folder)]
+    return cache_root() / "checked" / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}.json"
+
+
+def _kept(notes: list[str], place: Path) -> list[str]:
+    with suppress(OSError):  # without a cache the next plan asks again
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(notes), encoding="utf-8")
+        partial.replace(place)
+    return notes
 
 
 def answer(process: subprocess.Popen[bytes], folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spa_ray.data.model_folder import read_config
+from spa_ray.data.model_folder import read_config, stamp
 from spa_ray.data.weights import Header, read_header, tensors, weight_files
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
@@ -46,14 +46,12 @@ def check_weights(folder: Path, *, trust_remote_code: bool = False, served_only:
     """
     if served_only and (read_config(folder).get("quantization_config") or not _is_causal(folder, trust_remote_code)):
         return []
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    stamp = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return list(_checked(folder, trust_remote_code, stamp))
+    return list(_checked(folder, trust_remote_code, stamp(folder)))
 
 
 @functools.lru_cache(maxsize=64)
-def _checked(folder: Path, trust_remote_code: bool, stamp: tuple[Any, ...]) -> tuple[str, ...]:
-    """`stamp` stands for the contents: a folder is looked at once, whatever asks for it."""
+def _checked(folder: Path, trust_remote_code: bool, state: tuple[Any, ...]) -> tuple[str, ...]:
+    """`state` stands for the contents: a folder is looked at once, whatever asks for it."""
     stored = Stored.of(folder)
     with _quiet():
         model = _empty_model(folder, trust_remote_code)
