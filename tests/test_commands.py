@@ -18,7 +18,7 @@ from spa_ray.runs.preview import preview_prompts
 pytestmark = pytest.mark.engine
 
 SMALL = [
-    "prompts.limit=32",
+    "prompts.limit=16",
     "generation.rows_per_block=16",
     "denoise.consistency=off",
     "denoise.informativeness=false",
@@ -59,7 +59,7 @@ def model(home: Path, pairs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_generate_counts_its_rows(episodes: dict[str, Any]) -> None:
-    assert (episodes["rows"], episodes["errors"]) == (32, 0)
+    assert (episodes["rows"], episodes["errors"]) == (16, 0)
 
 
 def test_build_reads_the_objectives_off_the_episodes(pairs: dict[str, Any]) -> None:

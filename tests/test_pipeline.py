@@ -23,9 +23,9 @@ from spa_ray.runs.plan_compare import compare_run
 pytestmark = pytest.mark.engine
 
 SMALL = [
-    "prompts.limit=96",
+    "prompts.limit=48",
     "generation.rows_per_block=16",
-    "evaluation.prompts.limit=40",
+    "evaluation.prompts.limit=16",
     "resources.train_workers=1",
     "train.batch_size=16",
 ]
@@ -56,8 +56,8 @@ def test_episodes_hold_every_prompt_once_with_all_its_responses(finished: dict[s
     table = episodes_of(finished, "sft")
     assert table.schema.equals(EPISODES)
     assert objectives_of(table.schema) == ["harmless", "helpful"]
-    assert table.num_rows == pc.count_distinct(table["prompt_id"]).as_py() == 96
-    assert table["error"].null_count == 96
+    assert table.num_rows == pc.count_distinct(table["prompt_id"]).as_py() == 48
+    assert table["error"].null_count == 48
     for row in table.to_pylist():
         assert [r["index"] for r in row["responses"]] == list(range(6))
         assert [r["kind"] for r in row["responses"]] == ["candidate"] * 5 + ["refined"]
@@ -80,7 +80,7 @@ def test_pairs_are_in_lexicographic_order_and_the_funnel_adds_up(finished: dict[
     pairs = pds.dataset(record["pairs"], format="parquet").to_table()
     assert pairs.schema.equals(PAIRS)
     funnel = record["funnel"]
-    assert funnel["prompts"] == 96 == funnel["kept"] + sum(funnel["dropped"].values())
+    assert funnel["prompts"] == 48 == funnel["kept"] + sum(funnel["dropped"].values())
     assert funnel["pairs"] == pairs.num_rows > 0
     for row in pairs.to_pylist():
         assert tuple(row["chosen_scores"]) > tuple(row["rejected_scores"])
@@ -107,14 +107,14 @@ def test_the_drivers_log_tells_of_stages_in_json_lines(finished: dict[str, Any])
     assert all({"time", "level", "logger", "message", "run"} <= line.keys() for line in told)
     made = [line for line in told if line["message"] == "stage finished"]
     assert {line["stage"] for line in made} >= {"prompts", "generate", "train"}
-    assert {line["facts"]["rows"] for line in made if line["stage"] == "generate"} == {96}
+    assert {line["facts"]["rows"] for line in made if line["stage"] == "generate"} == {48}
 
 
 def test_metrics_name_vanilla_and_every_arm(finished: dict[str, Any]) -> None:
     metrics = json.loads((Path(finished["run_dir"]) / "metrics.json").read_text())
     assert list(metrics["test"]) == ["vanilla", "sft", "two"]
     for arm in metrics["test"].values():
-        assert arm["n"] == 40
+        assert arm["n"] == 16
         assert arm["means"]["harmless"]["low"] <= arm["means"]["harmless"]["mean"] <= arm["means"]["harmless"]["high"]
 
 
@@ -125,11 +125,11 @@ def test_the_manifest_holds_the_plan_beside_what_happened(finished: dict[str, An
     assert manifest["plan"] == {key: compared[key] for key in ("stages", "total")}
     assert {stage["status"] for stage in compared["stages"]} == {"done"}
     generate = compared["stages"][0]
-    assert generate["planned"]["requests"] == 96 * 18
+    assert generate["planned"]["requests"] == 48 * 18
     assert 1 <= generate["ratio"]["requests"] < 1.2  # a repeated answer is sampled once more
     assert generate["actual"]["engine_busy"] > 0
     evaluated = [stage for stage in compared["stages"] if stage["stage"] == "evaluate"]
-    assert [stage["actual"]["requests"] for stage in evaluated] == [40, 40, 40]
+    assert [stage["actual"]["requests"] for stage in evaluated] == [16, 16, 16]
     assert all(0.2 < stage["ratio"]["prompt_tokens"] < 5 for stage in (generate, *evaluated))
 
 

@@ -25,7 +25,7 @@ from spa_ray.training.stored import LOG, Mirror, StoredJob, newest, pull, push, 
 from tests.s3_server import BUCKET, s3_server
 from tests.training_support import make_job, pair_rows, write_pairs
 
-STEPS = 60
+STEPS = 40
 PATIENCE = 300.0  # seconds for one command
 
 
@@ -195,8 +195,8 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_store_and_ends_with_the_sa
 ) -> None:
     from safetensors.torch import load_file
 
-    pairs = write_pairs(tmp_path / "pairs" / "pairs.parquet", pair_rows(400)).parent
-    settings: dict[str, Any] = {"batch_size": 48, "max_steps": STEPS, "save_every_steps": 4}
+    pairs = write_pairs(tmp_path / "pairs" / "pairs.parquet", pair_rows(160)).parent
+    settings: dict[str, Any] = {"batch_size": 24, "max_steps": STEPS, "save_every_steps": 4}
     calm = make_job(tmp_path, tiny_model, pairs, **settings)
     calm.work.mkdir(parents=True)
     write_job(calm)
