@@ -22,6 +22,7 @@ from typing import Any
 
 from alike import Alike, compare_greedy
 
+from spa_ray.logs.noise import hush
 from spa_ray.runs.examples import before_after, print_examples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--preview", type=int, default=4, help="prompts that are previewed; 0 for none")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_args()
+    hush()
     folder = Path(".cache/real") / asked.model
     settings = [f"model.path={folder}", *asked.overrides]
     laps: dict[str, float] = {}
@@ -124,10 +126,10 @@ def alike(folder: Path) -> Alike:
 
 
 def print_alike(folder: Path, found: Alike) -> None:
+    others = f", the others at most {found.worst:.2g} of a logit below it" if found.differ else ""
     print(
         f"{folder}: vLLM answered {CHECKED} held-out prompts greedily; of its {found.tokens} tokens "
-        f"{found.tokens - found.differ} are transformers' own first choice, the others at most {found.worst:.2g} of a "
-        "logit below it"
+        f"{found.tokens - found.differ} are transformers' own first choice{others}"
     )
 
 
