@@ -21,6 +21,7 @@ from spa_ray.data.node_cache import cache_root
 from spa_ray.errors import InputError, RunError
 
 CHECK = 1  # raise it when `training.folder` finds more
+SECONDS = 600  # for headers and two imports
 Notes = Callable[[], list[str]]
 
 
@@ -63,8 +64,13 @@ def _kept(notes: list[str], place: Path) -> list[str]:
 
 
 def answer(process: subprocess.Popen[bytes], folder: Path) -> list[str]:
-    """The notes that the process printed. Raises: its InputError; RunError when it ended without a verdict."""
-    out, err = process.communicate()
+    """The notes that the process printed. Raises: its InputError; RunError when it gave no verdict in time."""
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired as e:
+        raise RunError(
+            f"{folder}: the check of its weights took more than {SECONDS} s; is the folder's disk answering?"
+        ) from e
     if process.returncode:
         last = (err.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         raise RunError(f"{folder}: the check of its weights ended with status {process.returncode}: {last}")
