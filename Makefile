@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: real bench-test chaos docs demo families test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: real long bench-test chaos docs demo families test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -12,12 +12,15 @@ demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CP
 	@$(BIN)/spa demo $(ARGS)
 
 test: lint types ## lint, types, every test, coverage of the pure rooms
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 40 --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 40 --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone and not long" $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 --cov --cov-append --cov-report=term -m "alone and not families" $(ARGS)
 	$(BIN)/python -m pytest -m chaos $(ARGS)
 
 real: .venv/.ready ## the whole loop on a real instruct model of 135 M parameters (about 20 minutes)
 	@$(BIN)/python scripts/real.py $(ARGS)
+
+long: .venv/.ready ## whole runs that are killed and go on, also on an object store; minutes each
+	$(BIN)/python -m pytest -m long --durations 10 $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)

@@ -18,6 +18,7 @@ import pytest
 
 from spa_ray.config.models import Prompts
 from spa_ray.data.forms import ROLES
+from spa_ray.data.left_out import lines
 from spa_ray.data.prompts import LONGEST_MESSAGE, PromptCounts, read_prompts, write_prompts
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
@@ -168,7 +169,10 @@ def check_any(rows: list[Row], counts: PromptCounts) -> None:
         assert counts.first_bad is not None
         assert HARMLESS.fullmatch(counts.first_bad)
         assert len(counts.first_bad) <= LONGEST_MESSAGE
-        json.dumps(vars(counts), ensure_ascii=False).encode()  # as stage.json keeps it
+        json.dumps(counts.to_dict(), ensure_ascii=False).encode()  # as stage.json keeps it
+        json.dumps(counts.dropped.rows, ensure_ascii=False).encode()  # as left_out.jsonl keeps them
+        assert all(HARMLESS.fullmatch(line) for line in lines({"prompts": counts.dropped}))
+    assert sum(counts.dropped.counts.values()) == counts.bad + counts.duplicates
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])

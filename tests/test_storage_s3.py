@@ -112,6 +112,7 @@ def bytes_of(result: dict[str, Any], what: str) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+@pytest.mark.long
 def test_a_killed_run_on_s3_goes_on_and_ends_with_the_bytes_of_a_local_one(home: Path, s3: dict[str, str]) -> None:
     calm, _ = finish(start(home, s3, str(home / "local"), jitter=0.0))
 

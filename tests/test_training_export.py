@@ -166,6 +166,7 @@ def test_a_merge_in_bfloat16_rounds_once(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     base = build(tmp_path / "base", "Llama", dtype="bfloat16", tie_word_embeddings=True)
+    (base / "tokenizer.json").write_text("{}")
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
     model.save_pretrained(tmp_path / "adapter")
@@ -183,6 +184,7 @@ def test_a_merge_keeps_the_modules_that_an_adapter_holds_complete(tmp_path: Path
     from transformers import AutoModelForCausalLM
 
     base = build(tmp_path / "base", "Llama", tie_word_embeddings=False)
+    (base / "tokenizer.json").write_text("{}")
     settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     with torch.no_grad():

@@ -190,6 +190,7 @@ def drive(stored: StoredJob, s3: dict[str, str], node: Path, then: str) -> subpr
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_run_whose_machine_is_lost_goes_on_from_the_store_and_ends_with_the_same_weights(
     s3: dict[str, str], store: AnyPath, tiny_model: Path, tmp_path: Path
 ) -> None:
