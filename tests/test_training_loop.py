@@ -443,7 +443,7 @@ def test_a_non_finite_gradient_stops_with_the_step(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda job, tmp: replace(job, model=tmp / "nowhere"), "not a model folder"),
+        (lambda job, tmp: replace(job, model=tmp / "nowhere"), "not a folder; a model is a folder"),
         (lambda job, tmp: replace(job, pairs=tmp / "nowhere"), "no such file"),
         (lambda job, tmp: replace(job, train=job.train.model_copy(update={"beta": 0.0})), "beta must be above 0"),
         (lambda job, tmp: replace(job, train=job.train.model_copy(update={"lr": None})), "train.lr is null"),
