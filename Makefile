@@ -11,7 +11,7 @@ help: ## this list
 demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CPU
 	@$(BIN)/spa demo $(ARGS)
 
-test: lint types ## lint, types, every test, coverage of the pure rooms
+test: lint types ## lint, types, all tests but `make long`'s, coverage of the pure rooms
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 40 --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone and not long" $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 --cov --cov-append --cov-report=term -m "alone and not families" $(ARGS)
 	$(BIN)/python -m pytest -m chaos $(ARGS)

@@ -7,6 +7,7 @@ log-probs. Never: data, losses, steps.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from importlib.util import find_spec
@@ -174,7 +175,7 @@ def check_layout(engine: Any, job: TrainJob) -> None:
                 policy.model.set_attn_implementation("eager")
                 noise, _ = engine(policy.collate(rows, comm.device()))
     off, own = (float((other - truth).square().mean().sqrt()) for other in (found, noise))
-    if not off <= max(TOLERANCE[job.train.dtype], OWN_NOISE * own):
+    if not off <= max(TOLERANCE[job.train.dtype], OWN_NOISE * own) < math.inf:
         raise InputError(
             f"{job.model}: its log-probs come out {off:.3g} a token off when packed or computed in chunks (rounding "
             f"alone: {own:.3g}); set train.packing=false, and if that is not enough train.logits_mib=null"
