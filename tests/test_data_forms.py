@@ -159,7 +159,7 @@ def test_every_line_of_a_text_file_is_a_prompt_and_empty_ones_are_counted(tmp_pa
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("p.txt.gz", gzip.compress(b"a\nb\n")),
+        ("p.txt.gz", gzip.compress(b"a\nb\n", mtime=0)),
         ("p.txt", "a\nb\n".encode("utf-16")),
         ("p.txt", b'{"prompt": "a"}\n{"prompt": "b"}\n'),
         ("p.txt", b'[\n {"prompt": "a"}, {"prompt": "b"}]'),
