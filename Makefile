@@ -13,14 +13,16 @@ demo: .venv/.ready ## the whole loop on the embedded model, on this machine's CP
 
 test: lint types ## lint, types, all tests but `make long`'s, coverage of the pure rooms
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 40 --cov --cov-fail-under=0 --cov-report= -m "not bench and not chaos and not alone and not long" $(ARGS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 --cov --cov-append --cov-report=term -m "alone and not families" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 --cov --cov-append --cov-report=term -m "alone and not families and not long" $(ARGS)
 	$(BIN)/python -m pytest -m chaos $(ARGS)
 
 real: .venv/.ready ## the whole loop on a real instruct model of 135 M parameters (about 20 minutes)
 	@$(BIN)/python scripts/real.py $(ARGS)
 
-long: .venv/.ready ## whole runs that are killed and go on, also on an object store; minutes each
-	$(BIN)/python -m pytest -m long --durations 10 $(ARGS)
+long: .venv/.ready ## what takes minutes each: killed runs, growing clusters, ZeRO-3 memory, TRL's curve, all examples
+	$(BIN)/python -m pytest -m "long and not alone" --durations 10 $(ARGS)
+	$(BIN)/python -m pytest -m "long and alone" --durations 10 $(ARGS)
+	SPA_ALL_EXAMPLES=1 $(BIN)/python -m pytest -n 2 tests/test_generation_fuzz.py tests/test_preferences_*.py $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)

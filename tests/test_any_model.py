@@ -14,7 +14,7 @@ from spa_ray.config import load_config
 from spa_ray.runs.commands import run_config
 from tests.mistral_model import build_mistral_like
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

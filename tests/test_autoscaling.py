@@ -14,7 +14,7 @@ import pytest
 
 from tests.fake_cluster import FakeCluster, fake_cluster, wait_until
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 REPOSITORY = Path(__file__).parents[1]
 PROMPTS = 24

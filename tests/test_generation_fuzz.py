@@ -1,4 +1,4 @@
-"""Ten thousand judge texts: a failure never becomes a number, and nothing off the scale is a score."""
+"""Judge texts by the thousand: a failure never becomes a number, and nothing off the scale is a score."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from spa_ray.generation.setup import Task, check_generation
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat
+from tests.examples import examples
 from tests.scripted import WEIGHTS, play, scripted_config
 
 SCALE = (1, 10)
@@ -67,7 +68,7 @@ def said(text: str, reason: str = "stop") -> Completion:
     return Completion(text, [0], reason)
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=examples(10_000), deadline=None)
 @given(JUDGE_TEXTS, st.booleans())
 def test_only_one_bracketed_whole_number_on_the_scale_is_a_score(text: str, finished: bool) -> None:
     reading = read_pattern(text, re.compile(r"\[\[(\d+)\]\]"), SCALE, finished=finished)
@@ -79,7 +80,7 @@ def test_only_one_bracketed_whole_number_on_the_scale_is_a_score(text: str, fini
         assert not (len(bracketed) == 1 and bracketed <= LABELS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.sampled_from(["choice", "regex"]),
     st.lists(st.builds(said, JUDGE_TEXTS, st.sampled_from(["stop", "length"])), min_size=1, max_size=4),
@@ -113,7 +114,7 @@ def test_a_judgement_cut_before_its_score_is_called_truncated() -> None:
     assert found.status.startswith("truncated: ")
 
 
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=examples(2_000), deadline=None)
 @given(st.lists(st.one_of(st.just(-math.inf), st.floats(-30, 0)), min_size=9, max_size=9))
 def test_an_expected_score_never_leaves_the_scale(logprobs: list[float]) -> None:
     reading = expected_score(logprobs, (1, 9))
@@ -131,7 +132,7 @@ def test_rounding_does_not_lift_an_expected_score_off_the_scale() -> None:
     assert reading.value == 7.0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.floats(0.05, 0.95), st.integers(0, 99))
 def test_in_a_whole_episode_a_failed_judgement_is_null_wherever_a_score_would_stand(share: float, seed: int) -> None:
     row = play(scripted_config({"unreadable": share}, seed=seed, scoring={"mode": "regex", "max_tokens": 40}))

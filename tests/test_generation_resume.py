@@ -21,7 +21,7 @@ from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import generate
 from tests.scripted import WEIGHTS, prompt, scripted_config
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(300)]
 
 ROWS = 24
 REQUESTS = 5 + 10 + 1 + 2  # samples, their scores, the refinement and its scores

@@ -99,6 +99,7 @@ def play(config: Config, prompts: Path, folder: Path) -> Any:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_engines_that_are_ready_late_find_their_share(tmp_path: Path) -> None:
     script = {"place": str(tmp_path), "late": 2.0, "latency": 1.5}
@@ -114,7 +115,9 @@ def test_engines_that_are_ready_late_find_their_share(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("where", ["sweep/model=llama-8b", "prompt_id=3/part=x/meta=1"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("sweep/model=llama-8b", marks=pytest.mark.long), "prompt_id=3/part=x/meta=1"]
+)
 def test_a_run_folder_may_be_named_like_a_partition(tmp_path: Path, where: str) -> None:
     folder = tmp_path / where
     folder.mkdir(parents=True)

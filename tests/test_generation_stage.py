@@ -145,6 +145,7 @@ def test_a_prompt_that_no_engine_survives_is_recorded_and_every_other_row_is_as_
     assert {key for key in fine if poisoned[key] != fine[key]} == {"p17"}
 
 
+@pytest.mark.long
 def test_an_engine_that_never_answers_ends_the_pass_and_the_next_one_goes_on(
     whole: Whole, prompts: Path, tmp_path: Path
 ) -> None:
@@ -170,7 +171,8 @@ def test_a_stalled_engine_is_replaced_within_its_deadline(whole: Whole, prompts:
     assert bytes_of(tmp_path) == bytes_of(whole.folder)
 
 
-@pytest.mark.parametrize("shard_rows", [PROMPT_COUNT, 18])  # the second puts the two failures into different shards
+# The second puts the two failures into different shards.
+@pytest.mark.parametrize("shard_rows", [pytest.param(PROMPT_COUNT, marks=pytest.mark.long), 18])
 def test_failures_that_may_pass_are_asked_again_in_parts_and_readers_take_the_last(
     prompts: Path, tmp_path: Path, shard_rows: int
 ) -> None:
@@ -192,6 +194,7 @@ def test_failures_that_may_pass_are_asked_again_in_parts_and_readers_take_the_la
     assert not part_folder(tmp_path / "episodes", 2).exists()
 
 
+@pytest.mark.long
 def test_prompts_too_many_for_one_pass_run_in_shards_and_those_that_are_done_are_not_asked_again(
     whole: Whole, prompts: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from spa_ray.config.models import Config
 from spa_ray.data.schemas import PAIRS, canonical
 from spa_ray.preferences import ALL_REASONS, Funnel, build_pairs, denoise
+from tests.examples import examples
 from tests.preferences_tables import cases, configs, make_episodes, rows, taus
 
 Case = tuple[Config, pa.Table]
@@ -21,7 +22,7 @@ def compared(scores: list[float], config: Config) -> tuple[float, ...]:
 
 
 @given(cases(), taus)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_1_the_chosen_precedes_the_rejected_by_a_margin_and_differs_from_it(case: Case, tau: float | None) -> None:
     config, episodes = case
     answers = {
@@ -45,7 +46,7 @@ def test_1_the_chosen_precedes_the_rejected_by_a_margin_and_differs_from_it(case
 
 
 @given(cases(), taus)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_2_a_refined_chosen_dominates_under_the_default_rule(case: Case, tau: float | None) -> None:
     config, episodes = case
     strict = config.denoise.model_copy(update={"consistency": "strict"})
@@ -57,7 +58,7 @@ def test_2_a_refined_chosen_dominates_under_the_default_rule(case: Case, tau: fl
 
 
 @given(cases(), taus)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_3_no_prompt_is_lost_or_counted_twice(case: Case, tau: float | None) -> None:
     config, episodes = case
     denoised = denoise(episodes, config, tau=tau)
@@ -73,7 +74,7 @@ def test_3_no_prompt_is_lost_or_counted_twice(case: Case, tau: float | None) -> 
 
 
 @given(cases(), taus)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_6_a_failed_score_takes_its_response_out_of_every_pair(case: Case, tau: float | None) -> None:
     config, episodes = case
     denoised = denoise(episodes, config, tau=tau)
@@ -84,7 +85,7 @@ def test_6_a_failed_score_takes_its_response_out_of_every_pair(case: Case, tau: 
 
 
 @given(st.data(), configs(), taus)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_blocks_built_apart_give_the_same_pairs_and_their_funnels_add_up(
     data: st.DataObject, config: Config, tau: float | None
 ) -> None:
@@ -102,7 +103,7 @@ def test_blocks_built_apart_give_the_same_pairs_and_their_funnels_add_up(
 
 
 @given(cases())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_pairs_carry_the_schema_and_the_facts_of_the_run(case: Case) -> None:
     config, episodes = case
     pairs = build_pairs(denoise(episodes, config, tau=None), config)

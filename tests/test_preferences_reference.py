@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from spa_ray.config.models import Config
 from spa_ray.preferences import build_pairs, denoise, resolve_tau
 from tests import preferences_reference as reference
+from tests.examples import examples
 from tests.preferences_tables import cases, configs, make_episodes, rows, taus
 
 Case = tuple[Config, pa.Table]
 
 
 @given(cases(), taus)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_every_prompt_is_kept_or_dropped_as_the_formulas_say(case: Case, tau: float | None) -> None:
     config, episodes = case
     denoised = denoise(episodes, config, tau=tau)
@@ -30,7 +31,7 @@ def test_every_prompt_is_kept_or_dropped_as_the_formulas_say(case: Case, tau: fl
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_det_is_the_determinant_of_the_candidates_covariance(case: Case) -> None:
     config, episodes = case
     for row, det in zip(episodes.to_pylist(), denoise(episodes, config, tau=None)["det"].to_pylist(), strict=True):
@@ -44,7 +45,7 @@ def test_det_is_the_determinant_of_the_candidates_covariance(case: Case) -> None
 
 
 @given(cases(), taus)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_pairs_are_those_of_equation_2(case: Case, tau: float | None) -> None:
     config, episodes = case
     denoised = denoise(episodes, config, tau=tau)
@@ -53,7 +54,7 @@ def test_pairs_are_those_of_equation_2(case: Case, tau: float | None) -> None:
 
 
 @given(st.data(), configs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_tau_is_the_quantile_over_the_scored_prompts(data: st.DataObject, config: Config) -> None:
     source = [data.draw(rows(config, prompt_id=str(i), halves=False)) for i in range(data.draw(st.integers(1, 8)))]
     source = [row for row in source if row["responses"][-1]["kind"] == "refined"]

@@ -152,6 +152,7 @@ def train_until_memory_is_used_up(config: dict[str, Any]) -> dict[str, Any]:
     return launch._train_on_worker(config)
 
 
+@pytest.mark.long
 def test_memory_that_is_used_up_in_a_step_ends_the_group_in_one_line_and_is_not_tried_again(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

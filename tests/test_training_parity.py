@@ -277,6 +277,7 @@ def pairs_in_order(job: TrainJob) -> tuple[TokenizedPairs, list[int]]:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_fifty_steps_of_simpo_follow_trls_loss_curve(
     trl: SimpleNamespace, one_process: None, readable_table: Path, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from tests.tiny_model import build_tiny_tokenizer
 
-pytestmark = [pytest.mark.engine]
+pytestmark = pytest.mark.engine
 
 SHARE = 0.75  # of the model's bytes that a rank of two may come to hold; half of it stays there
 LAYERS, WIDTH, INNER = 14, 1024, 4096
@@ -97,7 +97,7 @@ def two_ranks(folder: Path, model: Path, how: str) -> list[dict[str, int]]:
     return [json.loads(out.splitlines()[-1]) for out, _ in answers]
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads RssAnon from /proc")
 def test_no_rank_ever_holds_the_model(tmp_path: Path, large_model: Path) -> None:
     for rank in two_ranks(tmp_path, large_model, "partitioned"):
