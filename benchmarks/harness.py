@@ -157,8 +157,8 @@ def number_tokenizer(vocab: int) -> Any:
 
     specials = {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
     words = specials | {str(i): i for i in range(FIRST_ID, vocab)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core = Tokenizer(models.WordLevel(words, unk_token=str(FIRST_ID)))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()  # «<pad>» in a text is three words
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m['content'] }}{% endfor %}"
     return tokenizer

@@ -37,19 +37,19 @@ class Work:
 
 def make_work(args: argparse.Namespace, sigma: float) -> Work:
     """Random pairs, and the three ways to cut them up. All layouts run every pair once."""
-    from spa_ray.training.batches import PairTokens, make_plan, order_pairs
+    from spa_ray.training.deal import deal
 
     rng = np.random.default_rng(args.seed)
     prompt = harness.log_normal(rng, args.pairs, PROMPT_MEDIAN, sigma, *PROMPT_BOUNDS)
     answer = harness.log_normal(rng, (args.pairs, 2), ANSWER_MEDIAN, sigma, *ANSWER_BOUNDS)
-    tokens = PairTokens(longest=prompt + answer.max(axis=1), total=2 * prompt + answer.sum(axis=1))
-    order = order_pairs(args.pairs, seed=args.seed, batch_size=args.pairs, epochs=1, max_steps=None)
+    # Sequences 2i and 2i + 1 are pair i's, and no other's.
+    tokens = (prompt[:, None] + answer).ravel().tolist()
+    pair_of = (np.arange(2 * args.pairs) // 2).tolist()
     micro_batches = {}
     for layout, packed in (("packed", True), ("padded_sorted", False)):
-        plan = make_plan(
-            order, np.ones(args.pairs), tokens, ranks=1, micro_batch_tokens=args.micro_batch_tokens, packed=packed
-        )
-        micro_batches[layout] = [plan.pairs[entries] for entries in plan.micro_batches(0, 0)]
+        heads = prompt.repeat(2).tolist() if packed else None
+        (dealt,) = deal(tokens, pair_of, heads, ranks=1, budget=args.micro_batch_tokens, packed=packed)
+        micro_batches[layout] = [np.unique(np.array(places) // 2) for places in dealt]
     at = range(args.random_pairs, args.pairs, args.random_pairs)
     micro_batches["padded_random"] = np.split(rng.permutation(args.pairs), at)
 

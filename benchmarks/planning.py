@@ -1,7 +1,7 @@
 """Seconds and peak memory of planning a training run: which pair goes to which step, rank and micro-batch.
 
-`python benchmarks/planning.py [--pairs 1000000]` prints one JSON object. Order, weights and plan, from lengths and gaps
-alone, packed and padded, each in a process of its own.
+`python benchmarks/planning.py [--pairs 1000000]` prints one JSON object. Order, weights and every step's deal, from
+lengths and gaps alone, in both orders, packed and padded, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,40 +9,58 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from itertools import product
 from typing import Any
 
 import harness
 import numpy as np
 
 
-def measure(args: argparse.Namespace, packed: bool) -> dict[str, Any]:
-    """Plan one epoch `repeats` times."""
-    from spa_ray.training.batches import PairTokens, make_plan, order_pairs, step_weights
+def measure(args: argparse.Namespace, by_prompt: bool, packed: bool) -> dict[str, Any]:
+    """Plan one epoch `repeats` times: prompts of 5 answers, all 10 pairs of each."""
+    from spa_ray.training.batches import order_pairs, step_weights
+    from spa_ray.training.deal import Plan, Sequences
 
     rng = np.random.default_rng(args.seed)
-    prompt = harness.log_normal(rng, args.pairs, *harness.PROMPTS)
-    answer = harness.answer_lengths(rng, args.pairs, correlation=0.5)
-    tokens = PairTokens(longest=prompt + answer.max(axis=1), total=2 * prompt + answer.sum(axis=1))
-    gap = rng.integers(0, 10, size=args.pairs).astype(np.float64)
-    del prompt, answer
+    prompts = args.pairs // 10
+    head = np.repeat(harness.log_normal(rng, prompts, *harness.PROMPTS), 5)
+    responses = harness.log_normal(rng, 5 * prompts, *harness.ANSWERS)
+    of_prompt = np.stack(np.triu_indices(5, k=1), axis=1)
+    of_pair = (5 * np.arange(prompts)[:, None, None] + of_prompt).reshape(-1, 2)
+    sequences = Sequences(head + responses, responses, head, np.repeat(np.arange(prompts), 5), of_pair)
+    gap = rng.integers(0, 10, size=len(of_pair)).astype(np.float64)
     before = harness.resident_mib()
     seconds = []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        order = order_pairs(args.pairs, seed=args.seed, batch_size=args.batch_size, epochs=1, max_steps=None)
-        weights = step_weights(order, gap, alpha=1.0, w_max=None)
-        plan = make_plan(
-            order, weights, tokens, ranks=args.ranks, micro_batch_tokens=args.micro_batch_tokens, packed=packed
+        order = order_pairs(
+            len(of_pair),
+            seed=args.seed,
+            batch_size=args.batch_size,
+            epochs=1,
+            max_steps=None,
+            prompts=sequences.prompt_of_pair if by_prompt else None,
         )
+        weights = step_weights(order, gap, alpha=1.0, w_max=None)
+        plan = Plan(order, weights, sequences, args.ranks, args.micro_batch_tokens, packed)
+        micro_batches = tokens = busiest = 0
+        for step in map(plan.step, range(plan.steps)):
+            ranks = [[*shared, *whole] for shared, whole in zip(step.shared, step.whole, strict=True)]
+            micro_batches += len(ranks[0])
+            load = [sum(sequences.tokens_together(step.sequences[part.sequences]) for part in parts) for parts in ranks]
+            tokens, busiest = tokens + sum(load), busiest + max(load)
         seconds.append(time.perf_counter() - start)
     return {
+        "order": "prompts" if by_prompt else "pairs",
         "layout": "packed" if packed else "padded",
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
         "peak_resident_mib": harness.peak_resident_mib(),
         "resident_before_mib": before,
         "steps": plan.steps,
-        "micro_batches_a_step": float(plan.micros.mean()),
+        "micro_batches_a_step": micro_batches / plan.steps,
+        "busiest_rank_over_mean": busiest * args.ranks / tokens,
+        "tokens_of_pairs_over_tokens": int(sequences.tokens[of_pair].sum()) / tokens,
     }
 
 
@@ -58,9 +76,9 @@ def main() -> None:
     args = parser.parse_args()
     where = harness.in_fresh_process(harness.environment)
     layouts = []
-    for packed in (True, False):
-        layouts.append(harness.in_fresh_process(measure, args, packed))
-        harness.progress(f"{layouts[-1]['layout']}: {layouts[-1]['median_seconds']:.1f} s")
+    for by_prompt, packed in product((True, False), repeat=2):
+        layouts.append(harness.in_fresh_process(measure, args, by_prompt, packed))
+        harness.progress(f"{layouts[-1]['order']}, {layouts[-1]['layout']}: {layouts[-1]['median_seconds']:.1f} s")
     harness.report(environment=where, settings=vars(args), layouts=layouts)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import harness
 import numpy as np
+from matmul import matmul_rates
 from training_work import Run, Setup, make_inputs, ordered_rows
 
 
@@ -26,24 +27,13 @@ class EnoughError(Exception):
 
 def run_ours(setup: Setup, micro_batch_tokens: int, steps: int) -> Run:
     """`spa_ray.training.loop` in this process, without Ray, for the first `steps` steps."""
-    from spa_ray.config.training import Tracking
     from spa_ray.training import comm
-    from spa_ray.training.job import TrainJob
     from spa_ray.training.loop import run_job
     from spa_ray.training.policy import quiet_deepspeed
 
     quiet_deepspeed()  # so that what it takes in memory counts as an import, as TRL's imports do
     folder = Path(tempfile.mkdtemp(dir=setup.folder))
-    job = TrainJob(
-        name="ours",
-        pairs=setup.pairs,
-        model=setup.model,
-        out=folder / "model",
-        train=setup.train(micro_batch_tokens),
-        seed=setup.seed,
-        work=folder / "work",
-        tracking=Tracking(backends=()),
-    )
+    job = setup.job(folder, micro_batch_tokens)
     run = Run(harness.resident_mib())
 
     def step_ended(row: dict[str, Any]) -> None:
@@ -206,6 +196,12 @@ def compare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def share(figures: dict[str, Any], work: dict[str, Any], name: str, limit: dict[str, Any], warmup: int) -> float:
+    """A side's FLOP/s over the machine's, by the least FLOPs of its own work (TRL's: every pair's two sequences)."""
+    seconds = statistics.median(s for steps in figures["step_seconds"] for s in steps[warmup - 1 :])
+    return work["gflops_a_step"][name] / seconds / limit["best_gflops"]
+
+
 def numbers(text: str) -> list[int]:
     return [int(x) for x in text.split(",")]
 
@@ -213,6 +209,9 @@ def numbers(text: str) -> list[int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--work", choices=["independent", "spa"], default="independent", help="spa: a prompt's pairs share its answers")
+    add("--pairs-per-prompt", type=int, default=13, help="of the 15 pairs of 6 answers (--work spa, without --pairs)")
+    add("--pairs", type=Path, help="a pairs folder that `spa build` wrote (--work spa), with --model")
     add("--model", type=Path, help="a local model folder; without it, a random Llama of the next three sizes")
     add("--hidden", type=int, default=256)
     add("--layers", type=int, default=8)
@@ -238,6 +237,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not 1 <= args.warmup < args.steps:
         parser.error("--warmup must be 1 or more and below --steps")
+    if args.work == "spa" and not 1 <= args.pairs_per_prompt <= 15:
+        parser.error("--pairs-per-prompt must be 1 to 15")
+    if args.pairs is not None and (args.work != "spa" or args.model is None):
+        parser.error("--pairs goes with --work spa and --model")
     if args.sweep_steps < 2:
         parser.error("--sweep-steps must be 2 or more: the first step is not timed")
     if any(args.batch_size % size for size in args.trl_micro_batch):
@@ -264,10 +267,16 @@ def main() -> None:
             trl_attention=args.trl_attention,
             trl_liger=args.trl_liger,
             lend=tuple(args.lend),
+            ordered_by="prompts" if args.work == "spa" else "pairs",
+            pairs_per_prompt=args.pairs_per_prompt if args.work == "spa" else None,
         )
-        work = harness.in_fresh_process(make_inputs, setup, args.model, args.hidden, args.layers, args.vocab)
+        sizes = args.hidden, args.layers, args.vocab
+        work = harness.in_fresh_process(make_inputs, setup, args.model, args.pairs, *sizes)
         harness.progress(f"{work['parameters'] / 1e6:.1f} M parameters, {work['pairs']} pairs")
-        harness.report(environment=where, settings=vars(args), work=work, **compare(setup, args))
+        figures = compare(setup, args)
+        limit = harness.in_fresh_process(matmul_rates, str(setup.model), setup.dtype)
+        limit["share"] = {side: share(figures[side], work, side, limit, args.warmup) for side in ("ours", "trl")}
+        harness.report(environment=where, settings=vars(args), work=work, matmul=limit, **figures)
 
 
 if __name__ == "__main__":

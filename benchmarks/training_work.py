@@ -12,6 +12,7 @@ from typing import Any
 
 import harness
 import numpy as np
+from matmul import training_flops
 
 # Files of a model folder that say how its text is tokenised; the benchmark has a tokenizer of its own.
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab.", "merges.")
@@ -35,6 +36,8 @@ class Setup:
     trl_attention: str
     trl_liger: bool
     lend: tuple[str, ...]
+    ordered_by: str = "pairs"
+    pairs_per_prompt: int | None = None  # None: every pair has a prompt of its own
 
     @property
     def model(self) -> Path:
@@ -43,6 +46,26 @@ class Setup:
     @property
     def pairs(self) -> Path:
         return self.folder / "pairs.parquet"
+
+    @property
+    def order(self) -> Path:
+        return self.folder / "order.npz"
+
+    def job(self, folder: Path, micro_batch_tokens: int | None) -> Any:
+        """Our side's job."""
+        from spa_ray.config.training import Tracking
+        from spa_ray.training.job import TrainJob
+
+        return TrainJob(
+            name="ours",
+            pairs=self.pairs,
+            model=self.model,
+            out=folder / "model",
+            train=self.train(micro_batch_tokens).resolved(),
+            seed=self.seed,
+            work=folder / "work",
+            tracking=Tracking(backends=()),
+        )
 
     def train(self, micro_batch_tokens: int | None = None) -> Any:
         """The `train` section. Nothing is watched or saved on the way, on either side."""
@@ -54,6 +77,7 @@ class Setup:
             gamma=self.gamma,
             lr=self.lr,
             dtype=self.dtype,
+            order=self.ordered_by,
             batch_size=self.batch_size,
             micro_batch_tokens=micro_batch_tokens,
             max_length=harness.MAX_LENGTH,
@@ -81,8 +105,10 @@ class Run:
         return batch_size * (len(self.ends) - warmup) / (self.ends[-1] - self.ends[warmup - 1])
 
 
-def make_inputs(setup: Setup, source: Path | None, hidden: int, layers: int, vocab: int) -> dict[str, Any]:
-    """Write the model and the pairs; say what they are."""
+def make_inputs(
+    setup: Setup, source: Path | None, run: Path | None, hidden: int, layers: int, vocab: int
+) -> dict[str, Any]:
+    """Write the model and the pairs; say what they are. `run`: a pairs folder, whose pairs are taken."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if source is None:
@@ -99,7 +125,7 @@ def make_inputs(setup: Setup, source: Path | None, hidden: int, layers: int, voc
         # A head that is a large share of the arithmetic favours whoever skips the prompt's logits.
         "head_share_of_matmuls": round(head / (parameters - (0 if tied else head)), 3),
         "vocab": vocab,
-        **write_pairs(setup, vocab),
+        **write_pairs(setup, given_pairs(setup, run, source) if run else random_pairs(setup, vocab)),
     }
 
 
@@ -110,40 +136,126 @@ def link_model(source: Path, folder: Path) -> None:
             (folder / file.name).symlink_to(file.absolute())
 
 
-def write_pairs(setup: Setup, vocab: int) -> dict[str, Any]:
-    """As many pairs as the steps take: random ids, lengths as preference data has them."""
+@dataclass(frozen=True)
+class PairIds:
+    """A pair's ids. The prompt begins with the tokenizer's first token, each answer ends in its last."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def random_pairs(setup: Setup, vocab: int) -> list[PairIds]:
+    """As many pairs as the steps take: random ids, lengths as preference data has them. With `pairs_per_prompt` they
+    are drawn among the 15 pairs of a prompt's 6 answers."""
+    rng = np.random.default_rng(setup.seed)
+    n = setup.steps * setup.batch_size
+
+    def ids(tokens: int) -> list[int]:
+        return rng.integers(harness.FIRST_ID, vocab, size=tokens - 1).tolist()
+
+    if setup.pairs_per_prompt is None:
+        prompts = harness.log_normal(rng, n, *harness.PROMPTS)
+        answers = harness.answer_lengths(rng, n, setup.correlation)
+        return [
+            PairIds([harness.BOS, *ids(prompts[i])], *([*ids(length), harness.EOS] for length in answers[i]))
+            for i in range(n)
+        ]
+    pairs: list[PairIds] = []
+    among = np.stack(np.triu_indices(6, k=1), axis=1)
+    while len(pairs) < n:
+        prompt = [harness.BOS, *ids(int(harness.log_normal(rng, 1, *harness.PROMPTS)[0]))]
+        answers = [[*ids(int(length)), harness.EOS] for length in harness.log_normal(rng, 6, *harness.ANSWERS)]
+        chosen = rng.choice(len(among), size=setup.pairs_per_prompt, replace=False)
+        pairs += [PairIds(prompt, answers[a], answers[b]) for a, b in rng.permuted(among[chosen], axis=1)]
+    return pairs[:n]
+
+
+def given_pairs(setup: Setup, folder: Path, model: Path | None) -> list[PairIds]:
+    """The first pairs of a table that `spa build` wrote, prompts tokenised as training does it."""
+    import pyarrow.dataset as pds
+
+    from spa_ray.rollout.chat import chat_of
+    from spa_ray.rollout.settings import ChatSettings, today
+    from spa_ray.rollout.tokenizer import load_tokenizer
+
+    if model is None:
+        raise SystemExit("--pairs needs --model: the folder of the model that wrote them")
+    chat = chat_of(load_tokenizer(model, trust_remote_code=False), model, ChatSettings(date=today()))
+    columns = ["prompt", "chosen_ids", "rejected_ids"]
+    rows = pds.dataset(folder, format="parquet").to_table(columns=columns).to_pylist()
+    # The benchmark's tokenizer puts its own first and last token: they take the place of the model's.
+    return [
+        PairIds(
+            [harness.BOS, *map(_shifted, chat.prompt_ids(row["prompt"])[1:])],
+            *([*map(_shifted, row[f"{side}_ids"][:-1]), harness.EOS] for side in ("chosen", "rejected")),
+        )
+        for row in rows[: setup.steps * setup.batch_size]
+    ]
+
+
+def _shifted(token: int) -> int:
+    """An id that the number tokenizer can write: its special tokens are none."""
+    return max(token, harness.FIRST_ID)
+
+
+def write_pairs(setup: Setup, pairs: list[PairIds]) -> dict[str, Any]:
+    """Write the table, and say what is in it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from spa_ray.data.schemas import PAIRS
 
-    rng = np.random.default_rng(setup.seed)
-    n = setup.steps * setup.batch_size
-    prompts = harness.log_normal(rng, n, *harness.PROMPTS)
-    answers = harness.answer_lengths(rng, n, setup.correlation)
-
-    def ids(tokens: int) -> list[int]:
-        return rng.integers(harness.FIRST_ID, vocab, size=tokens - 1).tolist()
-
     rows = [
         {
             "pair_id": f"{i:08d}",
             # The template puts the first token, `<s>`, before it.
-            "prompt": [{"role": "user", "content": " ".join(map(str, ids(prompts[i])))}],
-            "chosen_ids": [*ids(answers[i, 0]), harness.EOS],
-            "rejected_ids": [*ids(answers[i, 1]), harness.EOS],
+            "prompt": [{"role": "user", "content": " ".join(map(str, pair.prompt[1:]))}],
+            "chosen_ids": pair.chosen,
+            "rejected_ids": pair.rejected,
             "gap": 1.0,
         }
-        for i in range(n)
+        for i, pair in enumerate(pairs)
     ]
     schema = pa.schema([PAIRS.field(name) for name in rows[0]])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), setup.pairs)
-    sequences = prompts[:, None] + answers
+    answers = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    sequences = np.array([len(pair.prompt) for pair in pairs])[:, None] + answers
+    spread = answers.std(axis=0).min() > 0
     return {
-        "pairs": n,
+        "pairs": len(pairs),
+        "prompts": len({tuple(pair.prompt) for pair in pairs}),
         "tokens_per_pair": round(float(sequences.sum(axis=1).mean()), 1),
         "answer_tokens": {q: int(np.quantile(answers, q)) for q in (0.05, 0.5, 0.95)},
-        "log_length_correlation": round(float(np.corrcoef(np.log(answers).T)[0, 1]), 2),
+        "log_length_correlation": round(float(np.corrcoef(np.log(answers).T)[0, 1]), 2) if spread else None,
+        **plan_steps(setup),
+    }
+
+
+def plan_steps(setup: Setup) -> dict[str, float]:
+    """Save the order of our steps for TRL. Tokens of the steps' distinct sequences, how many times as many their pairs
+    have, and the least FLOPs of a step for either."""
+    from spa_ray.training import comm
+    from spa_ray.training.prepare import prepare
+
+    job = setup.job(setup.folder / "planned", micro_batch_tokens=None)
+    with comm.process_group():
+        prepared = prepare(job)
+        plan = prepared.plan(job, packed=True)
+    rows = prepared.selection.rows[plan.order.pairs]
+    np.savez(setup.order, rows=rows, step=plan.order.step)
+    sequences = prepared.selection.sequences
+
+    def flops(which: np.ndarray) -> float:
+        return training_flops(str(setup.model), sequences.tokens[which], sequences.responses[which]) / plan.steps
+
+    distinct = np.concatenate([plan.step(s).sequences for s in range(plan.steps)])
+    of_pairs = sequences.of_pair[plan.order.pairs].ravel()
+    tokens, tokens_of_pairs = (int(sequences.tokens[which].sum()) for which in (distinct, of_pairs))
+    return {
+        "distinct_tokens": tokens,
+        "tokens_of_pairs_over_distinct": round(tokens_of_pairs / tokens, 2),
+        "gflops_a_step": {"ours": flops(distinct) / 1e9, "trl": flops(of_pairs) / 1e9},
     }
 
 
@@ -151,14 +263,12 @@ def ordered_rows(setup: Setup) -> tuple[list[dict[str, str]], list[dict[str, lis
     """The pairs in the order of our steps: as texts for TRL, and as the ids that it must find in them."""
     import pyarrow.parquet as pq
 
-    from spa_ray.training.batches import order_pairs
-
     table = pq.read_table(setup.pairs).to_pylist()
-    order = order_pairs(len(table), seed=setup.seed, batch_size=setup.batch_size, epochs=1, max_steps=None)
-    pairs = order.pairs
+    with np.load(setup.order) as saved:
+        pairs, step = saved["rows"], saved["step"]
     if "sorting" in setup.lend:
-        longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in table]
-        pairs = pairs[np.lexsort((-np.array(longest)[pairs], order.step))]
+        longest = np.array([max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in table])
+        pairs = pairs[np.lexsort((-longest[pairs], step))]
     texts, expected = [], []
     for row in (table[i] for i in pairs):
         prompt = row["prompt"][0]["content"]

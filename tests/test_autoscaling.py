@@ -22,7 +22,7 @@ ENGINES = 2
 AGENT_SECONDS = 60.0
 JOB_SECONDS = 240.0
 IDLE_SECONDS = 60.0
-REFUSED_SECONDS = 90.0  # importing, connecting and looking at the cluster; the wait for nodes is 900
+REFUSED_SECONDS = 180.0  # importing, connecting, looking at the cluster, on a busy machine; the wait for nodes is 900
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,18 @@ def assert_where(printed: dict[str, Any]) -> None:
 def test_planning_times_the_plan_of_both_layouts() -> None:
     printed = run("planning.py", "--pairs", "3000", "--repeats", "2", "--batch-size", "64", "--ranks", "2")
     assert_where(printed)
-    packed, padded = printed["layouts"]
-    assert [packed["layout"], padded["layout"]] == ["packed", "padded"]
-    for layout in (packed, padded):
+    layouts = printed["layouts"]
+    assert [row["layout"] for row in layouts] == ["packed", "padded"] * 2
+    assert [row["order"] for row in layouts] == ["prompts"] * 2 + ["pairs"] * 2
+    packed, padded, by_pair, _ = layouts
+    for layout in layouts:
+        assert 1 <= layout["busiest_rank_over_mean"] < 1.5
         assert layout["steps"] == 47  # ⌈3000 / 64⌉
         assert len(layout["seconds"]) == 2
         assert min(layout["seconds"]) <= layout["median_seconds"] <= max(layout["seconds"])
         assert layout["peak_resident_mib"] >= layout["resident_before_mib"] > 0
-    assert packed["micro_batches_a_step"] < padded["micro_batches_a_step"]
+    assert packed["micro_batches_a_step"] <= padded["micro_batches_a_step"]
+    assert packed["tokens_of_pairs_over_tokens"] > 3 > 1.1 > by_pair["tokens_of_pairs_over_tokens"] >= 1
 
 
 def test_packing_runs_the_same_pairs_in_every_layout() -> None:
@@ -84,13 +88,18 @@ def test_logprob_memory_says_what_did_not_fit() -> None:
 
 @needs_trl
 @pytest.mark.engine
-def test_training_beside_trl_follows_one_loss_curve() -> None:
+@pytest.mark.parametrize("work", ["independent", "spa"])
+def test_training_beside_trl_follows_one_loss_curve(work: str) -> None:
     printed = run(
-        "train_vs_trl.py", "--hidden", "32", "--layers", "1", "--vocab", "128", "--batch-size", "4", "--steps", "3",
-        "--warmup", "1", "--repeats", "1", "--micro-batch-tokens", "1600", "--trl-micro-batch", "2", "--lr", "1e-3",
+        "train_vs_trl.py", "--work", work, "--hidden", "32", "--layers", "1", "--vocab", "128", "--batch-size", "4",
+        "--steps", "3", "--warmup", "1", "--repeats", "1", "--micro-batch-tokens", "1600", "--trl-micro-batch", "2",
+        "--lr", "1e-3",
     )  # fmt: skip
     assert_where(printed)
+    assert set(printed["matmul"]["share"]) == {"ours", "trl"}
+    assert all(0 < share < 1 for share in printed["matmul"]["share"].values())
     assert printed["work"]["pairs"] == 12
+    assert (printed["work"]["tokens_of_pairs_over_distinct"] > 1.2) == (work == "spa")
     ours, trl = printed["ours"], printed["trl"]
     for side in (ours, trl):
         assert len(side["loss"]) == 3

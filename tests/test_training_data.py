@@ -13,7 +13,7 @@ import pytest
 from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
-from spa_ray.training.dataset import TokenizedPairs, select_pairs, sequences
+from spa_ray.training.dataset import Selection, TokenizedPairs, read_sequences, select_pairs
 from spa_ray.training.forward import collate_packed, collate_padded
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from tests.tiny_model import build_tiny_tokenizer
@@ -180,14 +180,45 @@ def test_dead_pairs_are_dropped_only_when_asked(tmp_path: Path, tokenizer: Any) 
     assert (selection.gap > 0).all()
 
 
+def responses_of(data: TokenizedPairs, selection: Selection, pair: int) -> list[list[int]]:
+    """Of one pair, the chosen one first."""
+    return [ids.tolist() for _, ids in read_sequences(data, selection, selection.sequences.of_pair[pair])]
+
+
 def test_shuffled_labels_swap_about_half_of_the_pairs_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
     data, _ = tokenized(tmp_path, tokenizer, pair_rows(200))
     selection, _ = select_pairs(data, train(shuffle_labels=True), seed=0)
-    assert 60 < selection.swapped.sum() < 140
+    swapped = 0
     for i in range(200):
-        sides = [sequences(data, selection, np.array([i]), chosen=c)[0][1].tolist() for c in (True, False)]
         truth = [data.ids("chosen_ids", i).tolist(), data.ids("rejected_ids", i).tolist()]
-        assert sides == (truth[::-1] if selection.swapped[i] else truth)
+        found = responses_of(data, selection, i)
+        assert found in (truth, truth[::-1])
+        swapped += found != truth
+    assert 60 < swapped < 140
+
+
+def test_a_sequence_is_a_prompt_and_a_response_however_many_pairs_it_is_in(tmp_path: Path, tokenizer: Any) -> None:
+    rows = pair_rows(4)
+    rows[1]["prompt"] = rows[0]["prompt"]
+    rows[1]["rejected_ids"] = rows[0]["chosen_ids"]  # chosen here, rejected there
+    rows[2]["chosen_ids"] = rows[0]["chosen_ids"]  # another prompt's: another sequence
+    data, _ = tokenized(tmp_path, tokenizer, rows)
+    selection, _ = select_pairs(data, train(), seed=0)
+    of_pair = selection.sequences.of_pair
+    assert len(selection.source) == 7
+    assert of_pair[0, 0] == of_pair[1, 1]
+    assert len(set(of_pair.ravel().tolist())) == 7
+    for i in range(4):
+        assert responses_of(data, selection, i) == [rows[i]["chosen_ids"], rows[i]["rejected_ids"]]
+        for prompt, response in read_sequences(data, selection, of_pair[i]):
+            assert prompt.tolist() == data.ids("prompt_ids", i).tolist()
+            assert len(response) > 0
+    read = read_sequences(data, selection, np.arange(7))
+    assert selection.sequences.tokens.tolist() == [len(p) + len(r) for p, r in read]
+    assert selection.sequences.responses.tolist() == [len(r) for _, r in read]
+    prompts = selection.sequences.prompt_of_pair
+    assert prompts[0] == prompts[1]
+    assert len(set(prompts.tolist())) == 3
 
 
 def test_sft_trains_once_on_each_prompt_and_chosen_answer(tmp_path: Path, tokenizer: Any) -> None:
@@ -201,7 +232,8 @@ def test_sft_trains_once_on_each_prompt_and_chosen_answer(tmp_path: Path, tokeni
     assert dropped["duplicate"] == 1
     assert selection.rows.tolist() == [0, 1, 3]
     totals = data.lengths("prompt_ids") + data.lengths("chosen_ids")
-    assert selection.tokens.total.tolist() == totals[[0, 1, 3]].tolist()
+    sequences = selection.sequences
+    assert sequences.tokens[sequences.of_pair[:, 0]].tolist() == totals[[0, 1, 3]].tolist()
 
 
 def test_weights_over_nothing_but_dead_pairs_are_refused(tmp_path: Path, tokenizer: Any) -> None:

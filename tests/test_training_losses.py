@@ -132,10 +132,10 @@ def test_an_impossible_ratio_or_beta_gives_no_gamma(ratio: float, beta: float) -
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_a_method_gives_one_loss_a_pair_and_the_statistics_that_it_declares(method: str) -> None:
     objective = OBJECTIVES[method]
-    summed = torch.tensor([-3.0, -8.0, -5.0, -6.0, -7.0, -1.0])[: 3 * objective.sequences_per_pair]
-    counts = torch.tensor([2, 4, 5, 3, 7, 1])[: len(summed)]
-    reference = (torch.tensor([-4.0, -7.0, -5.0]), torch.tensor([-5.0, -9.0, -2.0]))
-    inputs = LossInputs(summed, counts, torch.ones(3), reference if objective.needs_reference else None)
+    summed, counts = torch.tensor([-3.0, -8.0, -5.0, -6.0]), torch.tensor([2, 4, 5, 3])
+    sides = torch.tensor([[0, 1], [2, 1], [3, 0]])[:, : objective.sequences_per_pair]
+    reference = torch.tensor([-4.0, -7.0, -5.0, -5.5]) if objective.needs_reference else None
+    inputs = LossInputs(summed, counts, sides, torch.ones(3), reference)
     losses, stats = objective.loss(inputs, Train(method=method).resolved())
     assert losses.shape == (3,)
     assert set(stats) == set(objective.stats)
@@ -144,14 +144,14 @@ def test_a_method_gives_one_loss_a_pair_and_the_statistics_that_it_declares(meth
 
 def test_ipo_sees_log_ratios_a_token() -> None:
     summed, counts = torch.tensor([-4.0, -9.0]), torch.tensor([2, 3])
-    inputs = LossInputs(summed, counts, torch.ones(1), (torch.tensor([-6.0]), torch.tensor([-6.0])))
+    inputs = LossInputs(summed, counts, torch.tensor([[0, 1]]), torch.ones(1), torch.tensor([-6.0, -6.0]))
     losses, stats = OBJECTIVES["ipo"].loss(inputs, Train(method="ipo", beta=0.5).resolved())
     assert losses.item() == pytest.approx(((-4 + 6) / 2 - (-9 + 6) / 3 - 1) ** 2)
     assert stats["rewards/margins"].item() == pytest.approx(0.5 * 2)
 
 
 def test_orpos_own_statistics_are_named_as_trl_names_them() -> None:
-    inputs = LossInputs(torch.tensor([-1.0, -2.0]), torch.tensor([2, 2]), torch.ones(1), None)
+    inputs = LossInputs(torch.tensor([-1.0, -2.0]), torch.tensor([2, 2]), torch.tensor([[0, 1]]), torch.ones(1))
     losses, stats = OBJECTIVES["orpo"].loss(inputs, Train(method="orpo", beta=0.1).resolved())
     log_odds = math.log(math.exp(-0.5) / (1 - math.exp(-0.5))) - math.log(math.exp(-1) / (1 - math.exp(-1)))
     assert stats["nll_loss"].item() == pytest.approx(0.5)

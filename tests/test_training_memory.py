@@ -152,7 +152,7 @@ def test_a_dense_models_parameters_follow_from_its_settings() -> None:
 def test_a_micro_batch_is_limited_by_the_pairs_of_a_step() -> None:
     assert micro_batch(Train(max_length=100), 1) == 800
     assert micro_batch(Train(max_length=100, batch_size=8), 8) == 200
-    assert micro_batch(Train(max_length=100, micro_batch_tokens=10), 1) == 200  # a pair cannot be divided
+    assert micro_batch(Train(max_length=100, micro_batch_tokens=10), 1) == 100  # a sequence cannot be divided
 
 
 def test_checkpointing_left_open_is_on_where_a_step_would_not_fit_and_off_without_a_gpu() -> None:
@@ -233,7 +233,7 @@ def test_a_move_below_half_a_step_leaves_most_bfloat16_weights_as_they_were() ->
 def test_changes_that_leave_the_trained_weights_alike_come_first() -> None:
     found = [text for text, _ in changes(Train(), Resources(train_workers=2))]
     assert found[:4] == [
-        "train.gradient_checkpointing=true", "train.micro_batch_tokens=4096",
+        "train.gradient_checkpointing=true", "train.micro_batch_tokens=2048",
         "train.zero_stage=3", "train.offload=true",
     ]  # fmt: skip
     kinds = [
@@ -265,7 +265,7 @@ def test_preflight_takes_the_memory_of_the_smallest_gpu_and_refuses(tiny_model: 
     given = ["train.micro_batch_tokens=100000000", "train.gradient_checkpointing=true", "resources.train_workers=1"]
     arms = load_config(RECIPE, [*given, "train.max_length=8192", "train.batch_size=20000", "arms={main: {}}"])
     check_training_memory(load_config(RECIPE), tiny_model, node("L4"))
-    with pytest.raises(InputError, match=r"a GPU has 24 .*set train.micro_batch_tokens=16384"):
+    with pytest.raises(InputError, match=r"a GPU has 24 .*set train.micro_batch_tokens=8192"):
         check_training_memory(arms, tiny_model, node("H100", "L4"))
     with pytest.raises(InputError, match="a GPU has 80 "):
         check_training_memory(arms, tiny_model, node("unknown"))

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spa_ray.errors import InputError
 from spa_ray.training import attention
 from spa_ray.training.attention import NAME, packed_attention, use_attention, use_packed_attention, why_not_packed
-from spa_ray.training.forward import ResponseLogps, Rows
+from spa_ray.training.forward import ResponseLogps, Rows, collate_packed
 from spa_ray.training.losses import sequence_logps
 from spa_ray.training.policy import TOLERANCE, _short_rows, check_layout
 from tests.training_support import make_job
@@ -83,10 +83,19 @@ def packed_policy(model: Any, budget: int | None) -> ResponseLogps:
     return ResponseLogps(model, packed=True, logits_budget=budget)
 
 
+def rows_of_few_prompts() -> Rows:
+    """Answers to two prompts, one of them longer than the windows below, and one sequence by itself."""
+    rng = np.random.default_rng(2)
+    one, two = rng.integers(3, VOCAB, 9), rng.integers(3, VOCAB, 2)
+    of = [(one, 4), (two, 7), (one, 1), (rng.integers(3, VOCAB, 5), 3), (one, 12), (two, 7)]
+    return [(prompt, rng.integers(3, VOCAB, tokens)) for prompt, tokens in of]
+
+
 @pytest.mark.parametrize("budget", [None, 5 * VOCAB, 1000 * VOCAB], ids=["own-head", "chunks", "one-chunk"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_packed_is_padded_on_the_right_and_on_the_left(kind: str, budget: int | None) -> None:
-    data = rows()
+@pytest.mark.parametrize("make", [rows, rows_of_few_prompts])
+def test_packed_is_padded_on_the_right_and_on_the_left(make: Any, kind: str, budget: int | None) -> None:
+    data = make()
     left = left_padded_logps(MODELS[kind](), data)
     padded, padded_gradients = summed_and_gradients(ResponseLogps(MODELS[kind]()), data)
     packed, packed_gradients = summed_and_gradients(packed_policy(MODELS[kind](), budget), data)
@@ -96,6 +105,18 @@ def test_packed_is_padded_on_the_right_and_on_the_left(kind: str, budget: int | 
     for name, gradient in padded_gradients.items():
         # Norms compute in float32 whatever the model's dtype.
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_prompt_stands_once_before_all_its_responses() -> None:
+    data = rows_of_few_prompts()
+    batch = collate_packed(data, "cpu")
+    assert batch.input_ids.numel() == 9 + 2 + 5 + sum(len(response) for _, response in data)
+    assert batch.real_tokens == sum(len(prompt) + len(response) for prompt, response in data)
+    assert batch.shared is not None
+    whole = np.concatenate([part for row in data for part in row])
+    assert batch.input_ids[0][batch.shared.copies].tolist() == whole.tolist()
+    assert batch.input_ids[0].tolist() == whole[batch.shared.own].tolist()
+    assert collate_packed(rows(), "cpu").shared is None
 
 
 def test_a_packed_sequence_sees_nothing_of_its_neighbours() -> None:

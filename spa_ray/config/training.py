@@ -61,6 +61,14 @@ class Train(Section):
     max_pairs: int | None = Field(None, ge=1, description="a seeded subset of N pairs, for size-matched comparisons")
     shuffle_labels: bool = Field(False, description="control: swap chosen and rejected by a seeded fair coin")
     batch_size: int = Field(32, ge=1, description="pairs in an optimizer step, over all ranks")
+    order: Literal["prompts", "pairs"] = Field(
+        "pairs",
+        description="what an epoch shuffles: prompts, each with all its pairs, which share their sequences within a "
+        "step; or pairs alone",
+    )
+    gap_mean: Literal["step", "epoch"] = Field(
+        "step", description="the mean gap that weights are relative to: an optimizer step's or all pairs'"
+    )
     micro_batch_tokens: int | None = Field(None, ge=1, description="tokens in a micro-batch; null: 8 × max_length")
     packing: bool | None = Field(
         None, description="sequences one after the other, no padding; null: where the model's attention allows it"

@@ -67,6 +67,36 @@ def use_packed_attention(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+@dataclass(frozen=True, eq=False)
+class SharedPrompts:
+    """A packed row in which a prompt stands once before all its responses, and the row in which each response has its
+    own copy. Attention is computed over the second, everything else over the first.
+
+    `copies`: of every token of the second row, its place in the first. `own`: of every token of the first row, the
+    place of one of its copies in the second; a prompt's are all alike.
+    """
+
+    copies: Int[Tensor, " expanded"]
+    own: Int[Tensor, " tokens"]
+
+    @classmethod
+    def of(
+        cls,
+        prompt_at: Int[np.ndarray, " sequences"],
+        response_at: Int[np.ndarray, " sequences"],
+        prompts: Int[np.ndarray, " sequences"],
+        responses: Int[np.ndarray, " sequences"],
+        device: torch.device | str,
+    ) -> SharedPrompts:
+        """By where the parts of each sequence begin in the first row, and how long they are."""
+        starts = np.stack([prompt_at, response_at], axis=1).ravel()
+        sizes = np.stack([prompts, responses], axis=1).ravel()
+        copies = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+        own = np.empty(int(copies.max()) + 1, dtype=np.int64)
+        own[copies] = np.arange(len(copies))
+        return cls(*(torch.from_numpy(x).to(device) for x in (copies, own)))
+
+
 def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "1 heads tokens dim"],
@@ -78,9 +108,11 @@ def packed_attention(
     sliding_window: int | None = UNSAID,
     cu_seq_lens_q: Int[Tensor, " sequences_plus_1"] | None = None,
     max_length_q: int | None = None,
+    shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads dim"], None]:
-    """transformers' attention interface. `cu_seq_lens_q` are int32 offsets, from 0 to the number of tokens.
+    """transformers' attention interface. `cu_seq_lens_q` are int32 offsets, from 0 to the number of tokens, which with
+    `shared_prompts` are those of the row in which every response has its prompt.
 
     Raises: InputError when the offsets or a sliding window do not arrive, or the model wants scores that are not
     computed here.
@@ -96,8 +128,12 @@ def packed_attention(
         if window is not None and max_length_q > window:  # it would be in the mask, which is not made here
             raise InputError(f"{type(module).__name__} keeps its sliding window to itself; set train.packing=false")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _by_length(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+        if shared_prompts is None:
+            return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+        query, key, value = (x.index_select(2, shared_prompts.copies) for x in (query, key, value))
+        out = _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        return out.index_select(1, shared_prompts.own), None
+    return _by_length(query, key, value, cu_seq_lens_q, scaling, sliding_window, shared_prompts), None
 
 
 def _flash(
@@ -114,13 +150,19 @@ def _flash(
 
 
 def _by_length(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    scale: float | None,
+    window: int | None,
+    shared: SharedPrompts | None,
 ) -> Tensor:
     """One causal kernel for every group of sequences of nearly equal length, padded within the group on the right."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    layout = _layout(tuple(offsets.diff().tolist()), query.device)
+    layout = _layout(tuple(offsets.diff().tolist()), query.device, shared)
     heads, dim = query.shape[1], value.shape[3]
     rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]
     split = [layout.split(_Rearrange.apply(x, layout.to_groups)) for x in rows]
@@ -152,16 +194,17 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Move:
-    """Row i of the result is row `source[i]`, but zero at `empty`; `back_…` are those of the inverse move."""
+    """Row i of the result is row `source[i]`, but zero at `empty`; `back_…` are those of the inverse move, None where
+    rows have several copies, whose gradients are added up."""
 
     source: Int[Tensor, " rows_out"]
     empty: Int[Tensor, " gaps"]
-    back_source: Int[Tensor, " rows_in"]
-    back_empty: Int[Tensor, " gaps_in"]
+    back_source: Int[Tensor, " rows_in"] | None
+    back_empty: Int[Tensor, " gaps_in"] | None
 
 
 @lru_cache(maxsize=4)
-def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
+def _layout(lengths: tuple[int, ...], device: torch.device, shared: SharedPrompts | None) -> _Layout:
     """The same for every layer of a forward pass, hence the cache."""
     sizes = np.array(lengths)
     first = np.cumsum(sizes) - sizes
@@ -180,8 +223,23 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
     sources, real = np.concatenate(source), np.concatenate(filled)
     inverse = np.empty(sizes.sum(), dtype=np.int64)
     inverse[sources[real]] = np.flatnonzero(real)
-    moves = [torch.from_numpy(x).to(device) for x in (sources, np.flatnonzero(~real), inverse, np.empty(0, np.int64))]
-    return _Layout(shapes, _Move(*moves), _Move(*moves[2:], *moves[:2]))
+
+    def on_device(*arrays: np.ndarray) -> list[Tensor]:
+        return [torch.from_numpy(x).to(device) for x in arrays]
+
+    nothing = np.empty(0, np.int64)
+    if shared is None:
+        there, back = on_device(sources, np.flatnonzero(~real)), on_device(inverse, nothing)
+        return _Layout(shapes, _Move(*there, *back), _Move(*back, *there))
+    copies, own = shared.copies.cpu().numpy(), shared.own.cpu().numpy()
+    slots = inverse[own]
+    taken = np.zeros(len(sources), dtype=bool)
+    taken[slots] = True
+    row_of_slot = np.zeros(len(sources), dtype=np.int64)
+    row_of_slot[slots] = np.arange(len(own))
+    source, empty = on_device(copies[sources], np.flatnonzero(~real))
+    to_groups = _Move(source, empty, None, None)
+    return _Layout(shapes, to_groups, _Move(*on_device(slots, nothing, row_of_slot, np.flatnonzero(~taken))))
 
 
 class _Rearrange(torch.autograd.Function):
@@ -189,13 +247,16 @@ class _Rearrange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Float[Tensor, "rows width"], move: _Move) -> Float[Tensor, "moved width"]:
-        ctx.move = move
+        ctx.move, ctx.rows = move, len(rows)
         return rows.index_select(0, move.source).index_fill_(0, move.empty, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Float[Tensor, "moved width"]) -> tuple[Tensor, None]:
         move = ctx.move
+        if move.back_source is None:
+            given = grad.index_fill(0, move.empty, 0)
+            return grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, move.source, given), None
         return grad.index_select(0, move.back_source).index_fill_(0, move.back_empty, 0), None
 
 

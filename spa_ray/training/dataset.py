@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 
 from spa_ray.config.training import Train
 from spa_ray.errors import InputError
-from spa_ray.training.batches import LABELS, SUBSET, PairTokens, stream
+from spa_ray.training.batches import LABELS, SUBSET, stream
+from spa_ray.training.deal import Sequences
 
 Sequence = tuple[np.ndarray, np.ndarray]  # prompt ids, response ids
 
@@ -48,6 +49,10 @@ class TokenizedPairs:
         """Token counts of one of the id columns."""
         return pc.list_value_length(self._table.column(name)).to_numpy()[self._rank].astype(np.int64)
 
+    def contexts(self, side: str) -> Int[np.ndarray, " pairs"]:
+        """How many of each response's first ids are its thinking; `side` is chosen or rejected."""
+        return self._context[f"{side}_ids"][self._rank].astype(np.int64)
+
     def context(self, side: str, row: int) -> int:
         """How many of a response's first ids are its thinking; `side` is its column of ids."""
         return int(self._context[side][self._rank[row]])
@@ -66,19 +71,18 @@ class TokenizedPairs:
 
 @dataclass(frozen=True)
 class Selection:
-    """The pairs of one job: rows of the token file, and whether their labels are swapped (a control)."""
+    """The pairs of one job: rows of the token file, and the distinct sequences that they are made of.
+
+    `source` says where the ids of a sequence stand: 2 · row, and 1 more for the row's rejected response.
+    """
 
     rows: Int[np.ndarray, " pairs"]
-    swapped: np.ndarray
     gap: Float[np.ndarray, " pairs"]
-    tokens: PairTokens
+    sequences: Sequences
+    source: Int[np.ndarray, " sequences"]
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def side(self, i: int, chosen: bool) -> str:
-        """The token column that stands for the chosen (or the rejected) of pair i."""
-        return "chosen_ids" if chosen != bool(self.swapped[i]) else "rejected_ids"
 
 
 def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Selection, dict[str, int]]:
@@ -111,24 +115,47 @@ def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Sele
         raise InputError(
             f"every pair's {train.gap} gap is 0, weights mean nothing; set train.gap or train.method=spa_simpo"
         )
-    return Selection(rows, swapped, gap[rows], _tokens(data, rows, swapped, train.method == "sft")), dropped
+    return _selection(data, rows, swapped, gap[rows], sides=1 if train.method == "sft" else 2), dropped
 
 
-def _tokens(data: TokenizedPairs, rows: np.ndarray, swapped: np.ndarray, chosen_only: bool) -> PairTokens:
-    prompt, chosen, rejected = (data.lengths(f"{name}_ids")[rows] for name in ("prompt", "chosen", "rejected"))
-    if chosen_only:
-        sequence = prompt + np.where(swapped, rejected, chosen)
-        return PairTokens(sequence, sequence)
-    return PairTokens(prompt + np.maximum(chosen, rejected), 2 * prompt + chosen + rejected)
+SIDES = ("chosen", "rejected")
 
 
-def sequences(data: TokenizedPairs, selection: Selection, pairs: np.ndarray, *, chosen: bool) -> list[Sequence]:
-    """Prompt and response ids of one side of these pairs. A response's thinking counts as its prompt's: it is read, and
-    no loss looks at it."""
-    return [_sequence(data, int(selection.rows[i]), selection.side(i, chosen)) for i in pairs]
+def _selection(
+    data: TokenizedPairs, rows: np.ndarray, swapped: np.ndarray, gap: np.ndarray, *, sides: int
+) -> Selection:
+    """`swapped` pairs have their rejected response as the chosen one."""
+    keys, sources = [], []
+    for side in range(sides):
+        rejected = swapped ^ bool(side)
+        keys.append(np.where(rejected, data.column("rejected_key")[rows], data.column("chosen_key")[rows]))
+        sources.append(2 * rows + rejected)
+    _, first, of_pair = np.unique(np.stack(keys, axis=1), return_index=True, return_inverse=True)
+    source = np.stack(sources, axis=1).ravel()[first]
+    row, rejected = np.divmod(source, 2)
+    prompts = data.lengths("prompt_ids")
+    responses, contexts = (
+        np.where(rejected, of_side("rejected")[row], of_side("chosen")[row])
+        for of_side in (lambda side: data.lengths(f"{side}_ids"), data.contexts)
+    )
+    sequences = Sequences(
+        tokens=prompts[row] + responses,
+        responses=responses - contexts,
+        heads=np.where(contexts == 0, prompts[row], 0),  # an answer's thinking stands between it and the prompt
+        prompt=np.unique(data.column("prompt_key")[row], return_inverse=True)[1],
+        of_pair=of_pair.reshape(len(rows), sides),
+    )
+    return Selection(rows, gap, sequences, source)
 
 
-def _sequence(data: TokenizedPairs, row: int, side: str) -> Sequence:
+def read_sequences(data: TokenizedPairs, selection: Selection, which: np.ndarray) -> list[Sequence]:
+    """Prompt and response ids of these sequences. A response's thinking counts as its prompt's: it is read, and no loss
+    looks at it."""
+    return [_sequence(data, *map(int, divmod(selection.source[i], 2))) for i in which]
+
+
+def _sequence(data: TokenizedPairs, row: int, rejected: int) -> Sequence:
+    side = f"{SIDES[rejected]}_ids"
     prompt, response = data.ids("prompt_ids", row), data.ids(side, row)
     context = data.context(side, row)
     return (np.concatenate([prompt, response[:context]]), response[context:]) if context else (prompt, response)

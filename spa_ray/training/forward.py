@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spa_ray.training.attention import plain_attention
+from spa_ray.training.attention import SharedPrompts, plain_attention
 from spa_ray.training.head import LogitTransform, head_logps
 from spa_ray.training.losses import token_logps
 
@@ -31,12 +31,14 @@ class MicroBatch:
 
     Response token k is `targets[k]`; it is predicted at the flat position `predict[k]` of `input_ids` and belongs to
     sequence `owner[k]`. `position_ids` is None where each row counts from 0. `offsets` are where packed sequences
-    begin and end, None where each row is a sequence; `longest` is the longest one's tokens.
+    begin and end, None where each row is a sequence; `longest` is the longest one's tokens. Where packed sequences
+    share their prompt's tokens, `shared` says so and `offsets` are of sequences that have all their tokens.
     """
 
     input_ids: Int[Tensor, "batch seq"]
     position_ids: Int[Tensor, "batch seq"] | None
     offsets: Int[Tensor, " sequences_plus_1"] | None
+    shared: SharedPrompts | None
     longest: int
     predict: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
@@ -57,18 +59,40 @@ def collate_padded(sequences: Rows, device: torch.device | str) -> MicroBatch:
     for row, (prompt, response) in enumerate(sequences):
         ids[row, : len(prompt)] = prompt
         ids[row, len(prompt) : len(prompt) + len(response)] = response
-    return _micro_batch(ids, np.arange(len(sequences)) * width, prompts, responses, device)
+    first = np.arange(len(sequences)) * width
+    return _micro_batch(ids, first + prompts, prompts, responses, device, prompt_at=first)
 
 
 def collate_packed(sequences: Rows, device: torch.device | str) -> MicroBatch:
-    """All sequences one after the other in a single row; positions begin anew with each. No padding at all."""
+    """All sequences one after the other in a single row, a prompt's responses behind one copy of it; positions count as
+    if each had its own. No padding at all."""
     prompts, responses = _sizes(sequences)
-    lengths = prompts + responses
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.concatenate([part for row in sequences for part in row]).astype(np.int64)[None]
-    positions = np.arange(ids.shape[1]) - np.repeat(offsets[:-1], lengths)
+    groups: dict[bytes, list[int]] = {}
+    for number, (prompt, _) in enumerate(sequences):
+        groups.setdefault(prompt.astype(np.int64).tobytes(), []).append(number)
+    ids, positions, at = [], [], 0
+    prompt_at, response_at = np.empty(len(sequences), np.int64), np.empty(len(sequences), np.int64)
+    for members in groups.values():
+        prompt = sequences[members[0]][0]
+        prompt_at[members] = at
+        parts = [prompt, *(sequences[i][1] for i in members)]
+        starts = at + np.cumsum([len(part) for part in parts])
+        response_at[members] = starts[:-1]
+        positions += [np.arange(len(prompt)), *(len(prompt) + np.arange(responses[i]) for i in members)]
+        ids += parts
+        at = int(starts[-1])
+    offsets = np.concatenate([[0], np.cumsum(prompts + responses)]).astype(np.int32)
+    shared = len(groups) < len(sequences)
     return _micro_batch(
-        ids, offsets[:-1], prompts, responses, device, positions=positions[None], offsets=offsets.astype(np.int32)
+        np.concatenate(ids).astype(np.int64)[None],
+        response_at,
+        prompts,
+        responses,
+        device,
+        prompt_at=prompt_at,
+        positions=np.concatenate(positions)[None],
+        offsets=offsets,
+        shared=SharedPrompts.of(prompt_at, response_at, prompts, responses, device) if shared else None,
     )
 
 
@@ -78,18 +102,21 @@ def _sizes(sequences: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 def _micro_batch(
     ids: Int[np.ndarray, "batch seq"],
-    first: Int[np.ndarray, " sequences"],
+    response_at: Int[np.ndarray, " sequences"],
     prompts: Int[np.ndarray, " sequences"],
     responses: Int[np.ndarray, " sequences"],
     device: torch.device | str,
     *,
+    prompt_at: Int[np.ndarray, " sequences"],
     positions: Int[np.ndarray, "batch seq"] | None = None,
     offsets: Int[np.ndarray, " sequences_plus_1"] | None = None,
+    shared: SharedPrompts | None = None,
 ) -> MicroBatch:
-    """`first` is the flat position of each sequence's first token."""
+    """`prompt_at` and `response_at` are the flat positions of their first tokens."""
     owner = np.repeat(np.arange(len(prompts)), responses)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(responses) - responses, responses)
-    at = first[owner] + prompts[owner] + within
+    at = response_at[owner] + within
+    before = np.where(within == 0, prompt_at[owner] + prompts[owner] - 1, at - 1)
 
     def on_device(values: np.ndarray | None) -> Any:
         return None if values is None else torch.from_numpy(values).to(device, non_blocking=True)
@@ -98,8 +125,9 @@ def _micro_batch(
         input_ids=on_device(ids),
         position_ids=on_device(positions),
         offsets=on_device(offsets),
+        shared=shared,
         longest=int((prompts + responses).max()),
-        predict=on_device(at - 1),
+        predict=on_device(before),
         targets=on_device(ids.reshape(-1)[at]),
         owner=on_device(owner),
         sequences=len(prompts),
@@ -152,6 +180,8 @@ class ResponseLogps(nn.Module):
         if batch.offsets is not None:
             packed = {"cu_seq_lens_q": batch.offsets, "cu_seq_lens_k": batch.offsets}
             packed |= {"max_length_q": batch.longest, "max_length_k": batch.longest}
+        if batch.shared is not None:
+            packed["shared_prompts"] = batch.shared
         self._batch = batch
         output = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packed)
         kept, self._kept, self._batch = self._kept, None, None

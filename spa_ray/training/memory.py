@@ -202,10 +202,10 @@ def _step_memory(train: Train, shape: Shape, world: int, gpu: bool, *, checkpoin
 
 
 def micro_batch(train: Train, world: int) -> int:
-    """Tokens of the largest micro-batch: the config's limit, or all pairs of a rank's step; one pair at least."""
-    pair = (1 if train.method == "sft" else 2) * train.max_length
-    most = math.ceil(train.batch_size / world) * pair
-    return max(min(train.micro_batch_limit, most), pair)
+    """Tokens of the largest micro-batch: the config's limit, or all of a rank's step; one sequence at least."""
+    sequences = (1 if train.method == "sft" else 2) * train.batch_size
+    most = math.ceil(sequences / world) * train.max_length
+    return max(min(train.micro_batch_limit, most), train.max_length)
 
 
 def lora_parameters(train: Train, shape: Shape) -> float:

@@ -1,7 +1,8 @@
-"""What each training method makes of a micro-batch's log-probs: its loss, and the numbers that its log shows.
+"""What each training method makes of its sequences' log-probs: its loss, and the numbers that its log shows.
 
-Comes in: summed log-probs and counts, chosen rows first, then the rejected. Goes out: weighted losses, one a pair, and
-statistics, one number a pair each. Never: models, steps, reductions. A new loss is one more entry of `OBJECTIVES`.
+Comes in: summed log-probs and counts, one a sequence, and the sequences of each pair. Goes out: weighted losses, one a
+pair, and statistics, one number a pair each. Never: models, steps, reductions. A new loss is one more entry of
+`OBJECTIVES`; that a sequence is in several pairs, and computed once, is nothing that it knows of.
 """
 
 from __future__ import annotations
@@ -30,12 +31,30 @@ PAIR_STATS = (
 
 @dataclass(frozen=True)
 class LossInputs:
-    """A micro-batch of n pairs. `reference` holds (chosen, rejected) summed log-probs of the policy before step 0."""
+    """Some pairs of a step. `sides` are the pairs' sequences, the chosen one first; `summed`, `counts` and `reference`
+    (summed log-probs of the policy before step 0) are by sequence."""
 
     summed: Float[Tensor, " sequences"]
     counts: Int[Tensor, " sequences"]
+    sides: Int[Tensor, "pairs sides"]
     weights: Float[Tensor, " pairs"]
-    reference: tuple[Tensor, Tensor] | None
+    reference: Float[Tensor, " sequences"] | None = None
+
+    def summed_logps(self) -> list[Float[Tensor, " pairs"]]:
+        """Of each side, the chosen one first."""
+        return self._of_sides(self.summed)
+
+    def mean_logps(self) -> list[Float[Tensor, " pairs"]]:
+        """Of each side, over its response's tokens."""
+        return self._of_sides(self.summed / self.counts)
+
+    def reference_logps(self, *, mean: bool = False) -> list[Float[Tensor, " pairs"]]:
+        """Of each side, of the policy before step 0."""
+        assert self.reference is not None
+        return self._of_sides(self.reference / self.counts if mean else self.reference)
+
+    def _of_sides(self, values: Tensor) -> list[Tensor]:
+        return [values[side] for side in self.sides.unbind(dim=1)]
 
 
 @dataclass(frozen=True)
@@ -50,30 +69,27 @@ class Objective:
 
 
 def _simpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
-    chosen, rejected = (inputs.summed / inputs.counts).chunk(2)
+    chosen, rejected = inputs.mean_logps()
     losses = simpo_loss(chosen, rejected, beta=train.beta, gamma=train.gamma, weights=inputs.weights)  # type: ignore[arg-type]
     return losses, _pair_stats(chosen, rejected, train.beta * chosen, train.beta * rejected)
 
 
 def _dpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
-    assert inputs.reference is not None
-    (chosen, rejected), (ref_chosen, ref_rejected) = inputs.summed.chunk(2), inputs.reference
+    (chosen, rejected), (ref_chosen, ref_rejected) = inputs.summed_logps(), inputs.reference_logps()
     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=train.beta, weights=inputs.weights)  # type: ignore[arg-type]
     rewards = [train.beta * (chosen - ref_chosen), train.beta * (rejected - ref_rejected)]
     return losses, _pair_stats(chosen, rejected, *rewards)
 
 
 def _ipo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
-    assert inputs.reference is not None
-    chosen, rejected = (inputs.summed / inputs.counts).chunk(2)
-    ref_chosen, ref_rejected = (r / n for r, n in zip(inputs.reference, inputs.counts.chunk(2), strict=True))
+    (chosen, rejected), (ref_chosen, ref_rejected) = inputs.mean_logps(), inputs.reference_logps(mean=True)
     losses = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=train.beta, weights=inputs.weights)  # type: ignore[arg-type]
     rewards = [train.beta * (chosen - ref_chosen), train.beta * (rejected - ref_rejected)]
     return losses, _pair_stats(chosen, rejected, *rewards)
 
 
 def _orpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
-    chosen, rejected = (inputs.summed / inputs.counts).chunk(2)
+    chosen, rejected = inputs.mean_logps()
     losses = orpo_loss(chosen, rejected, beta=train.beta, weights=inputs.weights)  # type: ignore[arg-type]
     log_odds = log_odds_ratio(chosen, rejected).detach()
     stats = _pair_stats(chosen, rejected, train.beta * chosen, train.beta * rejected)
@@ -83,8 +99,9 @@ def _orpo(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
 
 
 def _sft(inputs: LossInputs, train: Train) -> tuple[Tensor, Stats]:
-    losses = sft_loss(inputs.summed, inputs.counts, weights=inputs.weights)
-    return losses, {"logps/chosen": (inputs.summed / inputs.counts).detach()}
+    at = inputs.sides[:, 0]
+    losses = sft_loss(inputs.summed[at], inputs.counts[at], weights=inputs.weights)
+    return losses, {"logps/chosen": (inputs.summed / inputs.counts)[at].detach()}
 
 
 def _pair_stats(chosen: Tensor, rejected: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Stats:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spa_ray.config.training import Lora, Train
 from spa_ray.errors import InputError
@@ -165,15 +165,19 @@ def check_layout(engine: Any, job: TrainJob) -> None:
     if not policy.packed and policy.logits_budget is None:
         return
     rows = _short_rows(policy.model.config.get_text_config().vocab_size)
+
+    def means() -> Tensor:
+        summed, counts = engine(policy.collate(rows, comm.device()))
+        return summed / counts
+
     with torch.no_grad():
-        found, _ = engine(policy.collate(rows, comm.device()))
+        found = means()
         packed = policy.packed
         with policy.plain():
-            truth, _ = engine(policy.collate(rows, comm.device()))
-            noise = truth
+            truth = noise = means()
             if packed:  # another attention kernel rounds otherwise, as the model's own two do
                 policy.model.set_attn_implementation("eager")
-                noise, _ = engine(policy.collate(rows, comm.device()))
+                noise = means()
     off, own = (float((other - truth).square().mean().sqrt()) for other in (found, noise))
     if not off <= max(TOLERANCE[job.train.dtype], OWN_NOISE * own) < math.inf:
         raise InputError(
@@ -183,9 +187,11 @@ def check_layout(engine: Any, job: TrainJob) -> None:
 
 
 def _short_rows(vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Sixteen random prompts of 1 to 16 tokens, each with a response of one token, so that sums are single tokens."""
+    """Eight random prompts of 1 to 15 tokens, each with responses of one and of two tokens: means of nearly single
+    tokens, and prompts that are shared where the layout does that."""
     rng = np.random.default_rng(0)
-    return [(rng.integers(0, vocabulary, size), rng.integers(0, vocabulary, 1)) for size in range(1, 17)]
+    prompts = [rng.integers(0, vocabulary, size) for size in range(1, 17, 2)]
+    return [(prompt, rng.integers(0, vocabulary, size)) for prompt in prompts for size in (1, 2)]
 
 
 def parameter_count(model: nn.Module) -> int:

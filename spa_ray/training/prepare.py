@@ -18,8 +18,9 @@ from spa_ray.rollout.chat import Chat, chat_of
 from spa_ray.rollout.settings import ChatSettings, today
 from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.training import comm
-from spa_ray.training.batches import Order, Plan, make_plan, order_pairs, step_weights
+from spa_ray.training.batches import Order, order_pairs, step_weights
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
+from spa_ray.training.deal import Plan
 from spa_ray.training.job import TrainJob, check_train
 from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.rope import long_factors
@@ -39,17 +40,22 @@ class Prepared:
 
     def plan(self, job: TrainJob, *, packed: bool) -> Plan:
         """Every step of the job, for as many ranks as there are now."""
-        train, objective = job.train, OBJECTIVES[job.train.method]
-        weighted = objective.weighted
-        alpha, w_max = (train.alpha, train.w_max) if weighted else (0.0, None)
-        return make_plan(
+        train, gap = job.train, self.selection.gap
+        weighted = OBJECTIVES[train.method].weighted
+        weights = step_weights(
             self.order,
-            step_weights(self.order, self.selection.gap, alpha=alpha, w_max=w_max),
-            self.selection.tokens,
+            gap,
+            alpha=train.alpha if weighted else 0.0,
+            w_max=train.w_max if weighted else None,
+            mean_gap=float(gap.mean()) if train.gap_mean == "epoch" else None,
+        )
+        return Plan(
+            self.order,
+            weights,
+            self.selection.sequences,
             ranks=comm.world_size(),
-            micro_batch_tokens=job.train.micro_batch_limit,
+            micro_batch_tokens=train.micro_batch_limit,
             packed=packed,
-            sequences_per_pair=objective.sequences_per_pair,
         )
 
 
@@ -86,7 +92,12 @@ def prepare(job: TrainJob) -> Prepared:
     selection, also = select_pairs(data, job.train, seed=job.seed)
     train = job.train
     order = order_pairs(
-        len(selection), seed=job.seed, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+        len(selection),
+        seed=job.seed,
+        batch_size=train.batch_size,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        prompts=selection.sequences.prompt_of_pair if train.order == "prompts" else None,
     )
     return Prepared(data, selection, order, {**dropped, **also}, mark)
 

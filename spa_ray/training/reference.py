@@ -1,6 +1,6 @@
 """DPO's reference log-probs: computed once with the policy as loaded, before step 0, and kept on disk.
 
-Comes in: the engine before its first step, the selected pairs. Goes out: summed log-probs (chosen, rejected) a pair.
+Comes in: the engine before its first step, the selected pairs. Goes out: one summed log-prob a distinct sequence.
 Never: a second model in memory.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,23 @@ import torch
 from jaxtyping import Float
 
 from spa_ray.training import comm
-from spa_ray.training.batches import Order, make_plan
-from spa_ray.training.dataset import Selection, TokenizedPairs, sequences
+from spa_ray.training.batches import Order
+from spa_ray.training.dataset import Selection, TokenizedPairs, read_sequences
+from spa_ray.training.deal import Plan, Sequences
 from spa_ray.training.job import TrainJob
 from spa_ray.training.prepare import model_hash
 from spa_ray.training.tokenize import content_hash
 
-Reference = tuple[Float[np.ndarray, " pairs"], Float[np.ndarray, " pairs"]]
+Reference = Float[np.ndarray, " sequences"]
+
+AT_ONCE = 1024  # sequences that are dealt to the ranks together
 
 
 def reference_path(job: TrainJob, selection: Selection) -> Path:
     """Where these log-probs are kept, for this job and for every other one with the same model, template and data.
 
     The name covers the model's files (its chat template is one of them), the chat settings, the pairs' bytes, which of
-    them are trained on and in which order of preference, the dtype and QLoRA's quantisation; no learning rate, no loss.
+    them are trained on, the dtype and QLoRA's quantisation; no learning rate, no loss.
     """
     train = job.train
     quantize = str(train.lora and train.lora.quantize)
@@ -37,7 +41,7 @@ def reference_path(job: TrainJob, selection: Selection) -> Path:
     chat = "" if job.chat is None else job.chat.model_dump_json()
     for part in (model_hash(job.model), content_hash(job.pairs), train.dtype, quantize, str(train.max_length), chat):
         digest.update(part.encode() + b"\0")
-    digest.update(selection.rows.astype("<i8").tobytes() + selection.swapped.astype("u1").tobytes())
+    digest.update(selection.source.astype("<i8").tobytes())
     return job.shared / f"reference_{digest.hexdigest()}.npz"
 
 
@@ -46,39 +50,43 @@ def cached_reference(path: Path) -> Reference | None:
     if not path.is_file():
         return None
     with np.load(path) as saved:
-        return saved["chosen"], saved["rejected"]
+        return saved["summed"]
 
 
 def compute_reference(
     engine: Any, data: TokenizedPairs, selection: Selection, path: Path, *, micro_batch_tokens: int
 ) -> Reference:
-    """Summed log-probs of all selected pairs, dealt to the ranks like one optimizer step, written to `path`."""
-    n = len(selection)
-    order = Order(np.arange(n), np.zeros(n, dtype=np.int64), np.zeros(1, dtype=np.int64))
-    plan = make_plan(
-        order,
-        np.ones(n),
-        selection.tokens,
-        ranks=comm.world_size(),
-        micro_batch_tokens=micro_batch_tokens,
-        packed=engine.module.packed,
-    )
-    found = torch.zeros(2, n, dtype=torch.float64)
-    for entries in plan.micro_batches(0, comm.rank()):
-        mine = plan.pairs[entries]
-        pairs = mine if len(mine) else plan.pairs[:1]  # ZeRO-3 gathers weights in step: every rank runs every pass
-        rows = [r for chosen in (True, False) for r in sequences(data, selection, pairs, chosen=chosen)]
-        with torch.no_grad():
-            summed, _ = engine(engine.module.collate(rows, comm.device()))
-        if len(mine):
-            found[:, torch.from_numpy(pairs)] = summed.double().cpu().view(2, -1)
-    chosen, rejected = comm.all_sum(found.to(comm.device())).cpu().numpy()
-    comm.on_rank_zero(lambda: _save(path, chosen, rejected))
-    return chosen, rejected
+    """Summed log-probs of all distinct sequences, dealt to the ranks like training's, written to `path`."""
+    n = len(selection.source)
+    plan = one_by_one(selection.sequences, ranks=comm.world_size(), micro_batch_tokens=micro_batch_tokens,
+                      packed=engine.module.packed)  # fmt: skip
+    found = torch.zeros(n, dtype=torch.float64)
+    for number in range(plan.steps):
+        step = plan.step(number)
+        for part in step.whole[comm.rank()]:
+            mine = step.sequences[part.sequences]
+            # ZeRO-3 gathers weights in step: every rank runs every pass.
+            rows = read_sequences(data, selection, mine if len(mine) else step.sequences[:1])
+            with torch.no_grad():
+                summed, _ = engine(engine.module.collate(rows, comm.device()))
+            if len(mine):
+                found[torch.from_numpy(mine)] = summed.double().cpu()
+    reference = comm.all_sum(found.to(comm.device())).cpu().numpy()
+    comm.on_rank_zero(lambda: _save(path, reference))
+    return reference
 
 
-def _save(path: Path, chosen: np.ndarray, rejected: np.ndarray) -> None:
+def one_by_one(sequences: Sequences, *, ranks: int, micro_batch_tokens: int, packed: bool) -> Plan:
+    """A plan of every sequence by itself, in steps of `AT_ONCE`."""
+    n = len(sequences.tokens)
+    step = np.arange(n) // AT_ONCE
+    alone = replace(sequences, of_pair=np.arange(n)[:, None])
+    order = Order(np.arange(n), step, np.zeros(int(step[-1]) + 1, dtype=np.int64))
+    return Plan(order, np.ones(n), alone, ranks, micro_batch_tokens, packed)
+
+
+def _save(path: Path, reference: Reference) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
-    np.savez(partial, chosen=chosen, rejected=rejected)
+    np.savez(partial, summed=reference)
     os.replace(partial, path)

@@ -17,13 +17,13 @@ Change = tuple[dict[str, Any], dict[str, Any]]  # updates of `train` and of `res
 def changes(train: Train, resources: Resources) -> Iterator[tuple[str, Change]]:
     """Changes by how much they cost: first those that leave the trained weights alike, alone and together; then
     adapters, then adapters on 4-bit weights, then more ranks."""
-    pair = 2 * train.max_length
+    sequence = train.max_length
     quantized = train.lora is not None and train.lora.quantize is not None
     alike: list[tuple[str, dict[str, Any]]] = []
     if not train.gradient_checkpointing:
         alike.append(("train.gradient_checkpointing=true", {"gradient_checkpointing": True}))
-    if train.micro_batch_limit > pair:
-        alike.append((f"train.micro_batch_tokens={pair}", {"micro_batch_tokens": pair}))
+    if train.micro_batch_limit > sequence:
+        alike.append((f"train.micro_batch_tokens={sequence}", {"micro_batch_tokens": sequence}))
     if train.zero_stage < 3 and resources.train_workers > 1 and not quantized:
         alike.append(("train.zero_stage=3", {"zero_stage": 3}))
     if not train.offload:

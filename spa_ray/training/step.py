@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from spa_ray.errors import RunError
 from spa_ray.training import comm
-from spa_ray.training.dataset import sequences
-from spa_ray.training.forward import MicroBatch
+from spa_ray.training.dataset import read_sequences
+from spa_ray.training.deal import Part, Step
 from spa_ray.training.guards import PER_TOKEN
 from spa_ray.training.job import TrainJob
 from spa_ray.training.objective import OBJECTIVES, LossInputs
@@ -32,8 +34,9 @@ _MEND = "lower train.lr, or look at those pairs and at the model's weights"
 
 
 class StepLoop:
-    """One job's steps. Every loss is scaled so that a step's gradient is that of the mean over ALL its pairs, whatever
-    the number of ranks and micro-batches: never a mean of micro-batch means."""
+    """One job's steps. Every sequence of a step is computed once, in however many pairs it is, and every loss is scaled
+    so that the step's gradient is that of the mean over ALL its pairs, whatever the number of ranks and micro-batches:
+    never a mean of micro-batch means."""
 
     def __init__(self, job: TrainJob, engine: Any, prepared: Prepared, reference: Reference | None) -> None:
         self.job = job
@@ -43,63 +46,103 @@ class StepLoop:
         self.plan = prepared.plan(job, packed=engine.module.packed)
         self.reference = reference
         self.objective = OBJECTIVES[job.train.method]
+        self._passes_left = 0  # backward passes of the running step
 
-    def train_step(self, step: int) -> dict[str, float]:
-        """One optimizer step (0-based) and its log row. Raises: RunError for a non-finite loss or gradient."""
+    def train_step(self, number: int) -> dict[str, float]:
+        """One optimizer step (from 0) and its log row. Raises: RunError for a non-finite loss or gradient."""
         started = time.perf_counter()
-        totals: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "bad": 0.0}
-        bad: list[str] = []
-        self._seed(step)
-        micro_batches = self.plan.micro_batches(step, comm.rank())
-        for k, entries in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(k == len(micro_batches) - 1)
-            loss = self._forward(step, entries, totals, bad)
-            self.engine.backward(loss, scale_wrt_gas=False)
-        totals = self._sum_over_ranks(totals)
+        step = self.plan.step(number)
+        sums = Sums()
+        shared, whole = step.shared[comm.rank()], step.whole[comm.rank()]
+        self._passes_left = len(shared) + len(whole)
+        if shared:
+            self._shared(number, step, shared, sums)
+        for k, part in enumerate(whole, len(shared)):
+            summed = self._forward(number, step, part, k)
+            self._backward(summed, self._gradient(step, part.pairs, part.sequences, summed.detach(), sums))
+        totals = self._sum_over_ranks(sums.totals)
         if totals.pop("bad"):
-            raise RunError(f"{self._at(step)}: non-finite log-probs on {_some(comm.gather_lists(bad))}; {_MEND}")
-        lr = self._set_lr(step)
+            raise RunError(
+                f"{self._at(number)}: non-finite log-probs on {_some(comm.gather_lists(sums.bad_pairs))}; {_MEND}"
+            )
+        lr = self._set_lr(number)
         grad_norm = self._clip_and_step()
         if not math.isfinite(grad_norm):
-            raise RunError(f"{self._at(step)}: non-finite gradient; its pairs: {_some(self._pair_ids(step))}; {_MEND}")
-        return self._log_row(step, totals, lr, grad_norm, time.perf_counter() - started)
+            raise RunError(
+                f"{self._at(number)}: non-finite gradient; its pairs: {_some(self._pair_ids(step))}; {_MEND}"
+            )
+        return self._log_row(number, step, totals, lr, grad_norm, time.perf_counter() - started)
 
-    def _forward(self, step: int, entries: slice, totals: dict[str, float], bad: list[str]) -> Tensor:
-        """The scaled loss of one micro-batch; adds to `totals`. An empty one is a pass at weight zero."""
-        pairs = self.plan.pairs[entries]
+    def _shared(self, number: int, step: Step, parts: list[Part], sums: Sums) -> None:
+        """Micro-batches whose pairs have a sequence in another one: log-probs of all ranks' first, then gradients. The
+        last one keeps its graph, the others run forward again."""
+        summed = torch.zeros(len(step.sequences), dtype=torch.float64, device=comm.device())
+        last = len(parts) - 1
+        for k, part in enumerate(parts):
+            with torch.set_grad_enabled(k == last):
+                found = self._forward(number, step, part, k)
+            summed[torch.from_numpy(part.sequences)] = found.detach().double()[: len(part.sequences)]
+        all_summed = comm.all_sum(summed).to(found)
+        everything = np.arange(len(step.sequences))
+        # Every rank finds the same; one of them counts it.
+        gradient = self._gradient(step, step.shared_pairs, everything, all_summed, sums if comm.rank() == 0 else Sums())
+        self._backward(found, gradient[torch.from_numpy(parts[last].sequences)])
+        for k, part in enumerate(parts[:last]):
+            self._backward(self._forward(number, step, part, k), gradient[torch.from_numpy(part.sequences)])
+
+    def _forward(self, number: int, step: Step, part: Part, k: int) -> Tensor:
+        """Summed log-probs of a micro-batch; of any one sequence where it is empty, since all ranks run every pass."""
+        which = step.sequences[part.sequences] if len(part.sequences) else step.sequences[:1]
+        self._seed(number, k)
+        batch = self.engine.module.collate(read_sequences(self.data, self.selection, which), comm.device())
+        summed: Tensor = self.engine(batch)[0]
+        return summed
+
+    def _gradient(self, step: Step, pairs: np.ndarray, sequences: np.ndarray, summed: Tensor, sums: Sums) -> Tensor:
+        """∂(the step's loss)/∂(summed log-prob) of `sequences`, by the loss of `pairs`; adds to `sums`."""
         if len(pairs) == 0:
-            any_pair = self.plan.pairs[self.plan.step_entries(step)][-1:]
-            summed, _ = self.engine(self._collate(any_pair))
-            return torch.nan_to_num(summed).sum() * 0.0
-        batch = self._collate(pairs)
-        summed, counts = self.engine(batch)
+            return torch.zeros_like(summed)
         finite = torch.isfinite(summed)
         if not finite.all():
             # Every rank must reach the end of the step, else the others wait for ever: the step fails there, on all.
-            rows = (~finite).view(-1, len(pairs)).any(dim=0).cpu().numpy()
-            bad += [self.data.pair_id(int(self.selection.rows[i])) for i in pairs[rows]]
-            totals["bad"] += len(pairs)
-            return torch.nan_to_num(summed).sum() * 0.0
-        losses, stats = self.objective.loss(self._loss_inputs(entries, pairs, summed, counts), self.job.train)
-        per_token = (summed / counts)[: len(pairs)].detach()  # the chosen rows come first
-        for name, value in {"loss": losses.detach(), PER_TOKEN: per_token, **stats}.items():
-            totals[name] = totals.get(name, 0.0) + float(value.sum())
-        totals["tokens"] += batch.real_tokens
+            self._bad(step, pairs, sequences[(~finite).cpu().numpy()], sums)
+            return torch.zeros_like(summed)
+        place = np.zeros(len(step.sequences), dtype=np.int64)
+        place[sequences] = np.arange(len(sequences))
+        leaf = summed.requires_grad_()
+        inputs = self._loss_inputs(step, pairs, step.sequences[sequences], place[step.sides[pairs]], leaf)
+        losses, stats = self.objective.loss(inputs, self.job.train)
+        sums.add({"loss": losses.detach(), PER_TOKEN: inputs.mean_logps()[0].detach(), **stats})
         # DeepSpeed averages over ranks, hence the factor; the divisor is the whole step's pairs.
-        return losses.sum() * (comm.world_size() / int(self.plan.sizes[step]))
+        scale = comm.world_size() / len(step.pairs)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        return gradient * scale
 
-    def _loss_inputs(self, entries: slice, pairs: np.ndarray, summed: Tensor, counts: Tensor) -> LossInputs:
+    def _bad(self, step: Step, pairs: np.ndarray, sequences: np.ndarray, sums: Sums) -> None:
+        hit = pairs[np.isin(step.sides[pairs], sequences).any(axis=1)]
+        sums.bad_pairs += [self.data.pair_id(int(self.selection.rows[i])) for i in step.pairs[hit]]
+        sums.totals["bad"] += len(hit)
+
+    def _backward(self, summed: Tensor, gradient: Tensor) -> None:
+        self._passes_left -= 1
+        self.engine.set_gradient_accumulation_boundary(self._passes_left == 0)
+        # A log-prob that is not finite has no gradient, and the step fails when all ranks are done with it.
+        loss = (torch.nan_to_num(summed)[: len(gradient)] * gradient).sum()
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _loss_inputs(
+        self, step: Step, pairs: np.ndarray, sequences: np.ndarray, sides: np.ndarray, summed: Tensor
+    ) -> LossInputs:
         def to_device(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(summed)
+            return torch.from_numpy(values).to(summed.device)
 
-        reference = self.reference and (to_device(self.reference[0][pairs]), to_device(self.reference[1][pairs]))
-        return LossInputs(summed, counts, to_device(self.plan.weights[entries]), reference)
-
-    def _collate(self, pairs: np.ndarray) -> MicroBatch:
-        """The chosen sequences of these pairs, then their rejected ones where the method looks at them."""
-        sides = (True, False)[: self.objective.sequences_per_pair]
-        rows = [row for chosen in sides for row in sequences(self.data, self.selection, pairs, chosen=chosen)]
-        return self.engine.module.collate(rows, comm.device())
+        return LossInputs(
+            summed,
+            counts=to_device(self.selection.sequences.responses[sequences]),
+            sides=to_device(sides),
+            weights=to_device(step.weights[pairs]).to(summed),
+            reference=None if self.reference is None else to_device(self.reference[sequences]).to(summed),
+        )
 
     def _sum_over_ranks(self, totals: dict[str, float]) -> dict[str, float]:
         # Named up front: a rank whose step is empty has computed none.
@@ -126,36 +169,59 @@ class StepLoop:
         return norm
 
     def _log_row(
-        self, step: int, totals: dict[str, float], lr: float, grad_norm: float, seconds: float
+        self, number: int, step: Step, totals: dict[str, float], lr: float, grad_norm: float, seconds: float
     ) -> dict[str, float]:
-        size, weights = int(self.plan.sizes[step]), self.plan.weights[self.plan.step_entries(step)]
-        tokens = totals.pop("tokens")
-        per_epoch = max(1, int(np.count_nonzero(self.plan.epoch == self.plan.epoch[0])))
+        size, weights = len(step.pairs), step.weights
+        prompts = np.unique(self.selection.sequences.prompt_of_pair[step.pairs], return_inverse=True)[1]
+        of_prompts = np.bincount(prompts, weights)
+        tokens = int(self.selection.sequences.tokens[step.sequences].sum())
+        epochs = self.plan.order.epoch
+        per_epoch = max(1, int(np.count_nonzero(epochs == epochs[0])))
         return {
-            "step": step + 1,
+            "step": number + 1,
             "steps": self.plan.steps,
-            "epoch": (step + 1) / per_epoch,
+            "epoch": (number + 1) / per_epoch,
             **{name: value / size for name, value in totals.items()},
             "grad_norm": grad_norm,
             "learning_rate": lr,
             "weights/mean": float(weights.mean()),
             "weights/max": float(weights.max()),
-            "weights/ess": float(weights.sum() ** 2 / max((weights**2).sum(), 1e-300)),
+            "weights/ess": _effective(weights),
+            "weights/ess_prompts": _effective(of_prompts),
+            "prompts": len(of_prompts),
+            "sequences": len(step.sequences),
             "tokens/s": tokens / seconds,
             "pairs/s": size / seconds,
             "memory/peak_gib": peak_memory_gib(),
         }
 
-    def _seed(self, step: int) -> None:
-        """Adapter dropout is the only randomness left in a step; seeded by step, it survives a resume."""
-        torch.manual_seed((self.job.seed * 1_000_003 + step) * 1_009 + comm.rank())
+    def _seed(self, number: int, k: int) -> None:
+        """Adapter dropout is the only randomness left in a step. Seeded by step and micro-batch, it survives a resume,
+        and a second pass over the same micro-batch drops the same."""
+        torch.manual_seed(((self.job.seed * 1_000_003 + number) * 1_009 + comm.rank()) * 4_093 + k)
 
-    def _pair_ids(self, step: int) -> list[str]:
-        pairs = self.plan.pairs[self.plan.step_entries(step)]
-        return [self.data.pair_id(int(self.selection.rows[i])) for i in pairs]
+    def _pair_ids(self, step: Step) -> list[str]:
+        return [self.data.pair_id(int(self.selection.rows[i])) for i in step.pairs]
 
     def _at(self, step: int) -> str:
         return f"job {self.job.name}: step {step + 1} of {self.plan.steps}"
+
+
+@dataclass
+class Sums:
+    """What a step adds up over its micro-batches, and the pairs whose log-probs are not finite."""
+
+    totals: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "bad": 0.0})
+    bad_pairs: list[str] = field(default_factory=list)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + float(value.double().sum())
+
+
+def _effective(weights: np.ndarray) -> float:
+    """The effective sample size of weights: their number where all are alike."""
+    return float(weights.sum() ** 2 / max((weights**2).sum(), 1e-300))
 
 
 def peak_memory_gib() -> float:

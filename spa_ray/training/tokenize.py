@@ -29,7 +29,8 @@ TOKENS = pa.schema(
         ("chosen_ids", IDS),
         ("rejected_ids", IDS),
         ("gap", pa.float64()),  # the one that `train.gap` names
-        ("chosen_key", pa.int64()),  # hash of (prompt, response), for SFT's deduplication
+        ("prompt_key", pa.int64()),  # hashes: of the prompt, and of (prompt, response)
+        ("chosen_key", pa.int64()),
         ("rejected_key", pa.int64()),
         ("chosen_context", pa.int32()),  # how many of a response's first ids are its thinking (`model.think`)
         ("rejected_context", pa.int32()),
@@ -101,11 +102,12 @@ def _token_rows(
     dropped: Counter[str],
 ) -> list[dict[str, Any]]:
     rows = []
-    last: tuple[Any, list[int]] = (None, [])  # a prompt's pairs are adjacent: it is rendered once
+    last: tuple[Any, list[int], int] = (None, [], 0)  # a prompt's pairs are adjacent: it is rendered once
     for i, pair in enumerate(batch.select(COLUMNS).to_pylist()):
         where = f"{file}: pair {pair['pair_id']!r}"
         if pair["prompt"] != last[0]:
-            last = (pair["prompt"], _render(chat, pair["prompt"], where))
+            ids = _render(chat, pair["prompt"], where)
+            last = (pair["prompt"], ids, _key(ids, []))
         prompt = last[1]
         sides = {side: _checked_ids(pair[f"{side}_ids"], vocab_size, f"{where}: {side}_ids") for side in _SIDES}
         if sides["chosen"] == sides["rejected"]:
@@ -113,10 +115,10 @@ def _token_rows(
         elif len(prompt) + max(map(len, sides.values())) > max_length:
             dropped["too_long"] += 1
         else:
-            keys = {f"{side}_key": _key(prompt, ids) for side, ids in sides.items()}
+            keys = {"prompt_key": last[2]} | {f"{side}_key": _key(prompt, ids) for side, ids in sides.items()}
             keys |= {f"{side}_context": _context(chat, ids, f"{where}: {side}_ids") for side, ids in sides.items()}
-            ids = {f"{side}_ids": ids for side, ids in sides.items()}
-            rows.append({"pair_id": pair["pair_id"], "prompt_ids": prompt, **ids, **keys, "row": i})
+            responses = {f"{side}_ids": ids for side, ids in sides.items()}
+            rows.append({"pair_id": pair["pair_id"], "prompt_ids": prompt, **responses, **keys, "row": i})
     return rows
 
 
