@@ -72,16 +72,16 @@ def linear_shapes(model: str) -> dict[tuple[int, int], int]:
     return shapes
 
 
-def training_flops(model: str, tokens: np.ndarray, responses: np.ndarray) -> float:
+def training_flops(model: str, tokens: np.ndarray, responses: np.ndarray, laid_out: int) -> float:
     """FLOPs of one forward and one backward pass over sequences of these lengths: three times the forward's 2 a weight
-    and token, the head for response tokens alone, and causal attention's two products."""
+    and token that is laid out, the head for response tokens alone, and causal attention's two products a sequence."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     weights = sum(a * b * count for (a, b), count in linear_shapes(model).items())
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * dim
-    layers = 2.0 * weights * tokens.sum()
+    layers = 2.0 * weights * laid_out
     head = 2.0 * config.hidden_size * config.vocab_size * responses.sum()
     attention = 2.0 * config.num_hidden_layers * width * (tokens.astype(float) ** 2).sum()
     return 3.0 * (layers + head + attention)

@@ -26,13 +26,13 @@ ANSWER_MEDIAN, _, *ANSWER_BOUNDS = harness.ANSWERS
 class Work:
     """The pairs of one spread: ids, and the micro-batches of each layout as arrays of pairs."""
 
-    prompts: list[np.ndarray]
+    prompts: list[tuple[np.ndarray, np.ndarray]]
     answers: list[tuple[np.ndarray, np.ndarray]]
     micro_batches: dict[str, list[np.ndarray]]
 
     def rows(self, pairs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """The chosen sequences of these pairs, then the rejected ones."""
-        return [(self.prompts[i], self.answers[i][side]) for side in (0, 1) for i in pairs]
+        return [(self.prompts[i][side], self.answers[i][side]) for side in (0, 1) for i in pairs]
 
 
 def make_work(args: argparse.Namespace, sigma: float) -> Work:
@@ -47,8 +47,7 @@ def make_work(args: argparse.Namespace, sigma: float) -> Work:
     pair_of = (np.arange(2 * args.pairs) // 2).tolist()
     micro_batches = {}
     for layout, packed in (("packed", True), ("padded_sorted", False)):
-        heads = prompt.repeat(2).tolist() if packed else None
-        (dealt,) = deal(tokens, pair_of, heads, ranks=1, budget=args.micro_batch_tokens, packed=packed)
+        (dealt,) = deal(tokens, pair_of, None, ranks=1, budget=args.micro_batch_tokens, packed=packed)
         micro_batches[layout] = [np.unique(np.array(places) // 2) for places in dealt]
     at = range(args.random_pairs, args.pairs, args.random_pairs)
     micro_batches["padded_random"] = np.split(rng.permutation(args.pairs), at)
@@ -57,7 +56,7 @@ def make_work(args: argparse.Namespace, sigma: float) -> Work:
         return rng.integers(0, args.vocab, size=size)
 
     return Work(
-        prompts=[ids(n) for n in prompt],
+        prompts=[(ids(n), ids(n)) for n in prompt],  # two: what sharing a prompt is worth is another question
         answers=[(ids(chosen), ids(rejected)) for chosen, rejected in answer],
         micro_batches=micro_batches,
     )

@@ -43,12 +43,8 @@ def measure(args: argparse.Namespace, by_prompt: bool, packed: bool) -> dict[str
         )
         weights = step_weights(order, gap, alpha=1.0, w_max=None)
         plan = Plan(order, weights, sequences, args.ranks, args.micro_batch_tokens, packed)
-        micro_batches = tokens = busiest = 0
-        for step in map(plan.step, range(plan.steps)):
-            ranks = [[*shared, *whole] for shared, whole in zip(step.shared, step.whole, strict=True)]
-            micro_batches += len(ranks[0])
-            load = [sum(sequences.tokens_together(step.sequences[part.sequences]) for part in parts) for parts in ranks]
-            tokens, busiest = tokens + sum(load), busiest + max(load)
+        for number in range(plan.steps):
+            plan.step(number)
         seconds.append(time.perf_counter() - start)
     return {
         "order": "prompts" if by_prompt else "pairs",
@@ -58,9 +54,28 @@ def measure(args: argparse.Namespace, by_prompt: bool, packed: bool) -> dict[str
         "peak_resident_mib": harness.peak_resident_mib(),
         "resident_before_mib": before,
         "steps": plan.steps,
+        **spread(plan),
+    }
+
+
+def spread(plan: Any) -> dict[str, float]:
+    """How evenly the steps are dealt, by the tokens that are laid out, and how many times as many their pairs have."""
+    sequences, packed = plan.sequences, plan.packed
+
+    def laid_out(which: np.ndarray) -> int:
+        tokens = sequences.tokens[which]
+        return sequences.tokens_together(which) if packed else len(tokens) * int(tokens.max(initial=0))
+
+    micro_batches = tokens = busiest = 0
+    for step in map(plan.step, range(plan.steps)):
+        ranks = [[*shared, *whole] for shared, whole in zip(step.shared, step.whole, strict=True)]
+        load = [sum(laid_out(step.sequences[part.sequences]) for part in parts) for parts in ranks]
+        micro_batches += len(ranks[0])
+        tokens, busiest = tokens + sum(load), busiest + max(load)
+    return {
         "micro_batches_a_step": micro_batches / plan.steps,
-        "busiest_rank_over_mean": busiest * args.ranks / tokens,
-        "tokens_of_pairs_over_tokens": int(sequences.tokens[of_pair].sum()) / tokens,
+        "busiest_rank_over_mean": busiest * plan.ranks / tokens,
+        "tokens_of_pairs_over_tokens": int(sequences.tokens[sequences.of_pair].sum()) / tokens,
     }
 
 

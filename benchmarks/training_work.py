@@ -246,16 +246,21 @@ def plan_steps(setup: Setup) -> dict[str, float]:
     np.savez(setup.order, rows=rows, step=plan.order.step)
     sequences = prepared.selection.sequences
 
-    def flops(which: np.ndarray) -> float:
-        return training_flops(str(setup.model), sequences.tokens[which], sequences.responses[which]) / plan.steps
+    def flops(which: np.ndarray, laid_out: int) -> float:
+        tokens, responses = sequences.tokens[which], sequences.responses[which]
+        return training_flops(str(setup.model), tokens, responses, laid_out) / plan.steps / 1e9
 
-    distinct = np.concatenate([plan.step(s).sequences for s in range(plan.steps)])
-    of_pairs = sequences.of_pair[plan.order.pairs].ravel()
+    steps = [plan.step(s).sequences for s in range(plan.steps)]
+    distinct, of_pairs = np.concatenate(steps), sequences.of_pair[plan.order.pairs].ravel()
+    laid_out = sum(sequences.tokens_together(which) for which in steps)
     tokens, tokens_of_pairs = (int(sequences.tokens[which].sum()) for which in (distinct, of_pairs))
     return {
-        "distinct_tokens": tokens,
+        "tokens_of_pairs": tokens_of_pairs,
+        "tokens_of_distinct_sequences": tokens,
+        "tokens_laid_out": laid_out,
         "tokens_of_pairs_over_distinct": round(tokens_of_pairs / tokens, 2),
-        "gflops_a_step": {"ours": flops(distinct) / 1e9, "trl": flops(of_pairs) / 1e9},
+        "tokens_of_pairs_over_laid_out": round(tokens_of_pairs / laid_out, 2),
+        "gflops_a_step": {"ours": flops(distinct, laid_out), "trl": flops(of_pairs, tokens_of_pairs)},
     }
 
 

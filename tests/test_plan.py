@@ -276,6 +276,8 @@ def test_training_counts_what_passes_through_the_model() -> None:
     assert job(method="sft").tokens == pytest.approx(plain.tokens / 2, rel=0.02)
     assert 3 < plain.tokens / job(order="prompts").tokens < 4.5  # a prompt's pairs share their sequences
     assert job(order="prompts", batch_size=128).tokens < job(order="prompts").tokens
+    few = {"max_pairs": 462}  # a tenth, drawn over all prompts: few of them share a sequence
+    assert job(order="prompts", **few).tokens > 0.7 * job(**few).tokens
     assert job(epochs=2.0).tokens == 2 * plain.tokens
     assert job(max_pairs=64).pairs == 64
     assert job(max_steps=7).steps == 7

@@ -108,7 +108,8 @@ UNCOVERED = {
 CHANGED = {
     "train": {
         "method": "sft", "beta": 1.0, "gamma": 0.2, "alpha": 0.5, "gap": "l1", "w_max": 2.0, "lr": 1e-5, "epochs": 2.0,
-        "batch_size": 8, "max_length": 128, "dtype": "float32", "zero_stage": 3,
+        "batch_size": 8, "order": "prompts", "gap_mean": "epoch", "max_length": 128, "dtype": "float32",
+        "zero_stage": 3,
     },
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spa_ray.training.batches import order_pairs, step_weights
-from spa_ray.training.deal import Part, Plan, Sequences, Step
+from spa_ray.training.deal import COPY, Part, Plan, Sequences, Step, deal
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,24 @@ def test_one_rank_keeps_prompts_that_fit_together_and_so_runs_nothing_twice() ->
     steps = [plan.step(s) for s in range(plan.steps)]
     assert max(len(step.whole[0]) for step in steps) > 1
     assert not any(step.shared[0] for step in steps)
+
+
+def test_a_prompt_that_is_just_too_large_is_cut_into_the_parts_that_fit() -> None:
+    tokens, heads = [800] * 6, [500] * 6
+    (parts,) = deal(tokens, [0] * 6, heads, ranks=1, budget=2048, packed=True)
+    assert sorted(map(len, parts)) == [2, 4]  # one by one they would be three times two
+    (parts,) = deal(tokens, [0] * 6, None, ranks=1, budget=2048, packed=False)
+    assert sorted(map(len, parts)) == [2, 2, 2]
+
+
+def test_copies_of_a_long_prompt_count_by_what_they_take() -> None:
+    """Attention sees every copy: a budget of laid-out tokens alone would bound no memory."""
+    tokens, heads = [1000] * 60, [990] * 60
+    (parts,) = deal(tokens, [0] * 60, heads, ranks=1, budget=4000, packed=True)
+    for places in parts:
+        copied = 990 * (len(places) - 1)
+        assert 990 + 10 * len(places) + COPY * copied <= 4001
+    assert len(parts) < 10
 
 
 def test_a_prompt_that_is_larger_than_a_micro_batch_is_shared_and_the_others_are_not() -> None:

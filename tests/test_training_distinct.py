@@ -251,11 +251,12 @@ def assert_equal(a: Steps, b: Steps) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process() -> Iterator[None]:
-    """Prepared.plan asks for the number of ranks; models of this size are no faster on two threads."""
+    """Prepared.plan and a step's seed ask for ranks; models of this size are no faster on two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm, "world_size", lambda: 1)
+        patch.setattr(comm, "rank", lambda: 0)
         yield
     torch.set_num_threads(threads)
 
@@ -267,7 +268,7 @@ def _one_process() -> Iterator[None]:
 def test_gradients_are_those_of_the_pairs_one_by_one(
     method: str, budget: int, ranks: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sides = OBJECTIVES[method].sequences_per_pair
+    sides = 1 if method == "sft" else 2
     work = make_work(3, prompts=3, answers=5, pairs=26, batch_size=16, sides=sides)
     truth = pair_by_pair(work, method, packed=packed)
     assert_equal(train(work, method, ranks=ranks, budget=budget, packed=packed, monkeypatch=monkeypatch), truth)
@@ -292,6 +293,16 @@ def test_over_random_graphs_of_pairs(
         assert_equal(train(work, "spa_simpo", ranks=ranks, budget=budget, packed=True, monkeypatch=patch), truth)
 
 
+@pytest.mark.parametrize("seed", [20261125, -(2**63), 2**63 - 1])
+def test_any_seed_of_the_config_seeds_a_step(seed: int) -> None:
+    loop = object.__new__(StepLoop)
+    loop.job = make_job(Path("none"), Path("none"), Path("none"), seed=seed)
+    loop._seed(123_456, 78)
+    first = torch.rand(1)
+    loop._seed(123_456, 79)
+    assert torch.rand(1) != first
+
+
 def test_a_sequence_in_many_pairs_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     work = make_work(3, prompts=3, answers=5, pairs=26, batch_size=26)
     steps = train(work, "spa", ranks=1, budget=10_000, packed=True, monkeypatch=monkeypatch)
@@ -306,7 +317,7 @@ def test_a_second_pass_drops_what_the_first_one_dropped(monkeypatch: pytest.Monk
     """Against one graph over all micro-batches, each with the seed that the step gives it."""
     work = make_work(5, prompts=1, answers=6, pairs=14, batch_size=14)
     none = Path("none")
-    job = make_job(none, none, none, method="spa_simpo", micro_batch_tokens=30, zero_stage=0, grad_clip=None)
+    job = make_job(none, none, none, method="spa_simpo", micro_batch_tokens=16, zero_stage=0, grad_clip=None)
     monkeypatch.setattr(comm, "rank", lambda: 0)
     monkeypatch.setattr(comm, "all_sum", lambda values: values)
     monkeypatch.setattr(comm, "device", lambda: torch.device("cpu"))

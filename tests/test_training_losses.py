@@ -133,7 +133,7 @@ def test_an_impossible_ratio_or_beta_gives_no_gamma(ratio: float, beta: float) -
 def test_a_method_gives_one_loss_a_pair_and_the_statistics_that_it_declares(method: str) -> None:
     objective = OBJECTIVES[method]
     summed, counts = torch.tensor([-3.0, -8.0, -5.0, -6.0]), torch.tensor([2, 4, 5, 3])
-    sides = torch.tensor([[0, 1], [2, 1], [3, 0]])[:, : objective.sequences_per_pair]
+    sides = torch.tensor([[0, 1], [2, 1], [3, 0]])[:, : 1 if method == "sft" else 2]
     reference = torch.tensor([-4.0, -7.0, -5.0, -5.5]) if objective.needs_reference else None
     inputs = LossInputs(summed, counts, sides, torch.ones(3), reference)
     losses, stats = objective.loss(inputs, Train(method=method).resolved())

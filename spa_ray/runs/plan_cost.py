@@ -30,6 +30,7 @@ LORA_SHARE = 0.01  # of the parameters that adapters train
 CONSISTENT_SHARE = 0.18
 BELOW_TAU_SHARE = 0.47
 PAIRS_SHARE = 0.91
+REFERENCED = ("spa_dpo", "ipo")  # methods that need the log-probs of the policy before the first step
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,25 @@ def pairs_of(config: Config, prompts: int) -> int:
     return round(prompts * below * PAIRS_SHARE * (consistent * with_refined + without))
 
 
-def sequences_a_pair(config: Config, pairs: float) -> float:
-    """Distinct sequences of an optimizer step, by its pairs: 2 where no two pairs share one."""
+def sequences_a_pair(config: Config, *, pairs: float, of: float, batch: float) -> float:
+    """Distinct sequences in `batch` of `pairs` pairs, drawn from the `of` that the filters leave, by their number: 2
+    where no two pairs share one."""
     train, n = config.train, config.sampling.n
     if train.method == "sft" or not pairs:
         return 1.0 if train.method == "sft" else 2.0
     include = config.pairs.include
     answers = n if include == "candidates_only" else n + 1
     a_prompt = PAIRS_SHARE * {"all": n * (n + 1) / 2, "refined_only": n, "candidates_only": n * (n - 1) / 2}[include]
-    batch = min(train.batch_size, pairs)
+    batch = min(batch, pairs)
+
+    def found(share: float) -> float:  # of a prompt's sequences, those that are in a pair of this share of them
+        return answers * (1 - (1 - share) ** (2 * a_prompt / answers))
+
+    kept = pairs / of
     if train.order == "prompts":  # half a prompt more, which the step cuts
-        found = (batch / a_prompt + (0.5 if batch < pairs else 0.0)) * answers
-    else:  # a sequence is in none of the step's pairs with (1 - share) to the number of pairs that it is in
-        found = pairs / a_prompt * answers * (1 - (1 - batch / pairs) ** (2 * a_prompt / answers))
-    return min(2.0, found / batch)
+        prompts = batch / (kept * a_prompt) + (0.5 if batch < pairs else 0.0)
+        return min(2.0, prompts * found(kept) / batch)
+    return min(2.0, of / a_prompt * found(kept * batch / pairs) / batch)
 
 
 @dataclass(frozen=True)
@@ -152,14 +158,15 @@ def training(config: Config, model: ModelFacts, prompts: int, prompt_tokens: flo
     """Forward and backward over every step's distinct sequences; a reference pass for DPO and IPO; with checkpointing
     a second forward."""
     train = config.train.resolved()
-    pairs = min(pairs_of(config, prompts), train.max_pairs or math.inf)
+    everything = pairs_of(config, prompts)
+    pairs = min(everything, train.max_pairs or math.inf)
     steps = math.ceil(pairs / train.batch_size * train.epochs)
     steps = train.max_steps or steps
     seen = steps * train.batch_size if train.max_steps else pairs * train.epochs
     length = min(prompt_tokens + ANSWER_SHARE * config.sampling.max_tokens, train.max_length)
-    tokens = seen * sequences_a_pair(config, pairs) * length
-    everything = config.model_copy(update={"train": train.model_copy(update={"batch_size": max(1, int(pairs))})})
-    reference = pairs * sequences_a_pair(everything, pairs) * length if train.method in ("spa_dpo", "ipo") else 0.0
+    of = {"pairs": pairs, "of": everything}
+    tokens = seen * sequences_a_pair(config, batch=train.batch_size, **of) * length
+    reference = pairs * sequences_a_pair(config, batch=pairs, **of) * length if train.method in REFERENCED else 0.0
     recomputes = training_memory(train, model, config.resources, gpu=on.gpus_per_worker > 0).checkpointing
     passes = 8 if recomputes else 6
     flops = model.parameters * (passes * tokens + 2 * reference)

@@ -128,25 +128,32 @@ def packed_attention(
         if window is not None and max_length_q > window:  # it would be in the mask, which is not made here
             raise InputError(f"{type(module).__name__} keeps its sliding window to itself; set train.packing=false")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        if shared_prompts is None:
-            return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-        query, key, value = (x.index_select(2, shared_prompts.copies) for x in (query, key, value))
-        out = _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-        return out.index_select(1, shared_prompts.own), None
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window, shared_prompts), None
     return _by_length(query, key, value, cu_seq_lens_q, scaling, sliding_window, shared_prompts), None
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
+    shared: SharedPrompts | None,
 ) -> Tensor:
     """torch's own variable-length flash attention: (tokens, heads, dim), one kernel for all sequences."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if shared is not None:
+        move = _Move(shared.copies, shared.copies.new_empty(0), None, None)
+        q, k, v = (_Rearrange.apply(x.flatten(1), move).unflatten(1, x.shape[1:]) for x in (q, k, v))
     sizes = (-1, 0) if window is None or window >= longest else (window - 1, 0)
     grouped = query.shape[1] != key.shape[1]
     limits = {"max_q": longest, "max_k": longest, "window_size": sizes}
-    return varlen_attn(q, k, v, offsets, offsets, **limits, scale=scale, enable_gqa=grouped)[None]
+    out = varlen_attn(q, k, v, offsets, offsets, **limits, scale=scale, enable_gqa=grouped)
+    return (out if shared is None else out.index_select(0, shared.own))[None]
 
 
 def _by_length(
@@ -255,8 +262,10 @@ class _Rearrange(torch.autograd.Function):
     def backward(ctx: Any, grad: Float[Tensor, "moved width"]) -> tuple[Tensor, None]:
         move = ctx.move
         if move.back_source is None:
-            given = grad.index_fill(0, move.empty, 0)
-            return grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, move.source, given), None
+            wide = torch.promote_types(grad.dtype, torch.float32)  # sums of copies round once
+            given = grad.index_fill(0, move.empty, 0).to(wide)
+            total = given.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, move.source, given)
+            return total.to(grad.dtype), None
         return grad.index_select(0, move.back_source).index_fill_(0, move.back_empty, 0), None
 
 

@@ -19,6 +19,7 @@ from spa_ray.errors import InputError
 from spa_ray.training.batches import LABELS, SUBSET, stream
 from spa_ray.training.deal import Sequences
 
+SIDES = ("chosen", "rejected")
 Sequence = tuple[np.ndarray, np.ndarray]  # prompt ids, response ids
 
 
@@ -116,9 +117,6 @@ def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Sele
             f"every pair's {train.gap} gap is 0, weights mean nothing; set train.gap or train.method=spa_simpo"
         )
     return _selection(data, rows, swapped, gap[rows], sides=1 if train.method == "sft" else 2), dropped
-
-
-SIDES = ("chosen", "rejected")
 
 
 def _selection(

@@ -59,10 +59,9 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Objective:
-    """A method's loss, the statistics it gives, and what it needs: sequences a pair, reference log-probs, weights."""
+    """A method's loss, the statistics it gives, and what it needs: reference log-probs, weights."""
 
     loss: Callable[[LossInputs, Train], tuple[Float[Tensor, " pairs"], Stats]]
-    sequences_per_pair: int = 2
     needs_reference: bool = False
     weighted: bool = False
     stats: tuple[str, ...] = PAIR_STATS
@@ -123,5 +122,5 @@ OBJECTIVES: dict[str, Objective] = {
     "spa_dpo": Objective(_dpo, needs_reference=True),
     "ipo": Objective(_ipo, needs_reference=True),
     "orpo": Objective(_orpo, stats=(*PAIR_STATS, "nll_loss", "log_odds_chosen", "log_odds_ratio")),
-    "sft": Objective(_sft, sequences_per_pair=1, stats=("logps/chosen",)),
+    "sft": Objective(_sft, stats=("logps/chosen",)),
 }

@@ -172,7 +172,7 @@ class StepLoop:
         self, number: int, step: Step, totals: dict[str, float], lr: float, grad_norm: float, seconds: float
     ) -> dict[str, float]:
         size, weights = len(step.pairs), step.weights
-        prompts = np.unique(self.selection.sequences.prompt_of_pair[step.pairs], return_inverse=True)[1]
+        prompts = np.unique(self.selection.sequences.prompt[step.sequences[step.sides[:, 0]]], return_inverse=True)[1]
         of_prompts = np.bincount(prompts, weights)
         tokens = int(self.selection.sequences.tokens[step.sequences].sum())
         epochs = self.plan.order.epoch
@@ -198,7 +198,8 @@ class StepLoop:
     def _seed(self, number: int, k: int) -> None:
         """Adapter dropout is the only randomness left in a step. Seeded by step and micro-batch, it survives a resume,
         and a second pass over the same micro-batch drops the same."""
-        torch.manual_seed(((self.job.seed * 1_000_003 + number) * 1_009 + comm.rank()) * 4_093 + k)
+        mixed = ((self.job.seed * 1_000_003 + number) * 1_009 + comm.rank()) * 4_093 + k
+        torch.manual_seed(mixed & 0xFFFF_FFFF_FFFF_FFFF)  # what torch takes
 
     def _pair_ids(self, step: Step) -> list[str]:
         return [self.data.pair_id(int(self.selection.rows[i])) for i in step.pairs]
