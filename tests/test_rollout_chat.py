@@ -439,7 +439,7 @@ def test_thinking_is_cut_up_to_its_end(one_token: bool) -> None:
 @pytest.mark.parametrize("think", ["strip", "mask"])
 def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: Any) -> None:
     from spa_ray.config.training import Train
-    from spa_ray.training.dataset import select_pairs, sequences
+    from spa_ray.training.dataset import read_sequences, select_pairs
 
     tokenizer = build_tiny_tokenizer(THINKS)
     chat = Chat(tokenizer, model="m", settings=ChatSettings(date=DAY, think=think))
@@ -449,7 +449,7 @@ def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: A
     tokenize_pairs(pairs, tmp_path / "t.arrow", chat, vocab_size=265, max_length=512, gap="abs_sum")
     data = TokenizedPairs(tmp_path / "t.arrow")
     selection, _ = select_pairs(data, Train(method="spa_simpo").resolved(), seed=0)
-    ((context, response),) = sequences(data, selection, [0], chosen=True)  # type: ignore[arg-type]
+    ((context, response),) = read_sequences(data, selection, selection.sequences.of_pair[0, :1])
     whole = data.ids("prompt_ids", 0).tolist() + thinking + answer
     assert context.tolist() + response.tolist() == whole
     assert response.tolist() == (answer if think == "mask" else thinking + answer)
