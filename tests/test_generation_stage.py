@@ -171,8 +171,8 @@ def test_a_stalled_engine_is_replaced_within_its_deadline(whole: Whole, prompts:
     assert bytes_of(tmp_path) == bytes_of(whole.folder)
 
 
-# The second puts the two failures into different shards.
-@pytest.mark.parametrize("shard_rows", [pytest.param(PROMPT_COUNT, marks=pytest.mark.long), 18])
+@pytest.mark.long
+@pytest.mark.parametrize("shard_rows", [PROMPT_COUNT, 18])  # the second puts the two failures into different shards
 def test_failures_that_may_pass_are_asked_again_in_parts_and_readers_take_the_last(
     prompts: Path, tmp_path: Path, shard_rows: int
 ) -> None:
@@ -238,6 +238,7 @@ def test_a_users_mistake_that_only_the_actor_can_see_reaches_the_driver_as_one(p
     assert not list((tmp_path / "episodes").rglob("*.parquet"))
 
 
+@pytest.mark.long
 def test_rows_may_name_their_model_and_a_second_pass_scores_given_answers(prompts: Path, tmp_path: Path) -> None:
     table, models = pq.read_table(prompts), ("first", "second")
     for model in models:

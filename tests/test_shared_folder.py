@@ -62,6 +62,7 @@ def may_unshare() -> bool:
 
 
 @pytest.mark.skipif(not may_unshare(), reason="needs a mount namespace of its own (root)")
+@pytest.mark.long
 def test_a_folder_that_one_node_does_not_see_is_refused(tmp_path: Path) -> None:
     hidden, seen = tmp_path / "hidden", tmp_path / "seen"
     hidden.mkdir()

@@ -123,6 +123,7 @@ def test_what_workers_log_stands_as_json_lines_in_rays_log_folder(runs: Runs) ->
     assert {(line["level"], line["stage"], line["rank"], line["step"]) for line in ends} == {("INFO", "train", 0, 3)}
 
 
+@pytest.mark.long
 def test_a_bad_job_fails_in_one_line_after_the_good_ones_are_skipped(runs: Runs, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.parquet", [{**pair_rows(1)[0], "chosen_ids": [9999]}])
     bad = replace(runs.two["zero2"], name="bad", pairs=pairs, out=tmp_path / "out", work=tmp_path / "work")

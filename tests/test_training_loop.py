@@ -459,6 +459,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not job.out.exists()
 
 
+@pytest.mark.long
 def test_jobs_one_after_the_other_do_not_pile_up_tensors(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
     def elements() -> int:
         gc.collect()
