@@ -249,6 +249,11 @@ def _layout(lengths: tuple[int, ...], device: torch.device, shared: SharedPrompt
     return _Layout(shapes, to_groups, _Move(*on_device(slots, nothing, row_of_slot, np.flatnonzero(~taken))))
 
 
+def forget_layouts() -> None:
+    """Give back the layouts of the last forward passes."""
+    _layout.cache_clear()
+
+
 class _Rearrange(torch.autograd.Function):
     """Move rows. Its backward moves them back, where indexing's own would add them up one by one."""
 

@@ -23,7 +23,7 @@ import torch
 from spa_ray.errors import InputError, RunError
 from spa_ray.logs import context
 from spa_ray.training import checkpoint, comm
-from spa_ray.training.attention import why_not_packed
+from spa_ray.training.attention import forget_layouts, why_not_packed
 from spa_ray.training.export import export_model
 from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr, check_movement
 from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
@@ -190,6 +190,7 @@ def dispose(engine: Any) -> None:
     engine.destroy()
     for store in (*engine.module.modules(), engine.optimizer, engine):
         vars(store).clear()
+    forget_layouts()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
