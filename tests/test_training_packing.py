@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spa_ray.errors import InputError
 from spa_ray.training import attention
 from spa_ray.training.attention import NAME, packed_attention, use_attention, use_packed_attention, why_not_packed
+from spa_ray.training.deal import COPY
 from spa_ray.training.forward import ResponseLogps, Rows, collate_packed
 from spa_ray.training.losses import sequence_logps
 from spa_ray.training.policy import TOLERANCE, _short_rows, check_layout
@@ -117,6 +118,33 @@ def test_a_prompt_stands_once_before_all_its_responses() -> None:
     assert batch.input_ids[0][batch.shared.copies].tolist() == whole.tolist()
     assert batch.input_ids[0].tolist() == whole[batch.shared.own].tolist()
     assert collate_packed(rows(), "cpu").shared is None
+
+
+def saved_bytes(policy: ResponseLogps, data: Rows) -> int:
+    """What a forward pass keeps for the backward pass, each tensor once."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        summed, _ = policy(policy.collate(data, "cpu"))
+        summed.sum().backward()
+    return sum(kept.values())
+
+
+def test_a_copy_of_a_prompts_token_takes_no_more_than_it_counts_for() -> None:
+    rng = np.random.default_rng(3)
+    prompt = rng.integers(3, VOCAB, 190)
+    together = [(prompt, rng.integers(3, VOCAB, 10)) for _ in range(6)]
+    counted = 250 + round(COPY * 5 * 190)
+    apart = [(rng.integers(3, VOCAB, counted // 2 - 10), rng.integers(3, VOCAB, 10)) for _ in range(2)]
+    policy = packed_policy(tiny("Llama"), 5 * VOCAB)
+    policy(policy.collate(apart, "cpu"))  # what is made once is not counted
+    assert saved_bytes(policy, together) <= 1.1 * saved_bytes(policy, apart)
+    assert saved_bytes(policy, together) > saved_bytes(policy, apart) * 250 / counted
 
 
 def test_a_packed_sequence_sees_nothing_of_its_neighbours() -> None:

@@ -24,7 +24,7 @@ from spa_ray.training.batches import Order
 
 AGAIN = 1 / 3  # a forward pass more, against a forward and a backward pass
 # What a copy of a prompt's token takes in memory, against a token that passes through the whole model: attention alone
-# sees it. By our own formulas 0.10 for Llama-3.1-8B, measured 0.16 for a small one.
+# sees it. By training/memory.py's formulas 0.10 for Llama-3.1-8B; test_training_packing.py measures a small model.
 COPY = 0.2
 UNEVEN = 1.05  # the busiest rank's tokens over the mean, up to which whole prompts are dealt without a look at parts
 
