@@ -68,11 +68,11 @@ def make_policy(args: argparse.Namespace, dtype: str, *, packed: bool) -> Any:
 
     from spa_ray.training.attention import use_packed_attention
     from spa_ray.training.forward import ResponseLogps
-    from spa_ray.training.linear import use_onednn_linear
+    from spa_ray.training.linear import use_fast_linear
 
     model = harness.llama(hidden=args.hidden, layers=args.layers, vocab=args.vocab, seed=args.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
-    use_onednn_linear(model)
+    use_fast_linear(model)
     if packed:
         use_packed_attention(model)
     return ResponseLogps(model, packed=packed, logits_budget=args.logits_mib * 2**20 // 4).train()

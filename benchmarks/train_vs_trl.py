@@ -88,7 +88,7 @@ def trl_model(setup: Setup) -> tuple[Any, tuple[Any, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from spa_ray.training.linear import use_onednn_linear
+    from spa_ray.training.linear import use_fast_linear
     from spa_ray.training.schedule import lr_multiplier
 
     train, steps = setup.train(), setup.steps
@@ -97,7 +97,7 @@ def trl_model(setup: Setup) -> tuple[Any, tuple[Any, Any]]:
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if "linear" in setup.lend:
-        use_onednn_linear(model)
+        use_fast_linear(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.lr, weight_decay=train.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_multiplier(min(step, steps - 1), steps, kind=train.scheduler, warmup=train.warmup)

@@ -90,6 +90,23 @@ def test_no_chunk_holds_more_logits_than_the_budget(monkeypatch: pytest.MonkeyPa
     assert rows == 2 * [7, 7, 7, 7, 7, 2]  # every chunk once forward and once more backward
 
 
+def test_logits_within_the_budget_are_computed_once_and_again_for_a_second_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from spa_ray.training import head
+
+    calls = []
+    logits = head._logits
+    monkeypatch.setattr(head, "_logits", lambda *a: calls.append(1) or logits(*a))
+    hidden, weight, _, targets = inputs(torch.float64, bias=False)
+    logps = head_logps(hidden, weight, None, targets, logits_budget=TOKENS * VOCAB).sum()
+    first = torch.autograd.grad(logps, [hidden, weight], retain_graph=True)
+    assert len(calls) == 1
+    for again, before in zip(torch.autograd.grad(logps, [hidden, weight]), first, strict=True):
+        torch.testing.assert_close(again, before, rtol=0, atol=1e-12)
+    assert len(calls) == 2
+
+
 def test_what_a_model_does_to_its_logits_is_read_off_its_config() -> None:
     from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 

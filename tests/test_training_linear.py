@@ -1,4 +1,4 @@
-"""oneDNN's linear layers compute what torch's do."""
+"""oneDNN's linear layers compute what torch's do, and are taken where they are much faster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from spa_ray.training.linear import use_onednn_linear
+from spa_ray.training import linear
+from spa_ray.training.linear import use_fast_linear
+
+
+@pytest.fixture(autouse=True)
+def onednn_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_pays", lambda: True)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -17,7 +23,7 @@ def test_outputs_and_gradients_are_torchs(bias: bool, shape: tuple[int, ...]) ->
     torch.manual_seed(0)
     theirs = nn.Sequential(nn.Linear(12, 9, bias=bias), nn.Tanh(), nn.Linear(9, 4, bias=bias))
     ours = copy.deepcopy(theirs)
-    use_onednn_linear(ours)
+    use_fast_linear(ours)
     x = [torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
     outs = [m(v) for m, v in zip((ours, theirs), x, strict=True)]
     for out in outs:
@@ -30,7 +36,7 @@ def test_outputs_and_gradients_are_torchs(bias: bool, shape: tuple[int, ...]) ->
 
 def test_a_frozen_weight_gets_no_gradient_and_passes_one_on() -> None:
     layer = nn.Linear(4, 3).requires_grad_(False)
-    use_onednn_linear(layer)
+    use_fast_linear(layer)
     x = torch.randn(2, 4, requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad is None
@@ -39,5 +45,20 @@ def test_a_frozen_weight_gets_no_gradient_and_passes_one_on() -> None:
 
 def test_bfloat16_layers_are_left_alone() -> None:
     layer = nn.Linear(4, 3).bfloat16()
-    use_onednn_linear(layer)
+    use_fast_linear(layer)
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize(("onednn", "pays"), [(0.0014, False), (0.0005, True)])
+def test_onednn_must_be_far_ahead(monkeypatch: pytest.MonkeyPatch, onednn: float, pays: bool) -> None:
+    monkeypatch.undo()
+    seconds = iter([0.0015, onednn] * linear.REPEATS)
+    monkeypatch.setattr(linear, "_seconds", lambda work: next(seconds))
+    assert linear.onednn_pays.__wrapped__() is pays
+
+
+def test_where_torch_is_as_fast_its_layers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_pays", lambda: False)
+    layer = nn.Linear(4, 3)
+    use_fast_linear(layer)
     assert "forward" not in vars(layer)

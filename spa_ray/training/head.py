@@ -2,7 +2,7 @@
 
 Comes in: hidden states, the head's weight, targets. Goes out: log π(target), a number a token, in float32 or better.
 Never: tokens × vocabulary logits in memory, forward or backward, once they exceed the budget: the backward pass
-computes each chunk's logits again.
+computes each chunk's logits again. Logits within the budget are kept, in the one tensor that becomes their gradient.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spa_ray.training.linear import add_product, linear, product
-from spa_ray.training.losses import token_logps
+from spa_ray.training.linear import add_product, product
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,12 @@ def head_logps(
     Matrix products run in the dtype of `hidden`, the log-softmax in float32 or better.
     """
     chunk = max(1, logits_budget // weight.shape[0])
-    if len(hidden) <= chunk:
-        return token_logps(transform.apply(linear(hidden, weight, bias)), targets)
     return _ChunkedLogps.apply(hidden, weight, bias, targets, chunk, transform)
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """log π(target) = z[target] - logsumexp(z) with z = transform(h Wᵀ + b), `chunk` tokens at a time."""
+    """log π(target) = z[target] - logsumexp(z) with z = transform(h Wᵀ + b), `chunk` tokens at a time. One chunk's z
+    is kept until the first backward pass, which writes over it."""
 
     @staticmethod
     def forward(
@@ -78,7 +76,7 @@ class _ChunkedLogps(torch.autograd.Function):
         chunk: int,
         transform: LogitTransform,
     ) -> Tensor:
-        norms, picked = [], []
+        norms, picked, z = [], [], None
         for rows in _chunks(len(hidden), chunk):
             z = _logits(hidden[rows], weight, bias, transform)
             norms.append(torch.logsumexp(z, dim=-1))
@@ -86,6 +84,7 @@ class _ChunkedLogps(torch.autograd.Function):
         norm = torch.cat(norms)
         ctx.save_for_backward(hidden, weight, bias, targets, norm)
         ctx.chunk, ctx.transform = chunk, transform
+        ctx.kept = z if len(norms) == 1 and any(ctx.needs_input_grad) else None
         return torch.cat(picked) - norm
 
     @staticmethod
@@ -98,7 +97,9 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=norm.dtype) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=norm.dtype) if for_bias else None
         for rows in _chunks(len(hidden), ctx.chunk):
-            z = _logits(hidden[rows], weight, bias, ctx.transform)
+            z, ctx.kept = ctx.kept, None
+            if z is None:
+                z = _logits(hidden[rows], weight, bias, ctx.transform)
             # In place where the logits are not needed again: a chunk is what the peak is made of.
             dz = (z - norm[rows, None] if ctx.transform.softcap is not None else z.sub_(norm[rows, None])).exp_()
             dz.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None])

@@ -1,12 +1,17 @@
-"""float32 linear layers through oneDNN: on the CPU torch's own go through MKL, which is slow on processors not Intel's.
+"""float32 linear layers by the faster of two products: torch's own, which is MKL's on x86, or oneDNN's.
 
-Comes in: a model on the CPU. Goes out: the same model, its `nn.Linear`s computing the same products. Measured on an AMD
-EPYC core: 90-105 GFLOP/s by MKL, 190-240 by oneDNN; a step of a 1.6 M model takes 0.68 of the time. Never: bfloat16
-(oneDNN's already), GPUs, ZeRO-3 (DeepSpeed has its own linear there).
+Comes in: a model on the CPU. Goes out: the same model, its `nn.Linear`s computing the same products. MKL is slow on
+some processors that are not Intel's: an AMD EPYC core was seen to do 90-105 GFLOP/s by MKL and 190-240 by oneDNN; two
+older cores (Zen 3) do 132 and 110. A process measures once which it has, and oneDNN must be far ahead, so that noise
+decides nothing. Never: bfloat16 (oneDNN's already), GPUs, ZeRO-3 (DeepSpeed has its own linear there).
 """
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -16,9 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+AHEAD = 1.4  # how many times as fast oneDNN must be
+SIZE, REPEATS = 384, 9  # of the product that is measured
 
-def use_onednn_linear(model: nn.Module) -> None:
-    """Give every float32 `nn.Linear` of the model oneDNN's products, forward and backward."""
+
+def use_fast_linear(model: nn.Module) -> None:
+    """Give every float32 `nn.Linear` of the model oneDNN's products, forward and backward, where they are faster."""
     for module in model.modules():
         if type(module) is nn.Linear and _suits(module.weight):
             module.forward = MethodType(_forward, module)
@@ -36,7 +44,7 @@ def linear(
 
 def product(x: Float[Tensor, "rows k"], weight: Float[Tensor, "columns k"]) -> Float[Tensor, "rows columns"]:
     """x Wᵀ without a gradient. oneDNN takes transposed views as they are."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") if _suits(weight) else x @ weight.t()
+    return _onednn(x, weight) if _suits(weight) else x @ weight.t()
 
 
 def add_product(
@@ -50,7 +58,32 @@ def add_product(
 
 
 def _suits(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and onednn_pays()
+
+
+@cache
+def onednn_pays() -> bool:
+    """Whether oneDNN multiplies `AHEAD` times as fast as torch on this processor: medians of products in turn."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x = torch.ones(SIZE, SIZE)
+    products = {"torch": lambda: x @ x.t(), "oneDNN": lambda: _onednn(x, x)}
+    seconds: dict[str, list[float]] = {name: [] for name in products}
+    for _ in range(REPEATS):
+        for name, multiply in products.items():
+            seconds[name].append(_seconds(multiply))
+    return statistics.median(seconds["torch"]) > AHEAD * statistics.median(seconds["oneDNN"])
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return result
 
 
 def _forward(self: nn.Linear, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:

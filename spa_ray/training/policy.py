@@ -24,7 +24,7 @@ from spa_ray.training.attention import use_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
-from spa_ray.training.linear import use_onednn_linear
+from spa_ray.training.linear import use_fast_linear
 from spa_ray.training.memory import logits_mib, shape_of, step_memory
 from spa_ray.training.rope import pin_rope
 from spa_ray.training.zero3 import freed_at_once, gathered_at_once, partitioned
@@ -108,7 +108,7 @@ def make_engine(job: TrainJob) -> Any:
     if checkpointing and train.lora is not None:
         model.enable_input_require_grads()
     if not torch.cuda.is_available() and train.zero_stage < 3:
-        use_onednn_linear(model)
+        use_fast_linear(model)
     packed = _packs(job, model)
     use_attention(model, packed=packed)
     held = logits_mib(train, torch.cuda.is_available())
