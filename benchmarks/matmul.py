@@ -14,46 +14,40 @@ import harness
 import numpy as np
 
 ROWS = 2048  # of the activations that are multiplied
-SECONDS = 0.3  # a product is repeated for about this long
+REPEATS = 15
 
 
 def matmul_rates(model: str, dtype: str) -> dict[str, Any]:
-    """GFLOP/s of torch's own product and of the one that training uses, over the model's linear layers, all cores.
-
-    Each shape counts by its FLOPs. On a GPU both are cuBLAS's. Imports torch: call it in a fresh process.
-    """
+    """GFLOP/s of torch's own product (MKL's in float32 on x86, cuBLAS's on a GPU) and of oneDNN's, over the model's
+    linear layers, all cores; which of the two training takes. Medians of products in turn; each shape counts by its
+    FLOPs. Imports torch: call it in a fresh process."""
     import torch
     from torch.nn import functional as F
 
-    from spa_ray.training.linear import product
+    from spa_ray.training.linear import _onednn, onednn_pays
 
     harness.use_all_cores()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = linear_shapes(model)
-    rates = {}
-    for name, multiply in (("torch", F.linear), ("spa_ray", product)):
-        seconds = flops = 0.0
-        for (outputs, inputs), count in shapes.items():
-            x = torch.randn(ROWS, inputs, device=device, dtype=getattr(torch, dtype))
-            weight = torch.randn(outputs, inputs, device=device, dtype=getattr(torch, dtype))
-            with torch.no_grad():
-                seconds += count * _seconds(lambda x=x, w=weight, m=multiply: m(x, w))
-            flops += count * 2 * ROWS * inputs * outputs
-        rates[name] = flops / seconds / 1e9
-    return {"gflops": rates, "best_gflops": max(rates.values())}
-
-
-def _seconds(work: Any) -> float:
-    """The median over repeats of one call."""
-    work()
-    taken = []
-    until = time.perf_counter() + SECONDS
-    while len(taken) < 3 or time.perf_counter() < until:
-        start = time.perf_counter()
-        work()
-        harness.finish_queued_work()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    products: dict[str, Any] = {"torch": F.linear}
+    if device == "cpu" and dtype == "float32":
+        products["oneDNN"] = _onednn
+    seconds, flops = dict.fromkeys(products, 0.0), 0.0
+    for (outputs, inputs), count in linear_shapes(model).items():
+        x = torch.randn(ROWS, inputs, device=device, dtype=getattr(torch, dtype))
+        weight = torch.randn(outputs, inputs, device=device, dtype=getattr(torch, dtype))
+        taken: dict[str, list[float]] = {name: [] for name in products}
+        with torch.no_grad():
+            for _ in range(REPEATS):
+                for name, multiply in products.items():
+                    start = time.perf_counter()
+                    multiply(x, weight)
+                    harness.finish_queued_work()
+                    taken[name].append(time.perf_counter() - start)
+        for name in products:
+            seconds[name] += count * statistics.median(taken[name])
+        flops += count * 2 * ROWS * inputs * outputs
+    rates = {name: flops / seconds[name] / 1e9 for name in products}
+    return {"gflops": rates, "taken": "oneDNN" if "oneDNN" in products and onednn_pays() else "torch"}
 
 
 def linear_shapes(model: str) -> dict[tuple[int, int], int]:

@@ -148,17 +148,21 @@ def attempt(run: Callable[[Setup, int, int], Run], setup: Setup, micro_batch: in
 
 def best_micro_batch(
     run: Callable[[Setup, int, int], Run], setup: Setup, sizes: list[int], args: argparse.Namespace
-) -> tuple[int, dict[int, float | None]]:
-    """A side's fastest micro-batch, and pairs/s of each; None is one that did not fit. One alone is not measured."""
+) -> tuple[int, dict[int, dict[str, float] | None]]:
+    """A side's fastest micro-batch, and speed and memory of each, a curve; None is one that did not fit. One alone is
+    not measured."""
     if len(sizes) == 1:
         return sizes[0], {}
     steps = min(setup.steps, args.sweep_steps)
-    rates: dict[int, float | None] = {}
+    curve: dict[int, dict[str, float] | None] = {}
     for size in sizes:
         done = harness.in_fresh_process(attempt, run, setup, size, steps)
-        rates[size] = done and done.pairs_per_s(setup.batch_size, min(args.warmup, steps - 1))
-        harness.progress(f"{run.__name__}, micro-batch {size}: {rates[size]} pairs/s")
-    return max(rates, key=lambda size: rates[size] or 0.0), rates
+        curve[size] = done and {
+            "pairs_per_s": done.pairs_per_s(setup.batch_size, min(args.warmup, steps - 1)),
+            "peak_memory_mib": done.peak_memory_mib,
+        }
+        harness.progress(f"{run.__name__}, micro-batch {size}: {curve[size]}")
+    return max(sizes, key=lambda size: (curve[size] or {"pairs_per_s": 0.0})["pairs_per_s"]), curve
 
 
 def side(runs: list[Run], setup: Setup, warmup: int) -> dict[str, Any]:
@@ -180,20 +184,29 @@ def compare(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     pairs, trl_sweep = best_micro_batch(run_trl, setup, args.trl_micro_batch, args)
     ours: list[Run] = []
     trl: list[Run] = []
+    limits: list[dict[str, Any]] = []
     for k in range(args.repeats):
         ours.append(harness.in_fresh_process(run_ours, setup, tokens, setup.steps))
         trl.append(harness.in_fresh_process(run_trl, setup, pairs, setup.steps))
+        limits.append(harness.in_fresh_process(matmul_rates, str(setup.model), setup.dtype))
         rates = [round(x[-1].pairs_per_s(setup.batch_size, args.warmup), 2) for x in (ours, trl)]
         harness.progress(f"run {k + 1} of {args.repeats}: ours {rates[0]} pairs/s, TRL {rates[1]}")
     a, b = (side(runs, setup, args.warmup) for runs in (ours, trl))
     return {
-        "ours": {"micro_batch_tokens": tokens, "sweep_pairs_per_s": our_sweep, **a},
-        "trl": {"micro_batch_pairs": pairs, "sweep_pairs_per_s": trl_sweep, **b},
+        "matmul": median_rates(limits),
+        "ours": {"micro_batch_tokens": tokens, "sweep": our_sweep, **a},
+        "trl": {"micro_batch_pairs": pairs, "sweep": trl_sweep, **b},
         "speed_ratio": a["median_pairs_per_s"] / b["median_pairs_per_s"],
         "speed_ratio_by_run": (np.array(a["pairs_per_s"]) / b["pairs_per_s"]).tolist(),
         "memory_ratio": a["median_peak_memory_mib"] / b["median_peak_memory_mib"],
         "largest_loss_difference": float(max(np.abs(np.subtract(x.losses, y.losses)).max() for x in ours for y in trl)),
     }
+
+
+def median_rates(limits: list[dict[str, Any]]) -> dict[str, Any]:
+    """The machine's limit over all repeats, and the library that training took in each."""
+    rates = {name: statistics.median(limit["gflops"][name] for limit in limits) for name in limits[0]["gflops"]}
+    return {"gflops": rates, "best_gflops": max(rates.values()), "taken": [limit["taken"] for limit in limits]}
 
 
 def share(figures: dict[str, Any], work: dict[str, Any], name: str, limit: dict[str, Any], warmup: int) -> float:
@@ -274,9 +287,9 @@ def main() -> None:
         work = harness.in_fresh_process(make_inputs, setup, args.model, args.pairs, *sizes)
         harness.progress(f"{work['parameters'] / 1e6:.1f} M parameters, {work['pairs']} pairs")
         figures = compare(setup, args)
-        limit = harness.in_fresh_process(matmul_rates, str(setup.model), setup.dtype)
+        limit = figures["matmul"]
         limit["share"] = {side: share(figures[side], work, side, limit, args.warmup) for side in ("ours", "trl")}
-        harness.report(environment=where, settings=vars(args), work=work, matmul=limit, **figures)
+        harness.report(environment=where, settings=vars(args), work=work, **figures)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_bfloat16_layers_are_left_alone() -> None:
 def test_onednn_must_be_far_ahead(monkeypatch: pytest.MonkeyPatch, onednn: float, pays: bool) -> None:
     monkeypatch.undo()
     seconds = iter([0.0015, onednn] * linear.REPEATS)
-    monkeypatch.setattr(linear, "_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(linear, "_seconds", lambda *product: next(seconds))
     assert linear.onednn_pays.__wrapped__() is pays
 
 

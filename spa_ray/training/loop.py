@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from spa_ray.training import checkpoint, comm
 from spa_ray.training.attention import forget_layouts, why_not_packed
 from spa_ray.training.export import export_model
 from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr, check_movement
+from spa_ray.training.host_memory import kept_for_reuse
 from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.objective import OBJECTIVES
 from spa_ray.training.policy import make_engine, parameter_count
@@ -60,9 +62,11 @@ def _run_job(job: TrainJob, progress: Progress | None) -> TrainResult:
     try:
         first = _resume(job, engine, prepared)
         comm.on_rank_zero(lambda: write_job(job))
-        loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first))
-        _say("job begins", step=first, steps=loop.plan.steps, pairs=len(prepared.selection))
-        metrics = _run_steps(loop, prepared, first, progress)
+        # Under ZeRO-3 whole layers come and go between what stays: kept, they would leave holes.
+        with kept_for_reuse() if job.train.zero_stage < 3 and not torch.cuda.is_available() else nullcontext():
+            loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first))
+            _say("job begins", step=first, steps=loop.plan.steps, pairs=len(prepared.selection))
+            metrics = _run_steps(loop, prepared, first, progress)
         result = TrainResult(
             name=job.name,
             model=job.out,

@@ -22,12 +22,13 @@ from spa_ray.errors import InputError
 from spa_ray.training import comm
 from spa_ray.training.attention import use_attention, why_not_packed
 from spa_ray.training.forward import ResponseLogps
+from spa_ray.training.host_memory import freed_at_once
 from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
 from spa_ray.training.linear import use_fast_linear
 from spa_ray.training.memory import logits_mib, shape_of, step_memory
 from spa_ray.training.rope import pin_rope
-from spa_ray.training.zero3 import freed_at_once, gathered_at_once, partitioned
+from spa_ray.training.zero3 import gathered_at_once, partitioned
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,20 +1,14 @@
 """Building a model under ZeRO-3 so that no rank ever holds all of it.
 
 `partitioned` is a context manager around the model's construction; it takes DeepSpeed's config. All ranks enter it
-together and build the same model. `freed_at_once` goes around the construction of the complete engine.
+together and build the same model.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-# glibc's mallopt: blocks from this many bytes on get pages of their own, which `free` gives back to the system.
-M_MMAP_THRESHOLD = -3
-OWN_PAGES_FROM = 128 * 1024  # what glibc starts with
-LARGEST = 32 * 1024 * 1024  # what it rises to by itself
 
 # DeepSpeed's own limits of what is gathered at a time, in elements.
 MAX_LIVE = 1_000_000_000
@@ -53,21 +47,3 @@ def partitioned(deepspeed_config: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         del alive
-
-
-@contextmanager
-def freed_at_once() -> Iterator[None]:
-    """Host memory that is freed inside this block goes back to the system.
-
-    Partitions that stay are allocated between complete tensors that go. In one heap they would keep the holes between
-    them resident: without this a rank of two on CPUs was seen to keep more than a complete model.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # not glibc
-        yield
-        return
-    libc.mallopt(M_MMAP_THRESHOLD, OWN_PAGES_FROM)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
