@@ -7,6 +7,7 @@ a process of its own, on the demo's embedded model and prompts, or on those of `
     coroutines  the same episodes on the same engine, without Ray; this side records every request for the next
     raw         vLLM's `LLM.generate`, all prompts known up front: the samples of all, then all scores, then all
                 refinements, then their scores; same token ids, parameters and engine arguments
+    raw_two     two of raw side by side, half of the cores and of the requests each
     processors  four `ray.data.llm` processors in a row, hence four engines; same prompts, seeds and parameters
 
 Steady state, on every side: requests, over the seconds from the first request to the last answer. So loading, imports
@@ -30,12 +31,13 @@ from typing import Any
 
 import harness
 from generation_processors import run_processors
-from generation_work import Run, Work, episode_bytes, run_coroutines, run_pass, run_raw
+from generation_work import Run, Work, episode_bytes, run_coroutines, run_pass, run_raw, run_raw_two
 
 DEMO = Path(__file__).parents[1] / "spa_ray" / "microworld" / "demo.yaml"
 SIDES: dict[str, Callable[[Work, int], Run]] = {
     "coroutines": run_coroutines,  # first: it records what raw asks
     "raw": run_raw,
+    "raw_two": run_raw_two,
     "spa_ray": run_pass,
     "processors": run_processors,
 }
@@ -63,13 +65,15 @@ def compare(work: Work, args: argparse.Namespace) -> dict[str, Any]:
         for side in args.sides:
             run = harness.in_fresh_process(SIDES[side], work, args.concurrency)
             runs[side].append(run)
+            more = run.stage_seconds or run.cores or ""
             harness.progress(
                 f"run {k + 1} of {args.repeats}, {side}: {run.requests_per_s:.1f} requests/s, {run.requests} in "
-                f"{run.seconds:.1f} s after {run.startup_seconds:.1f} s of start-up; {run.stage_seconds or ''}"
+                f"{run.seconds:.1f} s after {run.startup_seconds:.1f} s of start-up; {more}"
             )
     printed: dict[str, Any] = {side: figures(of) for side, of in runs.items()}
     for name, (above, below) in {
         "over_raw": ("spa_ray", "raw"),
+        "over_raw_two": ("spa_ray", "raw_two"),
         "over_processors": ("spa_ray", "processors"),
         "coroutines_over_raw": ("coroutines", "raw"),
     }.items():
@@ -123,7 +127,7 @@ def arguments() -> argparse.Namespace:
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the config")
     add("--prompts", type=int, default=600)
     add("--concurrency", type=int, default=128, help="prompts in flight, spa_ray and coroutines")
-    add("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="raw needs coroutines")
+    add("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="raw and raw_two need coroutines")
     add("--determinism", action="store_true", help="compare bytes instead of speed")
     add("--in-flight", type=int, nargs="+", default=[128, 16, 1], help="prompts in flight that --determinism compares")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="an engine's, on a CPU; default: all cores")
@@ -131,8 +135,8 @@ def arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     args = parser.parse_args()
     args.sides = [side for side in SIDES if side in args.sides]
-    if "raw" in args.sides and "coroutines" not in args.sides:
-        parser.error("raw asks what coroutines has recorded: name both in --sides")
+    if {"raw", "raw_two"} & set(args.sides) and "coroutines" not in args.sides:
+        parser.error("raw and raw_two ask what coroutines has recorded: name both in --sides")
     return args
 
 

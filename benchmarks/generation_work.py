@@ -11,7 +11,10 @@ import dataclasses
 import json
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextvars import ContextVar
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ class Work:
 class Run:
     """`seconds`: from the first request to the last answer; `startup_seconds`: from the side's start to the former.
 
-    `cpu_seconds`: of the one process, all its threads, in those seconds; None where there are several processes.
+    `cpu_seconds`: of the one process, all its threads, in those seconds; None where there are several processes, and
+    `cores` then says how many cores each kind of them kept busy.
     """
 
     requests: int
@@ -48,6 +52,8 @@ class Run:
     engine_busy: float | None = None
     generated_tokens: int | None = None
     cpu_seconds: float | None = None
+    cores: dict[str, float] = dataclasses.field(default_factory=dict)
+    began: float = 0.0  # `time.time()` of the first request
 
     @property
     def requests_per_s(self) -> float:
@@ -160,6 +166,24 @@ def by_stage(log: list[tuple[str, str, Request]], refined: set[str]) -> dict[str
 def run_raw(work: Work, concurrency: int) -> Run:
     """Side `raw`: `LLM.generate`, stage after stage, every prompt and its parameters made beforehand."""
     del concurrency  # all of a stage at once
+    return _raw_part(work, part=0, parts=1)
+
+
+def run_raw_two(work: Work, concurrency: int) -> Run:
+    """Side `raw_two`: two of `raw` side by side, each with half of the cores and every second request of a stage."""
+    del concurrency
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["OMP_NUM_THREADS"]) // 2))
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        runs = list(pool.map(partial(_raw_part, work, parts=2), range(2)))
+    # Both begin when both are ready, and the slower one ends the work.
+    first, last = min(run.began for run in runs), max(run.began + run.seconds for run in runs)
+    tokens = sum(run.generated_tokens or 0 for run in runs)
+    requests = sum(run.requests for run in runs)
+    return Run(requests, runs[0].prompts, last - first, runs[0].startup_seconds, generated_tokens=tokens)
+
+
+def _raw_part(work: Work, part: int, parts: int) -> Run:
+    """Every `parts`-th request of each stage."""
     began = time.perf_counter()
     from spa_ray.engine.vllm_requests import sampling_params
     from spa_ray.engine.vllm_start import engine_arguments, prepare_environment
@@ -170,10 +194,11 @@ def run_raw(work: Work, concurrency: int) -> Run:
     llm = LLM(**engine_arguments(work.config.model, work.model))
     todo = {}
     for stage, requests in json.loads(work.requests.read_text()).items():
-        made = [request_of(values) for values in requests]
+        made = [request_of(values) for values in requests[part::parts]]
         params = [sampling_params(r) for r in made]
         todo[stage] = [{"prompt_token_ids": r.prompt_ids} for r in made], params
-    first, cpu = time.perf_counter(), time.process_time()
+    _meet(work.scratch, part, parts)
+    first, cpu, moment = time.perf_counter(), time.process_time(), time.time()
     ends, tokens = [first], 0
     for prompts, params in todo.values():
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -188,7 +213,18 @@ def run_raw(work: Work, concurrency: int) -> Run:
         {stage: round(b - a, 3) for stage, a, b in zip(todo, ends, ends[1:], strict=False)},
         generated_tokens=tokens,
         cpu_seconds=cpu,
+        began=moment,
     )
+
+
+def _meet(folder: Path, part: int, parts: int) -> None:
+    """Wait until all parts are here; their parent is the same process, so its id names this meeting."""
+    if parts == 1:
+        return
+    names = [folder / f"ready-{os.getppid()}-{k}" for k in range(parts)]
+    names[part].touch()
+    while not all(name.exists() for name in names):
+        time.sleep(0.01)
 
 
 def request_of(values: dict[str, Any]) -> Request:
@@ -232,6 +268,8 @@ def run_pass(work: Work, concurrency: int) -> Run:
     """Side `spa_ray`: `spa_ray.generation.stage.generate` on a local Ray of this machine."""
     began = time.time()
     set_up_workers()
+    from processes import watched_cores
+
     from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
     from spa_ray.runs.cluster import connected
@@ -239,7 +277,7 @@ def run_pass(work: Work, concurrency: int) -> Run:
     folder = work.scratch / f"pass-{time.time_ns()}"
     config = timed(work.config, folder / "times", concurrency)
     folder.mkdir(parents=True)
-    with connected(verbose=False):
+    with connected(verbose=False), watched_cores() as cores:
         counts = generate(
             config,
             Task(),
@@ -260,6 +298,7 @@ def run_pass(work: Work, concurrency: int) -> Run:
         first - began,
         engine_busy=counts.engine_busy,
         generated_tokens=counts.generated_tokens,
+        cores=cores.between(first, last),
     )
 
 

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,10 +22,10 @@ from typing import Any
 
 import harness
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from processes import Processes
 from scaling_model import Law, Phase, engine_rate, episode
 
 from spa_ray.config import arm_configs
@@ -39,8 +38,6 @@ from spa_ray.generation.stage import PassCounts, generate
 from spa_ray.runs.cluster import quiet_ray_data
 
 BATCH = 100_000
-# In a process's title; else it is Ray itself. A worker is of no kind until its first task.
-KINDS = {"EpisodeActor": "engines", "Ledger": "ledger", "ray::": "tasks", "default_worker": "tasks"}
 STEADY = (0.2, 0.95)  # of the prompts: where slopes and rates are taken
 
 
@@ -98,14 +95,8 @@ class Watch:
     first_row: float | None = None
     samples: list[dict[str, float]] = field(default_factory=list)
     cpu: list[dict[str, float]] = field(default_factory=list)  # seconds by kind of process, at each sample
-    _cpu: dict[tuple[str, int], float] = field(default_factory=dict)
-    _before: dict[int, float] = field(default_factory=dict)  # CPU seconds of processes that were there before
-    _titles: dict[int, str] = field(default_factory=dict)
+    _processes: Processes = field(default_factory=Processes)
     _began: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self._processes()
-        self._before = {pid: seconds for (_, pid), seconds in self._cpu.items()}
 
     def told(self, news: Mapping[str, Any]) -> None:
         """The stage's own display."""
@@ -114,7 +105,7 @@ class Watch:
             self.first_row = time.monotonic() - self._began
 
     def sample(self) -> None:
-        self._processes()
+        self._processes.look()
         self.cpu.append(self.cpu_seconds(own=time.thread_time()))
         store = _object_store()
         self.samples.append(
@@ -130,32 +121,9 @@ class Watch:
     def cpu_seconds(self, own: float) -> dict[str, float]:
         """By kind of process; those that ended between two samples are counted up to the last one. `own`: seconds of
         the watching itself, which runs on the driver."""
-        found: Counter[str] = Counter()
-        for (kind, pid), seconds in self._cpu.items():
-            found[kind] += seconds - self._before.get(pid, 0.0)
+        found = self._processes.seconds()
         found["driver"] -= own
         return {kind: round(seconds, 2) for kind, seconds in found.items()}
-
-    def _processes(self) -> None:
-        me = psutil.Process()
-        for process in [me, *me.children(recursive=True)]:
-            try:
-                kind = "driver" if process.pid == me.pid else self._kind(process)
-                spent = process.cpu_times()
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-            self._cpu[kind, process.pid] = spent.user + spent.system
-
-    def _kind(self, process: psutil.Process) -> str:
-        """An engine's process keeps its title; other workers change theirs with every task."""
-        title = self._titles.get(process.pid)
-        if title is None or title == "tasks":
-            line = " ".join(process.cmdline()) or process.name()
-            title = next((kind for mark, kind in KINDS.items() if mark in line), "ray")
-            if title != "tasks":
-                self._cpu.pop(("tasks", process.pid), None)
-            self._titles[process.pid] = title
-        return title
 
 
 def _object_store() -> dict[str, int]:

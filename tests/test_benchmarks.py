@@ -118,7 +118,7 @@ TOY_WORLD = ("sampling.max_tokens=12", "refine.max_tokens=12", "sampling.resampl
 def test_generation_asks_as_many_requests_on_every_side() -> None:
     printed = run("generation.py", "--prompts", "6", "--repeats", "1", "--concurrency", "4", "--set", *TOY_WORLD)
     assert_where(printed)
-    sides = ("spa_ray", "coroutines", "raw", "processors")
+    sides = ("spa_ray", "coroutines", "raw", "raw_two", "processors")
     for side in sides:
         (ran,) = printed[side]["runs"]
         assert (ran["prompts"], ran["requests"]) == (6, 6 * (5 + 10 + 1 + 2))
