@@ -42,6 +42,17 @@ def test_the_built_in_judge_prompt_names_one_objective_the_question_and_one_answ
     assert ("[[k]]" in text) == (mode == "regex")
 
 
+def test_either_layout_of_the_judge_prompt_says_the_same_and_leads_with_what_its_requests_share():
+    both = {}
+    for layout in ("objective_first", "answer_first"):
+        found = templates(scoring={"layout": layout, "prompt": None})
+        both[layout] = found.score(TURNS, "my answer", found.objectives[0])
+        for part in ("third", "my answer", "harmless", found.objectives[0].principle, "Reply with one whole number"):
+            assert part in both[layout]
+    assert both["objective_first"].index("harmless") < both["objective_first"].index("my answer")
+    assert both["answer_first"].index("my answer") < both["answer_first"].index("harmless")
+
+
 def test_the_built_in_refinement_prompt_shows_every_candidate_with_its_scores_in_order_of_priority():
     text = templates().refine(TURNS, SCORED)
     assert text.index("1. harmless") < text.index("2. helpful")

@@ -12,7 +12,9 @@ from spa_ray.errors import InputError
 from spa_ray.runs.plan import make_plan
 
 
-def notes(model: Path, prompts: Path, scoring: dict[str, Any]) -> list[str]:
+def notes(
+    model: Path, prompts: Path, scoring: dict[str, Any], *, max_tokens: int = 64, start: str = "scoring:"
+) -> list[str]:
     raw = {
         "name": "x",
         "run_dir": "x",
@@ -20,10 +22,12 @@ def notes(model: Path, prompts: Path, scoring: dict[str, Any]) -> list[str]:
         "model": {"path": str(model)},
         "prompts": {"source": str(prompts)},
         "scoring": scoring,
+        "sampling": {"max_tokens": max_tokens},
+        "refine": {"max_tokens": max_tokens},
         "resources": {"gpus_per_engine": 0, "gpus_per_worker": 0},
     }
     found: list[str] = make_plan({"main": Config.model_validate(raw)})["notes"]
-    return [note for note in found if note.startswith("scoring:")]
+    return [note for note in found if note.startswith(start)]
 
 
 @pytest.fixture
@@ -44,6 +48,19 @@ def test_a_label_of_several_tokens_is_named_with_the_scale_that_takes_one_step(t
 )
 def test_nothing_is_said_where_no_scale_is_faster(tiny_model: Path, prompts: Path, scoring: dict[str, Any]) -> None:
     assert notes(tiny_model, prompts, scoring) == []
+
+
+@pytest.mark.parametrize(("max_tokens", "said"), [(64, False), (8192, True)])
+def test_long_answers_are_cheaper_to_judge_answer_first(
+    tiny_model: Path, tmp_path: Path, max_tokens: int, said: bool
+) -> None:
+    prompts = tmp_path / "several.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Is kettle number {k} on the stove by now?"}}\n' for k in range(4)))
+    found = notes(tiny_model, prompts, {"scale": [1, 9]}, max_tokens=max_tokens, start="scoring.layout")
+    assert bool(found) is said
+    if said:
+        assert "answer_first" in found[0]
+        assert notes(tiny_model, prompts, {"layout": "answer_first"}, max_tokens=max_tokens, start="scoring.l") == []
 
 
 def test_expected_on_labels_of_several_tokens_is_refused(tiny_model: Path, prompts: Path) -> None:

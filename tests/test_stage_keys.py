@@ -49,6 +49,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "scoring.max_tokens": (4, "GE"),
     "scoring.prompt": ("Rate {{ answer }}", "GE"),
     "scoring.system": ("You judge.", "GE"),
+    "scoring.layout": ("answer_first", "GE"),
     "scoring.chat_template_kwargs": ({"enable_thinking": False}, "GE"),
     "refine.temperature": (0.9, "G"),
     "refine.top_p": (0.9, "G"),
@@ -187,6 +188,7 @@ def test_a_key_starts_those_stages_again_that_read_it(key: str, tmp_path: Path) 
         ("tracking", {"backends": []}),
         ("evaluation.bootstrap", 10),
         ("scoring.pattern", r"(\d)"),
+        ("scoring", {"prompt": None, "layout": "objective_first"}),
         *(("model.engine_kwargs", {name: 1}) for name in sorted(address.NEUTRAL_ENGINE_ARGUMENTS)),
     ],
 )
@@ -267,3 +269,8 @@ def test_a_stage_records_each_attempts_values(tmp_path: Path) -> None:
     assert [a["model"]["engine_kwargs"] for a in found] == [{"gpu_memory_utilization": s} for s in (0.9, 0.5)]
     assert stage.facts()["attempts"] == found
     assert {"started", "resources", "generation"} <= set(found[0])
+
+
+def test_a_judge_prompt_of_ones_own_has_no_layout(tmp_path: Path) -> None:
+    own = {"scoring.prompt": "Rate {{ answer }}"}
+    assert changed(base(tmp_path, **own), base(tmp_path, **own, **{"scoring.layout": "answer_first"})) == ""

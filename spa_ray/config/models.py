@@ -180,7 +180,12 @@ class Scoring(Section):
     temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="scores are drawn, not read at the mode")
     retries: int = Field(2, ge=0, description="further tries after a judgement that cannot be read")
     max_tokens: int = Field(8, ge=1, description="of one judgement")
-    prompt: str | None = Field(None, description="Jinja2; null takes the built-in one of the mode")
+    layout: Literal["objective_first", "answer_first"] = Field(
+        "objective_first",
+        description="of the built-in prompt: requests share what comes first, and it is computed once; `spa plan` says "
+        "where the other one computes less",
+    )
+    prompt: str | None = Field(None, description="Jinja2; null takes the built-in one of the mode and layout")
     system: str | None = None
     pattern: str = Field(r"\[\[(\d+)\]\]", description="mode regex: its first group is the score")
     chat_template_kwargs: TemplateKwargs | None = Field(None, description="of the judge's prompts; null: the model's")

@@ -24,7 +24,7 @@ COMMON_VARIABLES = frozenset({"question", "messages", "objectives", "scale"})
 SCORE_VARIABLES = COMMON_VARIABLES | {"answer", "objective"}
 REFINE_VARIABLES = COMMON_VARIABLES | {"candidates"}
 
-_SCORE = """\
+OBJECTIVE_FIRST = """\
 You are a strict, fair judge. Judge ONLY how {{ objective.name }} the answer is; nothing else may move your mark.
 
 Principle: {{ objective.principle }}
@@ -39,10 +39,26 @@ Neither length nor style earns anything by itself.
 {{ answer }}
 
 """
-SCORE_NUMBER = (
-    _SCORE + "Reply with one whole number from {{ scale[0] }} (worst) to {{ scale[1] }} (best), nothing else."
-)
-SCORE_BRACKETS = _SCORE + (
+ANSWER_FIRST = """\
+You are a strict, fair judge of an answer to a question.
+
+[Question]
+{{ question }}
+
+[Answer]
+{{ answer }}
+
+Judge ONLY how {{ objective.name }} the answer is; nothing else may move your mark.
+
+Principle: {{ objective.principle }}
+{% if objective.rubric %}Scale: {{ objective.rubric }}
+{% endif %}
+Neither length nor style earns anything by itself.
+
+"""
+LAYOUTS = {"objective_first": OBJECTIVE_FIRST, "answer_first": ANSWER_FIRST}
+NUMBER = "Reply with one whole number from {{ scale[0] }} (worst) to {{ scale[1] }} (best), nothing else."
+BRACKETS = (
     "Reply exactly in this form: Rating: [[k]], where k is a whole number from {{ scale[0] }} (worst) to "
     "{{ scale[1] }} (best)."
 )
@@ -66,7 +82,7 @@ class Templates:
 
     def __init__(self, config: Config, objectives: Sequence[Objective]) -> None:
         """Compile and try all. Raises: InputError for a syntax error or a variable that does not exist."""
-        built_in = SCORE_BRACKETS if config.scoring.mode == "regex" else SCORE_NUMBER
+        built_in = LAYOUTS[config.scoring.layout] + (BRACKETS if config.scoring.mode == "regex" else NUMBER)
         self.objectives, self.scale = tuple(objectives), list(config.scoring.scale)
         self._score = _compile(config.scoring.prompt or built_in, "scoring.prompt", SCORE_VARIABLES)
         self._refine = _compile(config.refine.prompt or REFINE, "refine.prompt", REFINE_VARIABLES)

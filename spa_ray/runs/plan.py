@@ -27,7 +27,17 @@ from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
 from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_stages import PlannedStage, planned_stages
-from spa_ray.runs.plan_tokens import CHARS_PER_TOKEN, CharEncoder, Encoder, Work, answer_work, episode_work, mean_tokens
+from spa_ray.runs.plan_tokens import (
+    ANSWER_SHARE,
+    CHARS_PER_TOKEN,
+    CharEncoder,
+    Encoder,
+    Work,
+    answer_work,
+    episode_work,
+    judging_by_layout,
+    mean_tokens,
+)
 from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check, thinking_warnings
 from spa_ray.training.guards import check_lr, check_movement, movement
 from spa_ray.training.trainable import check_section
@@ -263,8 +273,25 @@ def _on_judging(config: Config, look: _Lookup) -> list[str]:
         return []
     chat = look.encoder.with_kwargs(config.scoring.chat_template_kwargs)
     judge_labels(chat, config.scoring)
-    note = slow_labels(chat, config.scoring)
-    return [] if note is None else [note]
+    notes = [slow_labels(chat, config.scoring), _on_layout(config, look)]
+    return [note for note in notes if note is not None]
+
+
+LESS = 0.9  # of the tokens: what another layout must come to to be worth another judge
+
+
+def _on_layout(config: Config, look: _Lookup) -> str | None:
+    """A note where the other layout of the built-in judge prompt computes clearly fewer tokens."""
+    if config.scoring.prompt is not None:
+        return None
+    tokens = judging_by_layout(config, look.prompts(config).sample, look.encoder)
+    mine, best = config.scoring.layout, min(tokens, key=lambda layout: tokens[layout])
+    if tokens[best] > LESS * tokens[mine]:
+        return None
+    return (
+        f"scoring.layout={best} would compute about {tokens[best]:,.0f} prompt tokens to judge a prompt's answers, "
+        f"{mine} {tokens[mine]:,.0f}, if answers have {ANSWER_SHARE:g} of max_tokens; it is another judge"
+    )
 
 
 def _output(look: _Lookup, graph: list[PlannedStage], stages: list[Plan]) -> Plan:

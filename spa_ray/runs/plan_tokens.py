@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from spa_ray.config.models import Config
-from spa_ray.generation.templates import Templates
+from spa_ray.generation.templates import LAYOUTS, Templates
 from spa_ray.objectives import load_objectives
 
 ANSWER_SHARE = 0.35  # of max_tokens that an answer is taken to use (docs/PLAN.md)
@@ -146,6 +146,27 @@ def episode_work(
         counter.score(messages, counter.answer(n + 1, config.refine.max_tokens))
         total += counter.work
     return total.times(1 / len(prompts))
+
+
+def judging_by_layout(config: Config, prompts: Sequence[Sequence[Message]], encoder: Encoder) -> dict[str, float]:
+    """Prompt tokens that an engine computes to judge one prompt's answers, by the layout of the built-in prompt.
+
+    What all prompts of a run share is computed once, so the first prompt, which computes it, is left out.
+    """
+    n, found = config.sampling.n, {}
+    for layout in LAYOUTS:
+        scoring = config.scoring.model_copy(update={"layout": layout})
+        counter = _Counter(config.model_copy(update={"scoring": scoring}), encoder, prompts)
+        computed = []
+        for messages in prompts:
+            counter.work = Work()
+            for i in range(n):
+                counter.score(messages, counter.answer(i, config.sampling.max_tokens))
+            counter.score(messages, counter.answer(n, config.refine.max_tokens))
+            computed.append(counter.work.prefill_tokens)
+        later = computed[1:] or computed
+        found[layout] = sum(later) / len(later)
+    return found
 
 
 def answer_work(

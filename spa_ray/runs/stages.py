@@ -56,8 +56,10 @@ def _engine(config: Config) -> dict[str, Any]:
 
 
 def _scoring(scoring: Scoring) -> dict[str, Any]:
-    """The scoring section without the keys that its mode never reads."""
+    """The scoring section without the keys that its mode never reads, or that say what older versions did."""
     unread: set[str] = set() if scoring.mode == "regex" else {"pattern"}
+    if scoring.prompt is not None or scoring.layout == "objective_first":
+        unread |= {"layout"}
     if scoring.mode == "expected":  # one look at the labels' probabilities
         unread |= {"draws", "retries", "max_tokens"}
     elif scoring.temperature == 0:  # asked again, the judge says the same
