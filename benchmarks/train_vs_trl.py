@@ -223,6 +223,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--work", choices=["independent", "spa"], default="independent", help="spa: a prompt's pairs share its answers")
+    add("--order", choices=["pairs", "prompts"], help="ours: train.order; default: prompts with --work spa, else pairs")
     add("--pairs-per-prompt", type=int, default=13, help="of the 15 pairs of 6 answers (--work spa, without --pairs)")
     add("--pairs", type=Path, help="a pairs folder that `spa build` wrote (--work spa), with --model")
     add("--model", type=Path, help="a local model folder; without it, a random Llama of the next three sizes")
@@ -280,7 +281,7 @@ def main() -> None:
             trl_attention=args.trl_attention,
             trl_liger=args.trl_liger,
             lend=tuple(args.lend),
-            ordered_by="prompts" if args.work == "spa" else "pairs",
+            ordered_by=args.order or ("prompts" if args.work == "spa" else "pairs"),
             pairs_per_prompt=args.pairs_per_prompt if args.work == "spa" else None,
         )
         sizes = args.hidden, args.layers, args.vocab

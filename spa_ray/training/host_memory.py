@@ -43,7 +43,7 @@ def kept_for_reuse() -> Iterator[None]:
     """Host memory that is freed inside this block is kept, and goes back to the system at its end.
 
     A step allocates what the step before it freed. glibc gives large blocks back at once, and the system zeroes each of
-    their pages again: a tenth of a step's time on two cores (docs/TRAINING.md).
+    their pages again: a twentieth to a tenth of a step's processor time on two cores (docs/TRAINING.md).
     """
     libc = _glibc()
     if libc is None:
