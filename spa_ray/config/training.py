@@ -63,8 +63,8 @@ class Train(Section):
     batch_size: int = Field(32, ge=1, description="pairs in an optimizer step, over all ranks")
     order: Literal["prompts", "pairs"] = Field(
         "pairs",
-        description="what an epoch shuffles: pairs alone; or prompts, each with all its pairs, which share their sequences "
-        "within a step: that takes a third to a fifth of the time a step, and a step teaches less (docs/RESULTS.md)",
+        description="what an epoch shuffles: pairs alone; or prompts, each with all its pairs, which share their "
+        "sequences within a step: that takes a third to a fifth of the time and teaches less (docs/RESULTS.md)",
     )
     gap_mean: Literal["step", "epoch"] = Field(
         "step", description="the mean gap that weights are relative to: an optimizer step's or all pairs'"
