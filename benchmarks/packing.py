@@ -37,7 +37,7 @@ class Work:
 
 def make_work(args: argparse.Namespace, sigma: float) -> Work:
     """Random pairs, and the three ways to cut them up. All layouts run every pair once."""
-    from spa_ray.training.deal import deal
+    from spa_ray.training.balance import deal
 
     rng = np.random.default_rng(args.seed)
     prompt = harness.log_normal(rng, args.pairs, PROMPT_MEDIAN, sigma, *PROMPT_BOUNDS)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spa_ray.training.balance import COPY, deal
 from spa_ray.training.batches import order_pairs, step_weights
-from spa_ray.training.deal import COPY, Part, Plan, Sequences, Step, deal
+from spa_ray.training.deal import Part, Plan, Sequences, Step
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ def parts_of(step: Step, rank: int) -> list[Part]:
     return [*step.shared[rank], *step.whole[rank]]
 
 
+def laid_out(made: Graph, step: Step, part: Part, packed: bool) -> int:
+    """Tokens of a micro-batch's rows."""
+    which = step.sequences[part.sequences]
+    tokens = made.sequences.tokens[which]
+    return made.sequences.tokens_together(which) if packed else len(tokens) * int(tokens.max(initial=0))
+
+
 @given(**CUTS)
 def test_every_sequence_of_a_step_is_computed_once_and_every_pair_gives_its_loss_once(
     made: Graph, prompts: bool, ranks: int, budget: int, packed: bool
@@ -110,10 +118,7 @@ def test_all_ranks_run_equally_many_micro_batches_of_a_kind_within_the_token_bud
         for kind in (step.shared, step.whole):
             assert len({len(parts) for parts in kind}) == 1
             for part in (part for parts in kind for part in parts):
-                which = step.sequences[part.sequences]
-                tokens = made.sequences.tokens[which]
-                cost = made.sequences.tokens_together(which) if packed else len(tokens) * tokens.max(initial=0)
-                assert len(tokens) <= 1 or cost <= budget
+                assert len(part.sequences) <= 1 or laid_out(made, step, part, packed) <= budget
         assert parts_of(step, 0)
 
 
@@ -169,18 +174,33 @@ def test_a_prompt_that_is_larger_than_a_micro_batch_is_shared_and_the_others_are
     assert sorted(map(tuple, sequences.of_pair[step.pairs[step.shared_pairs]].tolist())) == [(0, 1), (1, 2)]
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("prompts", [True, False])
-def test_the_busiest_of_eight_ranks_has_at_most_a_tenth_more_tokens_than_the_mean(prompts: bool) -> None:
+def test_the_busiest_of_eight_ranks_has_at_most_a_tenth_more_tokens_than_the_mean(prompts: bool, packed: bool) -> None:
     made = graph(1, prompts=400, answers=6, longest=600)
-    plan = plan_of(made, ranks=8, budget=8192, batch_size=64, prompts=prompts)
+    plan = plan_of(made, ranks=8, budget=8192, batch_size=128, prompts=prompts, packed=packed)
     busiest, total = 0, 0
     for step in map(plan.step, range(plan.steps)):
-        load = [
-            sum(made.sequences.tokens_together(step.sequences[part.sequences]) for part in parts_of(step, rank))
-            for rank in range(8)
-        ]
+        load = [sum(laid_out(made, step, part, packed) for part in parts_of(step, rank)) for rank in range(8)]
         busiest, total = busiest + max(load), total + sum(load)
     assert busiest <= 1.1 * total / 8
+
+
+def test_padded_rows_of_a_micro_batch_are_about_equally_long() -> None:
+    made = graph(3, prompts=200, answers=6, longest=600)
+    chosen = Graph(replace(made.sequences, of_pair=made.sequences.of_pair[:, :1]), made.gap)
+    plan = plan_of(chosen, budget=4096, batch_size=256, packed=False)
+    steps = [plan.step(s) for s in range(plan.steps)]
+    rows = sum(laid_out(made, step, part, False) for step in steps for part in parts_of(step, 0))
+    assert rows <= 1.15 * sum(int(made.sequences.tokens[step.sequences].sum()) for step in steps)
+
+
+def test_ranks_with_one_micro_batch_each_run_no_empty_one_beside_it() -> None:
+    made = graph(1, prompts=400, answers=6, longest=600)
+    plan = plan_of(made, ranks=8, budget=8192, batch_size=64)
+    steps = [plan.step(s) for s in range(plan.steps)]
+    assert all(len(parts_of(step, rank)) == 1 for step in steps for rank in range(8))
+    assert any(step.shared[0] for step in steps)
 
 
 def test_pairs_of_one_prompt_in_one_step_need_a_fraction_of_the_tokens() -> None:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spa_ray.errors import InputError
 from spa_ray.training import attention
 from spa_ray.training.attention import NAME, packed_attention, use_attention, use_packed_attention, why_not_packed
-from spa_ray.training.deal import COPY
+from spa_ray.training.balance import COPY
 from spa_ray.training.forward import ResponseLogps, Rows, collate_packed
 from spa_ray.training.losses import sequence_logps
 from spa_ray.training.policy import TOLERANCE, _short_rows, check_layout
