@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,6 +21,7 @@ def measure(args: argparse.Namespace, by_prompt: bool, packed: bool) -> dict[str
     """Plan one epoch `repeats` times: prompts of 5 answers, all 10 pairs of each."""
     from spa_ray.training.batches import order_pairs, step_weights
     from spa_ray.training.deal import Plan, Sequences
+    from spa_ray.training.losses import pair_weights
 
     rng = np.random.default_rng(args.seed)
     prompts = args.pairs // 10
@@ -41,7 +43,7 @@ def measure(args: argparse.Namespace, by_prompt: bool, packed: bool) -> dict[str
             max_steps=None,
             prompts=sequences.prompt_of_pair if by_prompt else None,
         )
-        weights = step_weights(order, gap, alpha=1.0, w_max=None)
+        weights = step_weights(order, gap, partial(pair_weights, alpha=1.0))
         plan = Plan(order, weights, sequences, args.ranks, args.micro_batch_tokens, packed)
         for number in range(plan.steps):
             plan.step(number)

@@ -61,7 +61,7 @@ class Setup:
             pairs=self.pairs,
             model=self.model,
             out=folder / "model",
-            train=self.train(micro_batch_tokens).resolved(),
+            train=self.train(micro_batch_tokens),
             seed=self.seed,
             work=folder / "work",
             tracking=Tracking(backends=()),
@@ -69,21 +69,22 @@ class Setup:
 
     def train(self, micro_batch_tokens: int | None = None) -> Any:
         """The `train` section. Nothing is watched or saved on the way, on either side."""
-        from spa_ray.config.training import Train
+        from spa_ray.config.training import train_section
 
-        return Train(
-            method="spa_simpo",
-            beta=self.beta,
-            gamma=self.gamma,
-            lr=self.lr,
-            dtype=self.dtype,
-            order=self.ordered_by,
-            batch_size=self.batch_size,
-            micro_batch_tokens=micro_batch_tokens,
-            max_length=harness.MAX_LENGTH,
-            zero_stage=self.zero_stage,
-            collapse_nats=None,
-        )
+        settings = {
+            "method": "spa_simpo",
+            "beta": self.beta,
+            "gamma": self.gamma,
+            "lr": self.lr,
+            "dtype": self.dtype,
+            "order": self.ordered_by,
+            "batch_size": self.batch_size,
+            "micro_batch_tokens": micro_batch_tokens,
+            "max_length": harness.MAX_LENGTH,
+            "zero_stage": self.zero_stage,
+            "collapse_nats": None,
+        }
+        return train_section(settings)
 
 
 @dataclass

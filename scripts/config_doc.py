@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from spa_ray.config.models import PROFILES, Config
-from spa_ray.config.training import METHOD_DEFAULTS
+from spa_ray.config.plugs import METHODS
+from spa_ray.config.training import BY_METHOD, method_class
 
 OUT = Path(__file__).parents[1] / "docs" / "CONFIG.md"
 
@@ -145,10 +146,11 @@ def dotted(change: dict[str, dict[str, Any]]) -> str:
 
 def method_defaults() -> str:
     """What null means for β, γ and the learning rate."""
-    keys = list(next(iter(METHOD_DEFAULTS.values())))
+    keys = BY_METHOD
+    defaults = {name: method_class(name).Config().model_dump() for name in METHODS}
     lines = ["## Defaults by `train.method`", "", f"| method | {' | '.join(f'`{k}`' for k in keys)} |"]
     lines.append("| --- |" + " --- |" * len(keys))
-    lines += [f"| `{m}` | {' | '.join(f'{d[k]:g}' for k in keys)} |" for m, d in METHOD_DEFAULTS.items()]
+    lines += [f"| `{m}` | {' | '.join(f'{d[k]:g}' for k in keys)} |" for m, d in defaults.items()]
     return "\n".join([*lines, ""])
 
 

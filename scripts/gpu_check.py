@@ -268,7 +268,7 @@ def training(name: str, **train: Any) -> Callable[[Path, Size], Facts]:
     def check(scratch: Path, size: Size) -> Facts:
         import torch
 
-        from spa_ray.config.training import Tracking, Train
+        from spa_ray.config.training import Tracking, train_section
         from spa_ray.training import comm
         from spa_ray.training.job import TrainJob
         from spa_ray.training.loop import run_job
@@ -280,7 +280,7 @@ def training(name: str, **train: Any) -> Callable[[Path, Size], Facts]:
             model=build_model(scratch / "model", size, dtype="bfloat16"),
             out=scratch / "out",
             work=scratch / "work",
-            train=Train(**{**settings, **train}).resolved(),
+            train=train_section({**settings, **train}),
             seed=0,
             tracking=Tracking(backends=()),
         )

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.config.kinds import known_keys
 from spa_ray.config.load import parse_override
-from spa_ray.config.training import METHOD_DEFAULTS, Train
+from spa_ray.config.training import train_section
 from spa_ray.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -153,10 +153,18 @@ def test_a_bare_off_is_the_word_off() -> None:
 
 
 def test_training_defaults_are_resolved_by_method_and_a_given_value_stays() -> None:
-    for method, defaults in METHOD_DEFAULTS.items():
-        resolved = Train(method=method).resolved()
-        assert {key: getattr(resolved, key) for key in defaults} == defaults
-    assert Train(method="spa_dpo", beta=0.01).resolved().beta == 0.01
+    for method, beta, gamma, lr in [
+        ("spa", 2.5, 1.375, 1e-6),
+        ("spa_simpo", 2.5, 1.375, 1e-6),
+        ("spa_dpo", 0.1, 0.0, 5e-7),
+        ("ipo", 0.1, 0.0, 5e-7),
+        ("orpo", 0.1, 0.0, 8e-6),
+        ("sft", 0.0, 0.0, 1e-5),
+    ]:
+        for nulls in ({}, {"beta": None, "gamma": None, "lr": None}):
+            section = train_section({"method": method, **nulls})
+            assert (section.beta, section.gamma, section.lr) == (beta, gamma, lr)
+    assert train_section({"method": "spa_dpo", "beta": 0.01}).beta == 0.01
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from spa_ray.rollout.thinking import unsaid
 from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.runs.preflight import check_run, thinking_warnings
 from spa_ray.training.dataset import TokenizedPairs
+from spa_ray.training.method import method_of
 from spa_ray.training.prepare import _chat
 from spa_ray.training.tokenize import tokenize_pairs
 from tests.mistral_model import CHAT_TEMPLATE as MISTRAL
@@ -438,7 +439,7 @@ def test_thinking_is_cut_up_to_its_end(one_token: bool) -> None:
 
 @pytest.mark.parametrize("think", ["strip", "mask"])
 def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: Any) -> None:
-    from spa_ray.config.training import Train
+    from spa_ray.config.training import train_section
     from spa_ray.training.dataset import read_sequences, select_pairs
 
     tokenizer = build_tiny_tokenizer(THINKS)
@@ -448,7 +449,7 @@ def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: A
     pairs = write_pairs(tmp_path / "p.parquet", [row])
     tokenize_pairs(pairs, tmp_path / "t.arrow", chat, vocab_size=265, max_length=512, gap="abs_sum")
     data = TokenizedPairs(tmp_path / "t.arrow")
-    selection, _ = select_pairs(data, Train(method="spa_simpo").resolved(), seed=0)
+    selection, _ = select_pairs(data, method_of(train_section({"method": "spa_simpo"})), seed=0)
     ((context, response),) = read_sequences(data, selection, selection.sequences.of_pair[0, :1])
     whole = data.ids("prompt_ids", 0).tolist() + thinking + answer
     assert context.tolist() + response.tolist() == whole

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spa_ray.config.training import train_section
 from spa_ray.errors import InputError
 from spa_ray.training.batches import Order, order_pairs, step_weights
+from spa_ray.training.method import method_of
 from spa_ray.training.schedule import lr_multiplier
 
 SIZES = {"n": st.integers(1, 60), "batch_size": st.integers(1, 20), "seed": st.integers(0, 5)}
@@ -55,11 +60,15 @@ def test_in_order_of_pairs_prompts_change_nothing(n: int, batch_size: int, seed:
     assert in_order(n, batch_size, seed).pairs.tolist() == whole.tolist()
 
 
+def weigh(**settings: Any) -> Any:
+    return method_of(train_section(settings)).weights
+
+
 @given(**SIZES)
 def test_at_alpha_one_the_mean_weight_of_every_step_is_one(n: int, batch_size: int, seed: int) -> None:
     order = in_order(n, batch_size, seed)
     gap = np.random.default_rng(seed).integers(0, 9, size=n).astype(float)
-    weights = step_weights(order, gap, alpha=1.0, w_max=None)
+    weights = step_weights(order, gap, weigh())
     means = [weights[a:b].mean() for a, b in zip(order.starts, order.starts[1:], strict=False)]
     assert means == pytest.approx([1.0] * order.steps)
 
@@ -67,7 +76,7 @@ def test_at_alpha_one_the_mean_weight_of_every_step_is_one(n: int, batch_size: i
 def test_over_an_epochs_mean_gap_a_pairs_weight_is_the_same_in_every_step() -> None:
     order = in_order(40, 8, 0, epochs=2)
     gap = np.random.default_rng(0).integers(0, 9, size=40).astype(float)
-    weights = step_weights(order, gap, alpha=2.0, w_max=None, mean_gap=float(gap.mean()))
+    weights = step_weights(order, gap, partial(weigh(alpha=2.0), mean_gap=float(gap.mean())))
     assert weights == pytest.approx((gap[order.pairs] / gap.mean()) ** 2)
 
 
@@ -106,8 +115,8 @@ def test_max_steps_takes_exactly_that_many_steps_over_as_many_epochs_as_needed(n
 def test_w_max_clips_and_a_step_of_dead_pairs_gets_ones() -> None:
     order = in_order(4, 4, 0)
     gaps = np.array([0.0, 1.0, 1.0, 6.0])
-    assert step_weights(order, gaps, alpha=1.0, w_max=2.0).max() == 2.0
-    assert (step_weights(order, np.zeros(4), alpha=1.0, w_max=None) == 1).all()
+    assert step_weights(order, gaps, weigh(w_max=2.0)).max() == 2.0
+    assert (step_weights(order, np.zeros(4), weigh()) == 1).all()
 
 
 def test_no_pairs_is_the_users_mistake() -> None:

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spa_ray.config.training import Train
+from spa_ray.config.training import train_section
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
 from spa_ray.training.dataset import Selection, TokenizedPairs, read_sequences, select_pairs
 from spa_ray.training.forward import collate_packed, collate_padded
+from spa_ray.training.method import Method, method_of
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from tests.tiny_model import build_tiny_tokenizer
 from tests.training_support import pair_rows, write_pairs
@@ -155,16 +156,16 @@ def test_a_missing_column_and_a_missing_table_are_named(tmp_path: Path, tokenize
         tokenize_pairs(pairs, tmp_path / "t.arrow", Chat(tokenizer, model="tiny"), **settings)
 
 
-def train(**settings: Any) -> Train:
-    return Train(**settings).resolved()
+def method(**settings: Any) -> Method[Any]:
+    return method_of(train_section(settings))
 
 
 def test_a_size_matched_subset_is_seeded(tmp_path: Path, tokenizer: Any) -> None:
     data, _ = tokenized(tmp_path, tokenizer, pair_rows(50))
-    picks = [select_pairs(data, train(max_pairs=20), seed=s)[0].rows.tolist() for s in (0, 0, 1)]
+    picks = [select_pairs(data, method(max_pairs=20), seed=s)[0].rows.tolist() for s in (0, 0, 1)]
     assert picks[0] == picks[1] != picks[2]
     assert len(set(picks[0])) == 20
-    selection, dropped = select_pairs(data, train(max_pairs=500), seed=0)
+    selection, dropped = select_pairs(data, method(max_pairs=500), seed=0)
     assert len(selection) == 50
     assert not dropped
 
@@ -174,8 +175,8 @@ def test_dead_pairs_are_dropped_only_when_asked(tmp_path: Path, tokenizer: Any) 
     dead = sum(r["gap"] == 0 for r in rows)
     data, _ = tokenized(tmp_path, tokenizer, rows)
     assert dead > 0
-    assert len(select_pairs(data, train(), seed=0)[0]) == 50
-    selection, dropped = select_pairs(data, train(drop_dead=True), seed=0)
+    assert len(select_pairs(data, method(), seed=0)[0]) == 50
+    selection, dropped = select_pairs(data, method(drop_dead=True), seed=0)
     assert (len(selection), dropped["dead"]) == (50 - dead, dead)
     assert (selection.gap > 0).all()
 
@@ -187,7 +188,7 @@ def responses_of(data: TokenizedPairs, selection: Selection, pair: int) -> list[
 
 def test_shuffled_labels_swap_about_half_of_the_pairs_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
     data, _ = tokenized(tmp_path, tokenizer, pair_rows(200))
-    selection, _ = select_pairs(data, train(shuffle_labels=True), seed=0)
+    selection, _ = select_pairs(data, method(shuffle_labels=True), seed=0)
     swapped = 0
     for i in range(200):
         truth = [data.ids("chosen_ids", i).tolist(), data.ids("rejected_ids", i).tolist()]
@@ -203,7 +204,7 @@ def test_a_sequence_is_a_prompt_and_a_response_however_many_pairs_it_is_in(tmp_p
     rows[1]["rejected_ids"] = rows[0]["chosen_ids"]  # chosen here, rejected there
     rows[2]["chosen_ids"] = rows[0]["chosen_ids"]  # another prompt's: another sequence
     data, _ = tokenized(tmp_path, tokenizer, rows)
-    selection, _ = select_pairs(data, train(), seed=0)
+    selection, _ = select_pairs(data, method(), seed=0)
     of_pair = selection.sequences.of_pair
     assert len(selection.source) == 7
     assert of_pair[0, 0] == of_pair[1, 1]
@@ -228,7 +229,7 @@ def test_sft_trains_once_on_each_prompt_and_chosen_answer(tmp_path: Path, tokeni
     rows[2]["chosen_ids"] = rows[0]["chosen_ids"]
     rows[3]["prompt"], rows[3]["chosen_ids"] = [{"role": "user", "content": "else"}], rows[0]["chosen_ids"]
     data, _ = tokenized(tmp_path, tokenizer, rows)
-    selection, dropped = select_pairs(data, train(method="sft"), seed=0)
+    selection, dropped = select_pairs(data, method(method="sft"), seed=0)
     assert dropped["duplicate"] == 1
     assert selection.rows.tolist() == [0, 1, 3]
     totals = data.lengths("prompt_ids") + data.lengths("chosen_ids")
@@ -242,16 +243,16 @@ def test_weights_over_nothing_but_dead_pairs_are_refused(tmp_path: Path, tokeniz
         row["gap"] = 0.0
     data, _ = tokenized(tmp_path, tokenizer, rows)
     with pytest.raises(InputError, match="gap is 0"):
-        select_pairs(data, train(), seed=0)
-    assert len(select_pairs(data, train(alpha=0.0), seed=0)[0]) == 5
+        select_pairs(data, method(), seed=0)
+    assert len(select_pairs(data, method(alpha=0.0), seed=0)[0]) == 5
     with pytest.raises(InputError, match="no pairs"):
-        select_pairs(data, train(drop_dead=True), seed=0)
+        select_pairs(data, method(drop_dead=True), seed=0)
 
 
 def test_an_empty_table_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     data, _ = tokenized(tmp_path, tokenizer, [])
     with pytest.raises(InputError, match="no pairs"):
-        select_pairs(data, train(), seed=0)
+        select_pairs(data, method(), seed=0)
 
 
 def test_a_micro_batch_points_at_every_response_token_and_nothing_else() -> None:

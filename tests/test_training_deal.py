@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from spa_ray.training.balance import COPY, deal
 from spa_ray.training.batches import order_pairs, step_weights
 from spa_ray.training.deal import Part, Plan, Sequences, Step
+from spa_ray.training.losses import pair_weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def plan_of(
         max_steps=None,
         prompts=sequences.prompt_of_pair if prompts else None,
     )
-    weights = step_weights(order, made.gap, alpha=1.0, w_max=None)
+    weights = step_weights(order, made.gap, partial(pair_weights, alpha=1.0))
     return Plan(order, weights, sequences, ranks, budget, packed)
 
 

@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spa_ray.config.training import TrainMethod
+from spa_ray.config.plugs import METHODS
 from spa_ray.training import comm
 from spa_ray.training.attention import use_packed_attention
 from spa_ray.training.batches import order_pairs
 from spa_ray.training.dataset import Selection, read_sequences
 from spa_ray.training.deal import Sequences
 from spa_ray.training.forward import ResponseLogps
-from spa_ray.training.objective import OBJECTIVES, LossInputs
+from spa_ray.training.method import LossInputs, method_of
 from spa_ray.training.prepare import Prepared
 from spa_ray.training.step import StepLoop
 from tests.examples import examples
@@ -35,7 +35,6 @@ from tests.training_support import make_job
 
 CLOSE = 1e-9
 VOCAB = 40
-METHODS: list[TrainMethod] = ["spa", "spa_simpo", "spa_dpo", "ipo", "orpo", "sft"]
 
 
 class Engine:
@@ -187,7 +186,7 @@ class Steps:
 def train(work: Work, method: str, *, ranks: int, budget: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> Steps:
     none = Path("none")
     job = make_job(none, none, none, method=method, micro_batch_tokens=budget, zero_stage=0, grad_clip=None, w_max=2.0)
-    reference = work.reference if OBJECTIVES[method].needs_reference else None
+    reference = work.reference if method_of(job.train).needs_reference else None
 
     policies = [tiny_policy(packed=packed) for _ in range(ranks)]  # here: the seed is the process's
 
@@ -229,9 +228,9 @@ def pair_by_pair(work: Work, method: str, *, packed: bool) -> Steps:
                 counts=torch.from_numpy(sequences.responses[of_pair]),
                 sides=torch.arange(len(of_pair))[None],
                 weights=torch.tensor([weight]),
-                reference=torch.from_numpy(work.reference[of_pair]) if OBJECTIVES[method].needs_reference else None,
+                reference=torch.from_numpy(work.reference[of_pair]) if method_of(job.train).needs_reference else None,
             )
-            losses.append(OBJECTIVES[method].loss(inputs, job.train)[0][0])
+            losses.append(method_of(job.train).loss(inputs)[0][0])
         loss = torch.stack(losses).mean()
         loss.backward()
         gradients.append({n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None})
@@ -339,6 +338,6 @@ def test_a_second_pass_drops_what_the_first_one_dropped(monkeypatch: pytest.Monk
         sides=torch.from_numpy(step.sides),
         weights=torch.ones(len(step.pairs)),
     )
-    OBJECTIVES["spa_simpo"].loss(inputs, job.train)[0].mean().backward()
+    method_of(job.train).loss(inputs)[0].mean().backward()
     for (name, ours), truth in zip(engine.module.named_parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, truth.grad, rtol=0, atol=CLOSE, msg=name)

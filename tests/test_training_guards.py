@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.config.training import METHOD_DEFAULTS, Lora, Train
+from spa_ray.config.plugs import METHODS
+from spa_ray.config.training import Lora, Train, method_class, train_section
 from spa_ray.errors import RunError
-from spa_ray.training.guards import KNOWN_LR, PER_TOKEN, CollapseAlarm, check_dropped, check_lr
+from spa_ray.training.guards import PER_TOKEN, CollapseAlarm, check_dropped, check_lr
+from spa_ray.training.method import method_of
 
 # Every fourth step of a sound run of the arm that broke at twice the learning rate (spa_robust, seed 0, lr 1e-4); its
 # last step is a short one of four pairs.
@@ -113,29 +114,27 @@ def test_a_row_without_the_log_prob_is_an_error_and_not_silence() -> None:
 # --- learning rate --------------------------------------------------------------------------------------------------
 
 
-def settings() -> Iterator[tuple[str, Train]]:
-    for method in METHOD_DEFAULTS:
-        yield method, Train(method=method).resolved()
+def section(method: str = "spa", **settings: Any) -> Train:
+    return train_section({"method": method, **settings})
 
 
-@pytest.mark.parametrize(("method", "train"), settings())
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("parameters", [1e9, 8e9, 70e9])
-def test_the_defaults_of_every_method_are_fine_for_models_of_the_usual_sizes(
-    method: str, train: Train, parameters: float
-) -> None:
-    assert method in KNOWN_LR
+def test_the_defaults_of_every_method_are_fine_for_models_of_the_usual_sizes(method: str, parameters: float) -> None:
+    train = section(method)
+    assert method_of(train).known_lr is not None
     assert check_lr(train, parameters) is None
 
 
 @pytest.mark.parametrize(
     ("train", "parameters"),
     [
-        (Train(lr=1e-4), 1.13e6),  # the demo
-        (Train(lr=2e-4), 1.13e6),
-        (Train(method="spa_dpo", lr=2e-7), 70e9),  # Tülu 3
-        (Train(method="spa_dpo", lr=5e-6, lora=Lora()), 0.5e9),  # TRL's script
-        (Train(method="sft", lr=2e-4, lora=Lora()), 8e9),
-        (Train(lr=None), 8e9),
+        (section(lr=1e-4), 1.13e6),  # the demo
+        (section(lr=2e-4), 1.13e6),
+        (section(method="spa_dpo", lr=2e-7), 70e9),  # Tülu 3
+        (section(method="spa_dpo", lr=5e-6, lora=Lora()), 0.5e9),  # TRL's script
+        (section(method="sft", lr=2e-4, lora=Lora()), 8e9),
+        (section(lr=None), 8e9),
     ],
 )
 def test_known_recipes_are_let_alone(train: Train, parameters: float) -> None:
@@ -145,12 +144,12 @@ def test_known_recipes_are_let_alone(train: Train, parameters: float) -> None:
 @pytest.mark.parametrize(
     ("train", "parameters", "where"),
     [
-        (Train(lr=1e-5), 8e9, "above"),  # SimPO's README: «completely repetitive responses»
-        (Train(lr=1e-4), 8e9, "above"),
-        (Train(lr=1e-2), 1.13e6, "above"),
-        (Train(lr=1e-6), 1.13e6, "below"),  # the default of an 8 B model on the demo's
-        (Train(lr=1e-9), 8e9, "below"),
-        (Train(lr=1e-7, lora=Lora()), 8e9, "below"),
+        (section(lr=1e-5), 8e9, "above"),  # SimPO's README: «completely repetitive responses»
+        (section(lr=1e-4), 8e9, "above"),
+        (section(lr=1e-2), 1.13e6, "above"),
+        (section(lr=1e-6), 1.13e6, "below"),  # the default of an 8 B model on the demo's
+        (section(lr=1e-9), 8e9, "below"),
+        (section(lr=1e-7, lora=Lora()), 8e9, "below"),
     ],
 )
 def test_a_rate_far_outside_is_told_with_the_range(train: Train, parameters: float, where: str) -> None:
@@ -160,13 +159,13 @@ def test_a_rate_far_outside_is_told_with_the_range(train: Train, parameters: flo
     assert "\n" not in text
 
 
-@given(st.sampled_from(sorted(KNOWN_LR)), st.floats(1e5, 1e12), st.booleans())
+@given(st.sampled_from(sorted(METHODS)), st.floats(1e5, 1e12), st.booleans())
 def test_every_method_and_size_has_rates_that_are_fine_and_rates_that_are_not(
     method: str, parameters: float, lora: bool
 ) -> None:
-    low, high = KNOWN_LR[method]
+    low, high = method_class(method).known_lr
     fine = math.sqrt(low * high * 8e9 / parameters) * (12 if lora else 1)
-    base = Train(method=method, lora=Lora() if lora else None)  # type: ignore[arg-type]
+    base = section(method, lora=Lora() if lora else None)
     assert check_lr(base.model_copy(update={"lr": fine}), parameters) is None
     for far in (fine / 1000, fine * 1000):
         assert check_lr(base.model_copy(update={"lr": far}), parameters) is not None

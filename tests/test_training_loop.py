@@ -432,7 +432,7 @@ def test_a_non_finite_gradient_stops_with_the_step(
         losses = simpo_loss(*args, **kwargs)
         return losses + 0 * torch.sqrt(losses.detach() * 0 + 0 * args[0])  # finite, its gradient is not
 
-    monkeypatch.setattr("spa_ray.training.objective.simpo_loss", steep)
+    monkeypatch.setattr("spa_ray.training.losses.simpo_loss", steep)
     job = make_job(tmp_path, tiny_model, pairs, zero_stage=zero_stage)
     with pytest.raises(
         RunError, match=r"step 1 of 3: non-finite gradient; its pairs: (p0[0-9:]+, ){7}p0[0-9:]+; lower"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.config.training import Train
+from spa_ray.config.plugs import METHODS
+from spa_ray.config.training import train_section
 from spa_ray.training.losses import (
     dpo_loss,
     gamma_from_ratio,
@@ -23,7 +25,7 @@ from spa_ray.training.losses import (
     sft_loss,
     simpo_loss,
 )
-from spa_ray.training.objective import OBJECTIVES, LossInputs
+from spa_ray.training.method import LossInputs, Method, method_of
 
 LOGPS = st.lists(st.tuples(*[st.floats(-40, 0)] * 4), min_size=1, max_size=6)
 GAPS = st.lists(st.floats(0, 20).map(lambda g: round(g, 3)), min_size=1, max_size=40)
@@ -120,7 +122,7 @@ def test_a_gamma_from_a_ratio_gives_simpos_own_formula(
 
 
 def test_simpos_llama_3_ratio_is_our_default_gamma() -> None:
-    assert gamma_from_ratio(0.55, beta=2.5) == pytest.approx(Train(method="spa_simpo").resolved().gamma)
+    assert gamma_from_ratio(0.55, beta=2.5) == pytest.approx(train_section({"method": "spa_simpo"}).gamma)
 
 
 @pytest.mark.parametrize(("ratio", "beta"), [(0.5, 0.0), (0.5, -1.0), (math.nan, 1.0), (math.inf, 1.0)])
@@ -129,30 +131,34 @@ def test_an_impossible_ratio_or_beta_gives_no_gamma(ratio: float, beta: float) -
         gamma_from_ratio(ratio, beta=beta)
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
-def test_a_method_gives_one_loss_a_pair_and_the_statistics_that_it_declares(method: str) -> None:
-    objective = OBJECTIVES[method]
+def the_method(name: str, **settings: Any) -> Method[Any]:
+    return method_of(train_section({"method": name, **settings}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_gives_one_loss_a_pair_and_the_statistics_that_it_declares(name: str) -> None:
+    method = the_method(name)
     summed, counts = torch.tensor([-3.0, -8.0, -5.0, -6.0]), torch.tensor([2, 4, 5, 3])
-    sides = torch.tensor([[0, 1], [2, 1], [3, 0]])[:, : 1 if method == "sft" else 2]
-    reference = torch.tensor([-4.0, -7.0, -5.0, -5.5]) if objective.needs_reference else None
+    sides = torch.tensor([[0, 1], [2, 1], [3, 0]])[:, : len(method.sides)]
+    reference = torch.tensor([-4.0, -7.0, -5.0, -5.5]) if method.needs_reference else None
     inputs = LossInputs(summed, counts, sides, torch.ones(3), reference)
-    losses, stats = objective.loss(inputs, Train(method=method).resolved())
+    losses, stats = method.loss(inputs)
     assert losses.shape == (3,)
-    assert set(stats) == set(objective.stats)
+    assert set(stats) == set(method.stats)
     assert all(value.shape == (3,) and not value.requires_grad for value in stats.values())
 
 
 def test_ipo_sees_log_ratios_a_token() -> None:
     summed, counts = torch.tensor([-4.0, -9.0]), torch.tensor([2, 3])
     inputs = LossInputs(summed, counts, torch.tensor([[0, 1]]), torch.ones(1), torch.tensor([-6.0, -6.0]))
-    losses, stats = OBJECTIVES["ipo"].loss(inputs, Train(method="ipo", beta=0.5).resolved())
+    losses, stats = the_method("ipo", beta=0.5).loss(inputs)
     assert losses.item() == pytest.approx(((-4 + 6) / 2 - (-9 + 6) / 3 - 1) ** 2)
     assert stats["rewards/margins"].item() == pytest.approx(0.5 * 2)
 
 
 def test_orpos_own_statistics_are_named_as_trl_names_them() -> None:
     inputs = LossInputs(torch.tensor([-1.0, -2.0]), torch.tensor([2, 2]), torch.tensor([[0, 1]]), torch.ones(1))
-    losses, stats = OBJECTIVES["orpo"].loss(inputs, Train(method="orpo", beta=0.1).resolved())
+    losses, stats = the_method("orpo", beta=0.1).loss(inputs)
     log_odds = math.log(math.exp(-0.5) / (1 - math.exp(-0.5))) - math.log(math.exp(-1) / (1 - math.exp(-1)))
     assert stats["nll_loss"].item() == pytest.approx(0.5)
     assert stats["log_odds_chosen"].item() == pytest.approx(log_odds)

@@ -205,7 +205,7 @@ def test_a_shipped_recipe_fits_its_gpus_and_moves_weights_by_more_than_bfloat16_
     arms = load_config(str(CONFIGS / name))
     assert refusal(arms, LLAMA_8B) is None
     for config in arms.values():
-        train = config.train.resolved()
+        train = config.train
         steps = cost.training(config, LLAMA_8B, 400, 30.0, cost.devices(config, LLAMA_8B.parameters)).steps
         assert movement(train, LLAMA_8B.parameters, steps) > 2 * HALF_STEP
         assert check_lr(train, LLAMA_8B.parameters) is None

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spa_ray.config.training import Train
+from spa_ray.config.training import train_section
 from spa_ray.data.schemas import PAIRS
 from spa_ray.training.job import TrainJob
 
@@ -61,6 +61,6 @@ def make_job(folder: Path, model: Path, pairs: Path, *, name: str = "job", seed:
         model=model,
         out=folder / name / "model",
         work=folder / name / "work",
-        train=Train(**settings).resolved(),
+        train=train_section(settings),
         seed=seed,
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from spa_ray.config.section import Section
-from spa_ray.config.training import Tracking, Train
+from spa_ray.config.training import Tracking, TrainSection, train_section
 
 # vLLM's ways of loading weights that read safetensors, or nothing.
 SAFE_LOAD_FORMATS = (
@@ -362,7 +362,7 @@ class Config(Section):
     refine: Refine = Refine()
     denoise: Denoise = Denoise()
     pairs: Pairs = Pairs()
-    train: Train = Train()
+    train: TrainSection = Field(default_factory=lambda: train_section({}))
     generation: Generation = Generation()
     iterations: Iterations = Iterations()
     resources: Resources = Resources()

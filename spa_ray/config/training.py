@@ -1,12 +1,18 @@
-"""The sections `train` and `tracking`: every key of training, its default by method, and which keys change nothing."""
+"""The sections `train` and `tracking`: the keys of training, and which of them change nothing.
+
+A method's own keys and defaults are in its `Config`, beside it in `spa_ray.methods`; `train.method` chooses it.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
+from spa_ray.config.plugs import METHODS, load_plug
 from spa_ray.config.section import Section
+from spa_ray.errors import InputError
 
 
 class Lora(Section):
@@ -19,25 +25,18 @@ class Lora(Section):
     quantize: Literal["nf4"] | None = Field(None, description="QLoRA: the frozen weights in 4 bits (bitsandbytes)")
 
 
-TrainMethod = Literal["spa", "spa_simpo", "spa_dpo", "ipo", "orpo", "sft"]
-
-# Where the papers are silent these are our choice (README, «What is not known»). ORPO's β is its λ. IPO's paper trains
-# no language model: TRL's default τ, and DPO's learning rate.
-METHOD_DEFAULTS: dict[str, dict[str, float]] = {
-    "spa": {"beta": 2.5, "gamma": 1.375, "lr": 1e-6},
-    "spa_simpo": {"beta": 2.5, "gamma": 1.375, "lr": 1e-6},
-    "spa_dpo": {"beta": 0.1, "gamma": 0.0, "lr": 5e-7},
-    "ipo": {"beta": 0.1, "gamma": 0.0, "lr": 5e-7},
-    "orpo": {"beta": 0.1, "gamma": 0.0, "lr": 8e-6},
-    "sft": {"beta": 0.0, "gamma": 0.0, "lr": 1e-5},
-}
+DEFAULT_METHOD = next(iter(METHODS))
+WHERE = "train.method"
+BY_METHOD = ("beta", "gamma", "lr")  # null: the method's own default
 
 
 class Train(Section):
-    """Preference training. `beta`, `gamma` and `lr` are null until `resolved()` fills them in by method."""
+    """The keys that every method knows; a method gives β, γ and lr their defaults, and may add keys of its own."""
 
-    method: TrainMethod = Field(
-        "spa", description="weighted SimPO, SimPO, DPO, IPO, ORPO, or cross-entropy on the chosen answers"
+    method: str = Field(
+        DEFAULT_METHOD,
+        validate_default=False,
+        description=f"{', '.join(METHODS)}, or a method of your own as `package.module:Name` (docs/METHODS.md)",
     )
     beta: float | None = Field(None, ge=0, description="null: by method; also IPO's τ and ORPO's λ, as in TRL")
     gamma: float | None = Field(
@@ -98,11 +97,22 @@ class Train(Section):
     )
     on_collapse: Literal["warn", "stop"] = Field("warn", description="what the alarm does")
 
-    @model_validator(mode="after")
-    def _beta_scales(self) -> Train:
-        if self.beta == 0 and self.method != "sft":
-            raise ValueError(f"beta is 0, which makes every pair alike for {self.method}; it must be above 0")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        unset = {key for key in BY_METHOD if given.get(key) is None and cls.model_fields[key].default is not None}
+        return {key: value for key, value in given.items() if key not in unset}
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            method_class(name)
+        except InputError as e:
+            raise ValueError(str(e).removeprefix(f"{WHERE}: ")) from e
+        return name
 
     @model_validator(mode="after")
     def _quantized_weights_are_not_partitioned(self) -> Train:
@@ -119,11 +129,35 @@ class Train(Section):
         """This section as hashes see it: a checkpointing that is decided by the device is no setting of its own."""
         return self.model_copy(update={"gradient_checkpointing": bool(self.gradient_checkpointing)})
 
-    def resolved(self) -> Train:
-        """This section with β, γ and lr filled in by method."""
-        unset = {k: v for k, v in METHOD_DEFAULTS[self.method].items() if getattr(self, k) is None}
-        return self.model_copy(update=unset)
 
+def method_class(name: str) -> Any:
+    """The class of a training method (`spa_ray.training.method.Method`).
+
+    Raises: InputError for an unknown name, and for an object that is no method.
+    """
+    found = load_plug(METHODS, name, where=WHERE)
+    section = getattr(found, "Config", None)
+    if not (isinstance(section, type) and issubclass(section, Train)):
+        raise InputError(f"{WHERE}: {name!r} is no method; derive it from spa_ray.Method (docs/METHODS.md)")
+    return found
+
+
+def train_section(given: Any) -> Any:
+    """The `train` section of a config as its method's own `Config`; anything but a mapping as it is.
+
+    Raises: pydantic's ValidationError.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    name = given.get("method", DEFAULT_METHOD)
+    try:
+        section = method_class(name).Config if isinstance(name, str) else Train
+    except InputError:
+        section = Train  # which says what is wrong with the name
+    return section.model_validate(given)
+
+
+TrainSection = Annotated[SerializeAsAny[Train], BeforeValidator(train_section)]
 
 # Keys of `train` that decide how a run is kept and watched, never what comes out: no part of a hash.
 TRAIN_BYSTANDERS = frozenset(

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
 from spa_ray.config.models import Prompts
+from spa_ray.config.plugs import is_dotted, load_dotted
 from spa_ray.data import json_rows
 from spa_ray.data.containers import HEAD, Unreadable, encoding_of, is_compressed, kind_of, looks_like_file, open_data
-from spa_ray.data.dotted import is_dotted, load_dotted
 from spa_ray.data.folders import files_of
 from spa_ray.data.forms import OUR_COLUMNS, in_words
 from spa_ray.data.json_rows import Fault

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spa_ray.config.models import Generation, Model
-from spa_ray.data.dotted import load_dotted
+from spa_ray.config.plugs import load_dotted
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, EngineStats, Request
 
 __all__ = ["Completion", "Engine", "EngineDeadError", "EngineStats", "Request", "create_engine"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
+from spa_ray.config.training import method_class
 from spa_ray.evaluation.refusals import is_refusal
 from spa_ray.evaluation.repetition import repetition
 
@@ -303,7 +304,7 @@ def of_answers(sample: Sample, signal: Signal) -> Iterator[Advice]:
 
 def no_weight(sample: Sample, signal: Signal) -> Iterator[Advice]:
     train, pairs = sample.config.train, sample.outcome.pairs
-    if train.gap != "abs_sum" or train.alpha == 0 or train.method != "spa" or not pairs.num_rows:
+    if train.gap != "abs_sum" or train.alpha == 0 or not method_class(train.method).weighted or not pairs.num_rows:
         return
     dead = pc.sum(pc.equal(pairs["gap"], 0)).as_py()
     if dead > NO_WEIGHT * pairs.num_rows:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spa_ray.config.models import Config
-from spa_ray.config.training import Train
+from spa_ray.config.training import Train, method_class
 from spa_ray.evaluation.advice import advise
 from spa_ray.evaluation.bootstrap import mean_interval
 from spa_ray.preferences import build_pairs, denoise, resolve_delta, resolve_tau
@@ -126,9 +126,10 @@ class Sample:
         denoised = denoise(self.episodes, config, tau=resolve_tau(scores, config))
         pairs = build_pairs(denoised, config, delta=delta)
         counts = Counter(pairs["prompt_id"].to_pylist())
-        used = pairs.filter(pc.greater(pairs["gap"], 0)) if train.drop_dead and train.method != "sft" else pairs
+        used = pairs.filter(pc.greater(pairs["gap"], 0)) if train.drop_dead else pairs
         ends = list(zip(used["prompt_id"].to_pylist(), used["chosen_index"].to_pylist(), strict=True))
-        found = Counter(name for name, _ in (dict.fromkeys(ends) if train.method == "sft" else ends))
+        one_side = len(method_class(train.method).sides) == 1
+        found = Counter(name for name, _ in (dict.fromkeys(ends) if one_side else ends))
         names = [row["prompt_id"] for row in self.rows]
         return Outcome(pairs, [counts[n] for n in names], [found[n] for n in names], delta)
 

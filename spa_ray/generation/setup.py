@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from spa_ray.config.models import Config
-from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.config.plugs import is_dotted, load_dotted
 from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError

@@ -237,7 +237,7 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
                 pairs=folder,
                 model=shared_model(config.model, model),
                 out=out,
-                train=config.train.resolved(),
+                train=config.train,
                 seed=config.seed,
                 work=job_folder,
                 trust_remote_code=config.model.trust_remote_code,

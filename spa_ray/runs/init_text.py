@@ -8,7 +8,8 @@ from typing import Any
 
 from spa_ray.config.models import Resources
 from spa_ray.config.training import Train
-from spa_ray.training.guards import KNOWN_AT, KNOWN_LR, LORA
+from spa_ray.training.guards import KNOWN_AT, LORA
+from spa_ray.training.method import method_of
 
 BFLOAT16 = 3.0  # times the known learning rates; five times would draw a plan's warning
 SMALL = 3e9  # parameters below which sampling is kept closer to what the model finds likely
@@ -158,8 +159,10 @@ def learning_rate(train: Train, parameters: float) -> tuple[str, str]:
     In bfloat16 three times that: over the hundred steps of a few hundred prompts 1e-6 is lost in rounding.
     """
     raised = BFLOAT16 if train.dtype == "bfloat16" else 1.0
+    known = method_of(train).known_lr
+    assert known is not None
     times = raised * (1.0 if train.lora is None else LORA[0])
-    rate = times * KNOWN_LR["spa"][1] * (KNOWN_AT / parameters) ** 0.5
+    rate = times * known[1] * (KNOWN_AT / parameters) ** 0.5
     why = "SimPO's 1e-6 for 8 B models, scaled by one over the root of the size"
     why += "; three times that, since a few steps at it are lost in bfloat16's rounding" if raised > 1 else ""
     return f"{rate:.0e}".replace("e", ".0e"), why + ("" if train.lora is None else "; adapters take ten times that")
@@ -169,7 +172,7 @@ def _train(c: Choices) -> list[str]:
     train, has = c.train, "GPU's" if c.gpus else "machine's"
     fits = f"needs about {c.needs_gib:.1f} of a {has} {c.memory_gib:.0f} GiB"
     rate, why = learning_rate(train, c.parameters)
-    lines = ["train:", line("method", "spa", "weighted SimPO"), line("dtype", train.dtype, "of the forward pass")]
+    lines = ["train:", line("method", train.method, "the default"), line("dtype", train.dtype, "of the forward pass")]
     if train.lora is None:
         lines.append(line("lora", "null", f"every weight is trained: {fits}"))
     elif train.lora.quantize is None:

@@ -309,7 +309,7 @@ class Pipeline:
                     pairs=pairs.folder / "pairs",
                     model=state.model,
                     out=stage.folder / "model",
-                    train=state.config.train.resolved(),
+                    train=state.config.train,
                     seed=state.config.seed,
                     work=stage.folder / "work",
                     trust_remote_code=state.config.model.trust_remote_code,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.data.dotted import is_dotted
+from spa_ray.config.plugs import is_dotted
 from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
@@ -242,7 +242,7 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
     """What is the arm's own: its stages, method, pairs, memory, notes."""
     mine = [stage for stage in stages if name in stage["arms"]]
     first = {stage["stage"]: stage for stage in reversed(mine)}
-    prompts, train, sampling = look.prompts(config), config.train.resolved(), config.sampling.model_dump(mode="json")
+    prompts, train, sampling = look.prompts(config), config.train, config.sampling.model_dump(mode="json")
     job = cost.training(config, look.model, prompts.count, look.tokens(config), look.devices)
     memory = cost.memory(config, look.model, look.devices, prompt_tokens=look.tokens(config))
     size = look.model.parameters

@@ -17,6 +17,7 @@ from spa_ray.runs.plan_memory import GPU_MEMORY_GIB, gpu_gib, training_memory
 from spa_ray.runs.plan_model import BYTES, ModelFacts
 from spa_ray.runs.plan_tokens import ANSWER_SHARE, Work
 from spa_ray.training.guards import HALF_STEP
+from spa_ray.training.method import method_of
 
 GIB = 1024**3
 GPU_SHARE = 0.92  # of it that vLLM 0.32 takes: its default gpu_memory_utilization
@@ -30,7 +31,6 @@ LORA_SHARE = 0.01  # of the parameters that adapters train
 CONSISTENT_SHARE = 0.18
 BELOW_TAU_SHARE = 0.47
 PAIRS_SHARE = 0.91
-REFERENCED = ("spa_dpo", "ipo")  # methods that need the log-probs of the policy before the first step
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def sequences_a_pair(config: Config, *, pairs: float, of: float, batch: float) -
     """Distinct sequences in `batch` of `pairs` pairs, drawn from the `of` that the filters leave, by their number: 2
     where no two pairs share one."""
     train, n = config.train, config.sampling.n
-    if train.method == "sft" or not pairs:
-        return 1.0 if train.method == "sft" else 2.0
+    sides = len(method_of(train).sides)
+    if sides == 1 or not pairs:
+        return float(sides)
     include = config.pairs.include
     answers = n if include == "candidates_only" else n + 1
     a_prompt = PAIRS_SHARE * {"all": n * (n + 1) / 2, "refined_only": n, "candidates_only": n * (n - 1) / 2}[include]
@@ -157,7 +158,7 @@ class Training:
 def training(config: Config, model: ModelFacts, prompts: int, prompt_tokens: float, on: Devices) -> Training:
     """Forward and backward over every step's distinct sequences; a reference pass for DPO and IPO; with checkpointing
     a second forward."""
-    train = config.train.resolved()
+    train = config.train
     everything = pairs_of(config, prompts)
     pairs = min(everything, train.max_pairs or math.inf)
     steps = math.ceil(pairs / train.batch_size * train.epochs)
@@ -166,7 +167,8 @@ def training(config: Config, model: ModelFacts, prompts: int, prompt_tokens: flo
     length = min(prompt_tokens + ANSWER_SHARE * config.sampling.max_tokens, train.max_length)
     of = {"pairs": pairs, "of": everything}
     tokens = seen * sequences_a_pair(config, batch=train.batch_size, **of) * length
-    reference = pairs * sequences_a_pair(config, batch=pairs, **of) * length if train.method in REFERENCED else 0.0
+    referenced = pairs * sequences_a_pair(config, batch=pairs, **of) * length
+    reference = referenced if method_of(train).needs_reference else 0.0
     recomputes = training_memory(train, model, config.resources, gpu=on.gpus_per_worker > 0).checkpointing
     passes = 8 if recomputes else 6
     flops = model.parameters * (passes * tokens + 2 * reference)

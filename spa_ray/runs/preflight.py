@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from spa_ray.config.models import Config, Model
-from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.config.plugs import is_dotted, load_dotted
 from spa_ray.data.files import AnyPath, as_path, is_file
 from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.prompts import Check

@@ -13,11 +13,11 @@ from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
 from spa_ray.config.models import Config, Scoring
+from spa_ray.config.plugs import is_dotted, source_hash
 from spa_ray.config.section import Section
 from spa_ray.config.training import TRAIN_BYSTANDERS
-from spa_ray.data.dotted import is_dotted, source_of
 from spa_ray.objectives import load_objectives
-from spa_ray.runs.hashing import file_hash, stage_hash
+from spa_ray.runs.hashing import stage_hash
 
 # vLLM's arguments that leave the distribution of answers as it is, up to rounding: memory, batching, logs, and swapping
 # and offloading under all of vLLM's names for them. Every other argument counts, those too that are probably neutral.
@@ -51,7 +51,7 @@ def _engine(config: Config) -> dict[str, Any]:
         given = engine["engine_kwargs"]
         engine["engine_kwargs"] = {k: v for k, v in given.items() if k not in NEUTRAL_ENGINE_ARGUMENTS}
     else:
-        engine["source"] = _source(config.model.engine)
+        engine["source"] = source_hash(config.model.engine)
     return engine
 
 
@@ -65,12 +65,6 @@ def _scoring(scoring: Scoring) -> dict[str, Any]:
     elif scoring.temperature == 0:  # asked again, the judge says the same
         unread |= {"retries"}
     return _plain(scoring, *unread)
-
-
-def _source(dotted: str) -> str | None:
-    """The hash of a user's own module, whose code decides as much as its name; None for a module of this package."""
-    file = None if dotted.startswith("spa_ray.") else source_of(dotted)
-    return None if file is None else file_hash(file)
 
 
 def attempt(config: Config) -> dict[str, Any]:
@@ -117,8 +111,10 @@ def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> st
 
 
 def train_hash(config: Config, *, pairs: str, model: str, chat: Chat = None) -> str:
-    train = _plain(config.train.resolved().identity(), *TRAIN_BYSTANDERS)
+    train = _plain(config.train.identity(), *TRAIN_BYSTANDERS)
     settings = {"seed": config.seed, "train": train, "chat": _chat(config, chat)}
+    if (source := source_hash(config.train.method)) is not None:
+        settings["method"] = source
     return stage_hash("train", training.STAGE_VERSION, settings, [pairs, model])
 
 
@@ -132,6 +128,6 @@ def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str, chat:
         "engine": _engine(config),
         "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(config.scoring),
         "sampling": _plain(config.evaluation.sampling),
-        "judge": [function, _source(function)] if function else None,
+        "judge": [function, source_hash(function)] if function else None,
     }
     return stage_hash("evaluate", evaluation.STAGE_VERSION, settings, [prompts, model, judge])

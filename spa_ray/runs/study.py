@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.data.dotted import is_dotted, load_dotted
+from spa_ray.config.plugs import is_dotted, load_dotted
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.files import AnyPath, is_file, parquet_dataset, read_json, write_json, write_text
 from spa_ray.errors import InputError

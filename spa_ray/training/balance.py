@@ -218,16 +218,19 @@ def _uneven(dealt: list[list[Unit]]) -> float:
 
 def _cost(dealt: list[list[Unit]], work: Work, again: float) -> float:
     """The busiest rank's tokens, those of a second forward pass counted as well."""
-    homes: dict[int, set[int]] = {}
-    units = [unit for of_rank in dealt for unit in of_rank]
-    for number, unit in enumerate(units):
-        for i in unit.places:
-            homes.setdefault(work.group[i], set()).add(number)
+    home: dict[int, int] = {}
+    split: set[int] = set()
+    for number, unit in enumerate(unit for of_rank in dealt for unit in of_rank):
+        for group in {work.group[i] for i in unit.places}:
+            if home.setdefault(group, number) != number:
+                split.add(group)
     costs = []
     for of_rank in dealt:
+        sizes = [unit.laid_out(work.packed) for unit in of_rank]
         twice = [
-            unit.laid_out(work.packed) for unit in of_rank if any(len(homes[work.group[i]]) > 1 for i in unit.places)
+            size
+            for size, unit in zip(sizes, of_rank, strict=True)
+            if not split.isdisjoint(work.group[i] for i in unit.places)
         ]
-        once = sum(unit.laid_out(work.packed) for unit in of_rank)
-        costs.append(once + again * (sum(twice) - max(twice, default=0)))
+        costs.append(sum(sizes) + again * (sum(twice) - max(twice, default=0)))
     return max(costs)

@@ -8,6 +8,7 @@ same for any number of ranks and any micro-batch size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +16,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spa_ray.errors import InputError
-from spa_ray.training.losses import pair_weights
 
 # Independent random streams of one seed.
 ORDER, SUBSET, LABELS, PROMPTS = 0, 1, 2, 3
@@ -85,13 +85,10 @@ def order_pairs(
 def step_weights(
     order: Order,
     gap: Float[np.ndarray, " pairs"],
-    *,
-    alpha: float,
-    w_max: float | None,
-    mean_gap: float | None = None,
+    weigh: Callable[[Float[np.ndarray, " some"]], Float[np.ndarray, " some"]],
 ) -> Float[np.ndarray, " entries"]:
-    """The pairs' weights, then clipped at `w_max`. Δ̄ is the mean over the whole optimizer step, or `mean_gap`."""
+    """The pairs' weights: `weigh` of the gaps of each complete optimizer step."""
     weights = np.empty(len(order.pairs))
     for start, stop in pairwise(order.starts):
-        weights[start:stop] = pair_weights(gap[order.pairs[start:stop]], alpha=alpha, mean_gap=mean_gap)
-    return weights if w_max is None else np.minimum(weights, w_max)
+        weights[start:stop] = weigh(gap[order.pairs[start:stop]])
+    return weights

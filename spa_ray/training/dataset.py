@@ -18,6 +18,7 @@ from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.training.batches import LABELS, SUBSET, stream
 from spa_ray.training.deal import Sequences
+from spa_ray.training.method import Method
 
 SIDES = ("chosen", "rejected")
 Sequence = tuple[np.ndarray, np.ndarray]  # prompt ids, response ids
@@ -86,11 +87,13 @@ class Selection:
         return len(self.rows)
 
 
-def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Selection, dict[str, int]]:
-    """Apply `drop_dead`, `max_pairs`, `shuffle_labels` and SFT's deduplication, in this order; count what falls away.
+def select_pairs(data: TokenizedPairs, method: Method[Train], *, seed: int) -> tuple[Selection, dict[str, int]]:
+    """Apply `drop_dead`, `max_pairs` and `shuffle_labels`, in this order; count what falls away. A method that looks at
+    one side alone gets each distinct sequence once.
 
-    Raises: InputError when nothing is left, or when weights are asked for and every gap is 0.
+    Raises: InputError when nothing is left, and as the method's `check_gaps`.
     """
+    train = method.config
     gap = data.column("gap")
     rows = np.arange(len(data))
     dropped = {}
@@ -104,7 +107,7 @@ def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Sele
     swapped = np.zeros(len(rows), dtype=bool)
     if train.shuffle_labels:
         swapped = stream(seed, LABELS).random(len(rows)) < 0.5
-    if train.method == "sft":
+    if len(method.sides) == 1:
         keys = np.where(swapped, data.column("rejected_key")[rows], data.column("chosen_key")[rows])
         _, first = np.unique(keys, return_index=True)
         first.sort()
@@ -112,11 +115,8 @@ def select_pairs(data: TokenizedPairs, train: Train, *, seed: int) -> tuple[Sele
         rows, swapped = rows[first], swapped[first]
     if len(rows) == 0:
         raise InputError(f"no pairs to train on: the table is empty or every pair was dropped ({dropped})")
-    if train.method == "spa" and train.alpha > 0 and not (gap[rows] > 0).any():
-        raise InputError(
-            f"every pair's {train.gap} gap is 0, weights mean nothing; set train.gap or train.method=spa_simpo"
-        )
-    return _selection(data, rows, swapped, gap[rows], sides=1 if train.method == "sft" else 2), dropped
+    method.check_gaps(gap[rows])
+    return _selection(data, rows, swapped, gap[rows], sides=len(method.sides)), dropped
 
 
 def _selection(

@@ -13,6 +13,7 @@ from typing import Any
 
 from spa_ray.config.training import Train
 from spa_ray.errors import RunError
+from spa_ray.training.method import method_of
 from spa_ray.training.schedule import lr_multiplier
 
 PER_TOKEN = "logps/chosen_per_token"  # the chosen answers' log-prob: a mean over tokens, then over the step's pairs
@@ -81,16 +82,7 @@ class CollapseAlarm:
         return True
 
 
-# Learning rates that are known to work with AdamW on every weight of a model of 7 to 8 billion parameters.
-KNOWN_AT = 8e9
-KNOWN_LR: dict[str, tuple[float, float]] = {
-    "spa": (3e-7, 1e-6),  # SPA trains with SimPO's
-    "spa_simpo": (3e-7, 1e-6),  # SimPO's README: grid and released models; «1e-5 … completely repetitive responses»
-    "spa_dpo": (3e-7, 1e-6),  # SimPO's tuned DPO 3e-7 to 7e-7, Tülu 3 8B 5e-7; TRL's default and Rafailov et al. 1e-6
-    "ipo": (3e-7, 1e-6),  # SimPO's tuned IPO, from the same grid
-    "orpo": (1e-6, 8e-6),  # TRL's default; Hong et al. 2024
-    "sft": (5e-6, 2e-5),  # Zephyr and Tülu 3 8B; TRL's default
-}
+KNOWN_AT = 8e9  # parameters of the models that a method's `known_lr` is of
 LORA = (10.0, 20.0)  # times these: TRL's scripts, 5e-6 for DPO and 2e-4 for SFT; Schulman et al. 2025: ten times
 FAR = 5.0  # times outside the range
 
@@ -104,11 +96,12 @@ def check_lr(train: Train, parameters: float) -> str | None:
     right and 2e-4 breaks one arm in two seeds of three, gets 2.5e-5 to 8.4e-5, and a word from 4.2e-4 on. The factor of
     five is what keeps this from crying wolf: other data, batch sizes and schedules move the best rate by less.
     """
-    if train.lr is None:
+    known = method_of(train).known_lr
+    if known is None or train.lr is None:
         return None
     scale = (KNOWN_AT / parameters) ** 0.5
     below, above = LORA if train.lora is not None else (1.0, 1.0)
-    low, high = (lr * times * scale for lr, times in zip(KNOWN_LR[train.method], (below, above), strict=True))
+    low, high = (lr * times * scale for lr, times in zip(known, (below, above), strict=True))
     if low / FAR <= train.lr <= high * FAR:
         return None
     what, mend = ("above", "the policy may collapse") if train.lr > high else ("below", "little may be learned")

@@ -1,6 +1,6 @@
 """What one training job is and what it leaves behind, as plain data that travels as JSON.
 
-Comes in: paths, a resolved `Train` section, a seed. Goes out: `TrainJob`, `TrainResult`. Never: torch, Ray.
+Comes in: paths, a `train` section, a seed. Goes out: `TrainJob`, `TrainResult`. Never: torch, Ray.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.training import Tracking, Train
+from spa_ray.config.training import Tracking, Train, train_section
 from spa_ray.data.files import AnyPath, as_path
 from spa_ray.errors import InputError
 from spa_ray.rollout.settings import ChatSettings
@@ -68,7 +68,7 @@ class TrainJob:
     def from_dict(cls, raw: dict[str, Any]) -> TrainJob:
         paths = {key: Path(raw[key]) for key in ("pairs", "model", "out", "work", "cache") if raw.get(key)}
         sections = {
-            "train": Train.model_validate(raw["train"]),
+            "train": train_section(raw["train"]),
             "tracking": Tracking.model_validate(raw.get("tracking", {})),
             "chat": None if raw.get("chat") is None else ChatSettings.model_validate(raw["chat"]),
         }
@@ -114,13 +114,3 @@ def write_job(job: TrainJob) -> None:
     partial = job.work / f"{JOB}.partial"
     partial.write_text(json.dumps(job.to_dict(), indent=2))
     os.replace(partial, job.work / JOB)
-
-
-def check_train(job: TrainJob) -> None:
-    """Raises: InputError when β, γ or lr is missing or the method cannot use it."""
-    train = job.train
-    missing = [key for key in ("beta", "gamma", "lr") if getattr(train, key) is None]
-    if missing:
-        raise InputError(f"job {job.name}: train.{missing[0]} is null; pass Train.resolved()")
-    if train.method != "sft" and not train.beta > 0:  # type: ignore[operator]
-        raise InputError(f"job {job.name}: train.beta must be above 0 for {train.method}, got {train.beta}")

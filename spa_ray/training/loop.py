@@ -29,7 +29,7 @@ from spa_ray.training.export import export_model
 from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr, check_movement
 from spa_ray.training.host_memory import kept_for_reuse
 from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
-from spa_ray.training.objective import OBJECTIVES
+from spa_ray.training.method import method_of
 from spa_ray.training.policy import make_engine, parameter_count
 from spa_ray.training.prepare import Prepared, prepare
 from spa_ray.training.reference import Reference, cached_reference, compute_reference, reference_path
@@ -170,7 +170,7 @@ def _resume(job: TrainJob, engine: Any, prepared: Prepared) -> int:
 
 
 def _reference(job: TrainJob, engine: Any, prepared: Prepared, first: int) -> Reference | None:
-    if not OBJECTIVES[job.train.method].needs_reference:
+    if not method_of(job.train).needs_reference:
         return None
     path = comm.on_rank_zero(lambda: reference_path(job, prepared.selection))
     cached = comm.on_rank_zero(lambda: cached_reference(path))

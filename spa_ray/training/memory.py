@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spa_ray.config.training import Train
+from spa_ray.training.method import method_of
 
 GIB = 1024**3
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -203,7 +204,7 @@ def _step_memory(train: Train, shape: Shape, world: int, gpu: bool, *, checkpoin
 
 def micro_batch(train: Train, world: int) -> int:
     """Tokens of the largest micro-batch: the config's limit, or all of a rank's step; one sequence at least."""
-    sequences = (1 if train.method == "sft" else 2) * train.batch_size
+    sequences = len(method_of(train).sides) * train.batch_size
     most = math.ceil(sequences / world) * train.max_length
     return max(min(train.micro_batch_limit, most), train.max_length)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from spa_ray.config.training import TRAIN_BYSTANDERS
@@ -21,8 +22,8 @@ from spa_ray.training import comm
 from spa_ray.training.batches import Order, order_pairs, step_weights
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
 from spa_ray.training.deal import Plan
-from spa_ray.training.job import TrainJob, check_train
-from spa_ray.training.objective import OBJECTIVES
+from spa_ray.training.job import TrainJob
+from spa_ray.training.method import method_of, method_source
 from spa_ray.training.rope import long_factors
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from spa_ray.training.trainable import check_trainable
@@ -41,14 +42,8 @@ class Prepared:
     def plan(self, job: TrainJob, *, packed: bool) -> Plan:
         """Every step of the job, for as many ranks as there are now."""
         train, gap = job.train, self.selection.gap
-        weighted = OBJECTIVES[train.method].weighted
-        weights = step_weights(
-            self.order,
-            gap,
-            alpha=train.alpha if weighted else 0.0,
-            w_max=train.w_max if weighted else None,
-            mean_gap=float(gap.mean()) if train.gap_mean == "epoch" else None,
-        )
+        mean_gap = float(gap.mean()) if train.gap_mean == "epoch" else None
+        weights = step_weights(self.order, gap, partial(method_of(train).weights, mean_gap=mean_gap))
         return Plan(
             self.order,
             weights,
@@ -63,7 +58,7 @@ def fingerprint(job: TrainJob) -> str:
     """A hash of all that decides a job's result: the pairs' bytes, the model's files, the settings, the seed."""
     settings = job.train.identity().model_dump_json(exclude=set(TRAIN_BYSTANDERS))
     chat = "" if job.chat is None else job.chat.model_dump_json()
-    parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat]
+    parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat, *method_source(job.train)]
     chosen = long_factors(_config(job), job.context)
     if chosen is not None:
         parts.append(f"long rotary factors: {chosen}")
@@ -89,7 +84,7 @@ def prepare(job: TrainJob) -> Prepared:
     """Tokenise once (kept in the job's folder), then select and order on every rank alike. Raises: InputError."""
     mark, dropped = comm.on_rank_zero(lambda: _tokenize(job))
     data = TokenizedPairs(tokens_path(job, mark))
-    selection, also = select_pairs(data, job.train, seed=job.seed)
+    selection, also = select_pairs(data, method_of(job.train), seed=job.seed)
     train = job.train
     order = order_pairs(
         len(selection),
@@ -107,7 +102,6 @@ def tokens_path(job: TrainJob, mark: str) -> Path:
 
 
 def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
-    check_train(job)
     check_model_folder(job.model)
     check_trainable(job.model, job.train, trust_remote_code=job.trust_remote_code)
     if not job.pairs.exists():

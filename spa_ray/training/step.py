@@ -24,7 +24,7 @@ from spa_ray.training.dataset import read_sequences
 from spa_ray.training.deal import Part, Step
 from spa_ray.training.guards import PER_TOKEN
 from spa_ray.training.job import TrainJob
-from spa_ray.training.objective import OBJECTIVES, LossInputs
+from spa_ray.training.method import LossInputs, method_of
 from spa_ray.training.prepare import Prepared
 from spa_ray.training.reference import Reference
 from spa_ray.training.schedule import lr_multiplier
@@ -45,7 +45,7 @@ class StepLoop:
         self.selection = prepared.selection
         self.plan = prepared.plan(job, packed=engine.module.packed)
         self.reference = reference
-        self.objective = OBJECTIVES[job.train.method]
+        self.method = method_of(job.train)
         self._passes_left = 0  # backward passes of the running step
 
     def train_step(self, number: int) -> dict[str, float]:
@@ -111,7 +111,7 @@ class StepLoop:
         place[sequences] = np.arange(len(sequences))
         leaf = summed.requires_grad_()
         inputs = self._loss_inputs(step, pairs, step.sequences[sequences], place[step.sides[pairs]], leaf)
-        losses, stats = self.objective.loss(inputs, self.job.train)
+        losses, stats = self.method.loss(inputs)
         sums.add({"loss": losses.detach(), PER_TOKEN: inputs.mean_logps()[0].detach(), **stats})
         # DeepSpeed averages over ranks, hence the factor; the divisor is the whole step's pairs.
         scale = comm.world_size() / len(step.pairs)
@@ -146,7 +146,7 @@ class StepLoop:
 
     def _sum_over_ranks(self, totals: dict[str, float]) -> dict[str, float]:
         # Named up front: a rank whose step is empty has computed none.
-        names = sorted({*totals, *self.objective.stats, PER_TOKEN})
+        names = sorted({*totals, *self.method.stats, PER_TOKEN})
         values = torch.tensor([totals.get(n, 0.0) for n in names], dtype=torch.float64, device=comm.device())
         return dict(zip(names, comm.all_sum(values).tolist(), strict=True))
 
