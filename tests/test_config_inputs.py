@@ -274,7 +274,7 @@ def test_every_fault_of_every_key_is_told_in_the_words_of_a_configs_author() -> 
         ("sampling.n=[1]", "sampling.n: must be a whole number, got [1]"),
         ("sampling.n=0", "sampling.n: must be a whole number, 1 or more, got 0"),
         ("sampling.top_p=2", "sampling.top_p: must be a number, 1 or less, got 2"),
-        ("train.lr=.nan", "train.lr: must be a number or null"),
+        ("train.lr=.nan", "train.lr: must be a number, and finite, got .nan"),
         ("train.offload=perhaps", "train.offload: must be true or false, got 'perhaps'"),
         ("objectives=helpful", "objectives: must be a list of texts, got 'helpful'"),
         ("objectives={a: b}", "objectives: must be a list of texts, got a mapping"),

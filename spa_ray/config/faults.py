@@ -25,24 +25,24 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError) -> str:
-    """The first fault, and which other keys have one."""
+def explain(error: ValidationError, root: type[Config] = Config) -> str:
+    """The first fault, and which other keys have one. `root`: `Config`, or `config_of` the method that is trained."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False):
-        path = _path(fault["loc"])
+        path = _path(fault["loc"], root)
         if fault["type"] == "missing" and isinstance(fault["loc"][-1], int):  # a list that is too short
             fault["type"], path = "tuple_type", path[:-1]
-        faults.setdefault(".".join(path), _one(fault, path))
+        faults.setdefault(".".join(path), _one(fault, path, root))
     first, *rest = faults
     others = [key for key in rest if not f"{key}.".startswith(f"{first}.") and not f"{first}.".startswith(f"{key}.")]
     more = f" ({len(others)} more: {', '.join(_short(key) for key in others[:5])})" if others else ""
     return (f"{first}: {faults[first]}" if first else faults[first]) + more
 
 
-def _path(loc: Sequence[str | int]) -> list[str]:
+def _path(loc: Sequence[str | int], root: type[Config]) -> list[str]:
     """The keys of a place, without the marks that pydantic sets for members of unions and for keys of mappings."""
     path: list[str] = []
-    found: Any = Config
+    found: Any = root
     for part in loc:
         kinds = members(found)
         known = any(is_section(kind) and part in kind.model_fields for kind in kinds)
@@ -56,10 +56,10 @@ def _path(loc: Sequence[str | int]) -> list[str]:
     return path
 
 
-def _one(fault: Mapping[str, Any], path: list[str]) -> str:
+def _one(fault: Mapping[str, Any], path: list[str], root: type[Config]) -> str:
     kind, context, given = fault["type"], fault.get("ctx", {}), fault.get("input")
     if kind == "extra_forbidden":
-        return f"unknown key{_near_key(path)}"
+        return f"unknown key{_near_key(path, root)}"
     if kind == "missing":
         return "missing; give it a value"
     if kind in ("value_error", "assertion_error"):
@@ -68,9 +68,9 @@ def _one(fault: Mapping[str, Any], path: list[str]) -> str:
         return f"{context['discriminator'].strip(chr(39))} is {context['tag']!r}; one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         return f"names no {context['discriminator'].strip(chr(39))}; give it one"
-    taken = annotation_at(path)
+    taken = annotation_at(path, root)
     if fault["loc"] and fault["loc"][-1] == "[key]":
-        known = [word for k in members(annotation_at(path[:-1])) for word in _key_words(k)]
+        known = [word for k in members(annotation_at(path[:-1], root)) for word in _key_words(k)]
         return f"unknown key; one of {', '.join(known)}{_near(path[-1], known)}"
     return f"must be {_wanted(kind, context, taken, given)}, got {shown(given)}"
 
@@ -95,8 +95,8 @@ def _near(given: object, words: Sequence[Any]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _near_key(path: list[str]) -> str:
-    known = known_keys(path[:-1])
+def _near_key(path: list[str], root: type[Config]) -> str:
+    known = known_keys(path[:-1], root)
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 from spa_ray.config.models import Config
+from spa_ray.config.training import method_class
 from spa_ray.config.yaml_text import Plain
+from spa_ray.errors import InputError
 
 _WORDS = {
     date: "a day, YYYY-MM-DD",
@@ -56,19 +58,28 @@ def below(annotation: Any, part: str | int) -> Any:
     return Any
 
 
-def annotation_at(path: Sequence[str]) -> Any:
-    """What the dotted key takes, in an arm too (`arms.NAME.train.lr`)."""
+def annotation_at(path: Sequence[str], root: type[Config] = Config) -> Any:
+    """What the dotted key takes, in an arm too (`arms.NAME.train.lr`); `root` may be `config_of` a method."""
     if len(path) > 2 and path[0] == "arms":
-        return annotation_at(path[2:])
-    found: Any = Config
+        return annotation_at(path[2:], root)
+    found: Any = root
     for part in path:
         found = below(found, part)
     return found
 
 
-def known_keys(path: Sequence[str]) -> list[str]:
+def known_keys(path: Sequence[str], root: type[Config] = Config) -> list[str]:
     """The keys that a section at `path` knows; empty when there is no such section."""
-    return [key for m in members(annotation_at(path)) if is_section(m) for key in m.model_fields]
+    return [key for m in members(annotation_at(path, root)) if is_section(m) for key in m.model_fields]
+
+
+def config_of(method: object) -> type[Config]:
+    """`Config` with the `train` section of this method, whose own keys it knows; as it is for an unknown method."""
+    try:
+        section = method_class(str(method)).Config
+    except InputError:
+        return Config
+    return create_model("Config", __base__=Config, train=(section, ...))
 
 
 def takes_text(annotation: Any) -> bool:

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from spa_ray.config.faults import explain, shown
-from spa_ray.config.kinds import annotation_at, is_section, settle, takes_structure, takes_text
+from spa_ray.config.kinds import annotation_at, config_of, is_section, settle, takes_structure, takes_text
 from spa_ray.config.models import PROFILES, Config
+from spa_ray.config.training import DEFAULT_METHOD
 from spa_ray.config.yaml_text import YamlFaultError, read_plain
 from spa_ray.errors import InputError
 
@@ -173,4 +174,6 @@ def _validate(raw: Raw, where: str, arm: str) -> Config:
         return Config.model_validate(raw)
     except ValidationError as e:
         of_arm = "" if arm == "main" else f" (arm {arm})"
-        raise InputError(f"{where}{of_arm}: {explain(e)}") from e
+        train = raw.get("train")
+        root = config_of(train.get("method", DEFAULT_METHOD)) if isinstance(train, dict) else Config
+        raise InputError(f"{where}{of_arm}: {explain(e, root)}") from e

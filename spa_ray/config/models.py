@@ -389,6 +389,11 @@ class Config(Section):
         return self
 
 
+def named_plugs(config: Config) -> list[str]:
+    """What the config may name by dotted path and other machines import."""
+    return [config.train.method, config.model.engine, config.evaluation.judge]
+
+
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {},
     "robust": {"denoise": {"informativeness": False}, "train": {"gap": "l1"}},

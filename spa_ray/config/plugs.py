@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ def source_hash(text: str) -> str | None:
     """SHA-256 of a user's own module, whose code decides as much as its name; None for what the package has."""
     file = source_of(text) if is_dotted(text) and not text.startswith("spa_ray.") else None
     return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def to_ship(names: Iterable[str]) -> list[str]:
+    """The files, or the folders of packages, that other machines need for these plugs: the user's own modules.
+
+    What is installed (site-packages) is taken to be installed there too.
+    """
+    found = {}
+    for name in filter(is_dotted, names):
+        top = name.partition(":")[0].partition(".")[0]
+        source = source_of(f"{top}:")
+        if top == "spa_ray" or source is None or "site-packages" in source.parts:
+            continue
+        found[top] = str(source.parent if source.name == "__init__.py" else source)
+    return list(found.values())
 
 
 def _search_here() -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
+from spa_ray.config.plugs import to_ship
 from spa_ray.data.files import STORAGE_VARIABLES
 from spa_ray.errors import InputError
 from spa_ray.logs import hush, without_rays_level
@@ -21,8 +22,11 @@ MIN_LOCAL_CPUS = 4  # logical: with fewer, a resumed pass waits behind its own c
 
 
 @contextmanager
-def connected(*, verbose: bool) -> Iterator[None]:
-    """Ray for the duration; a local Ray that was started here is shut down at the end."""
+def connected(*, verbose: bool, plugs: Iterable[str] = ()) -> Iterator[None]:
+    """Ray for the duration; a local Ray that was started here is shut down at the end.
+
+    `plugs`: dotted paths that a config names; the user's own modules among them are sent to the cluster's nodes.
+    """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Reading Parquet starts this many processes to read footers, each time; by default 32, on any machine.
@@ -41,12 +45,14 @@ def connected(*, verbose: bool) -> Iterator[None]:
         check_address(address)
     if address is not None or os.environ.get("RAY_JOB_ID"):
         storage = {key: os.environ[key] for key in STORAGE_VARIABLES if key in os.environ}
-        there = {"env_vars": storage} if storage else None  # its nodes know their keys, not the driver's endpoint
+        modules = to_ship(plugs)
+        # Nodes know their own keys, not the driver's endpoint.
+        there = {**({"env_vars": storage} if storage else {}), **({"py_modules": modules} if modules else {})}
         # A job that was submitted with these variables is no conflict: here they came from there.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         try:
             with quiet, _home():
-                ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there)
+                ray.init(logging_level=level, log_to_driver=verbose, runtime_env=there or None)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as e:
             lines = str(e).strip().splitlines() or [type(e).__name__]
             raise refused(address or "none", f"Ray cannot be joined ({' '.join(lines)[:300]})") from e

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
+from spa_ray.config.models import named_plugs
 from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, kind, read_json, write_json
 from spa_ray.data.left_out import FILE as LEFT_OUT
 from spa_ray.data.left_out import write_list
@@ -46,8 +47,9 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
     progress = Progress()
     pipeline = Pipeline(arms, progress=progress, until=until, verbose=verbose)
     pipeline.check()
+    plugs = [name for config in arms.values() for name in named_plugs(config)]
     try:
-        with pipeline.lock(), connected(verbose=verbose):
+        with pipeline.lock(), connected(verbose=verbose, plugs=plugs):
             result = pipeline.run()
     finally:
         progress.close()
@@ -138,7 +140,7 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
                 record_first_day(stage.folder, day)
                 copy_file(fresh, stage.folder / "prompts.parquet")
                 started = time.time()
-                with connected(verbose=verbose):
+                with connected(verbose=verbose, plugs=named_plugs(config)):
                     check_shared(stage.folder)
                     check_cluster(config, stages=["generate"], say=progress.say)
                     stage.begin(address.attempt(config))
@@ -247,7 +249,7 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
             )
             record_first_day(work.folder, day)
             progress, started = Progress(), time.time()
-            with closing(progress), connected(verbose=verbose):
+            with closing(progress), connected(verbose=verbose, plugs=named_plugs(config)):
                 check_shared(work.folder)
                 stored = isinstance(job, StoredJob)
                 check_cluster(config, stages=["train"], say=progress.say, one_node=stored)
@@ -295,7 +297,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
                 progress.say(f"warning: {line}")
             if not stage.done:
                 record_first_day(stage.folder, day)
-                with connected(verbose=verbose):
+                with connected(verbose=verbose, plugs=named_plugs(config)):
                     check_shared(stage.folder)
                     check_cluster(config, stages=["evaluate"], say=progress.say)
                     stage.begin(address.attempt(config))
