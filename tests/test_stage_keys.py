@@ -100,6 +100,7 @@ UNCOVERED = {
     "evaluation.families": "their contents are an input",
     "evaluation.bootstrap": "is read when the metrics are computed, by no stage",
     "scoring.pattern": "is read in mode regex alone",
+    "scoring.judge": "goes with mode regex alone: test_endpoint.py says which of its keys count",
     "generation": "how rows are asked and asked again",
     "iterations": "reach the stages as their inputs",
     "resources": "where the work runs",

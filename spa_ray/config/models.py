@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.section import Section
 from spa_ray.config.training import Tracking, TrainSection, train_section
 
@@ -189,6 +190,7 @@ class Scoring(Section):
     system: str | None = None
     pattern: str = Field(r"\[\[(\d+)\]\]", description="mode regex: its first group is the score")
     chat_template_kwargs: TemplateKwargs | None = Field(None, description="of the judge's prompts; null: the model's")
+    judge: Endpoint | None = Field(None, description="null: the policy itself")
 
     @field_validator("scale")
     @classmethod
@@ -196,6 +198,12 @@ class Scoring(Section):
         if scale[0] >= scale[1]:
             raise ValueError(f"scale must ascend, got {list(scale)}; write for example [1, 10]")
         return scale
+
+    @model_validator(mode="after")
+    def _an_endpoint_writes_free_text(self) -> Scoring:
+        if self.judge is not None and self.mode != "regex":
+            raise ValueError(f"an endpoint judges by mode regex, not {self.mode}; set scoring.mode=regex")
+        return self
 
 
 class Refine(Decoding):

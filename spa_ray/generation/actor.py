@@ -30,7 +30,9 @@ from spa_ray.data.node_cache import FETCH_SECONDS, local_folder
 from spa_ray.data.schemas import EPISODES
 from spa_ray.data.token import Token
 from spa_ray.engine import Completion, Engine, EngineDeadError, create_engine
+from spa_ray.engine.openai import EndpointDeadError
 from spa_ray.errors import InputError
+from spa_ray.generation.endpoint_judge import EndpointLine
 from spa_ray.generation.episode import Row, error_row
 from spa_ray.generation.follow import Line
 from spa_ray.generation.gate import Gate
@@ -63,6 +65,7 @@ class Pass:
     log: WorkerLog = field(default_factory=lambda: WorkerLog("INFO", {"run": "", "stage": ""}))
     token: Token | None = None
     all_cores: bool = False
+    endpoint: EndpointLine | None = None
 
 
 class EpisodeActor:
@@ -103,7 +106,9 @@ class EpisodeActor:
             folder = local_folder(work.model)
         with self._at_most(config.generation.start_timeout_s, "the engine did not start"):
             self._engine: Engine = create_engine(config.model, folder, config.generation, verbose=work.verbose)
-            self._episodes = make_episodes(config, work.task, self._engine, folder)
+            self._episodes = make_episodes(
+                config, work.task, self._engine, folder, work.endpoint.ask if work.endpoint else None
+            )
             self._earlier = RefinedAnswers(work.earlier) if work.earlier else None
         LOGGER.info("engine started", extra={"model": str(folder), "part": work.part})
         self._gate = Gate(self._engine, folder, config.resources.concurrency)
@@ -135,6 +140,10 @@ class EpisodeActor:
             episodes = await asyncio.gather(*(self._run(row, deaths.get(row["prompt_id"], 0)) for row in rows))
         except EngineDeadError as e:  # while it changed weights
             self._die(str(e))
+        except EndpointDeadError as e:
+            self._refused = e
+            await self._ledger.asked("word", "death", str(e))
+            raise
         reasons = Counter(reason or "passed" for reason in self._work.observe(episodes)) if self._work.observe else {}
         requests = self._engine.stats().requests
         news = totals(episodes) | {"requests": requests - self._requests}

@@ -3,7 +3,8 @@
 Comes in: a row of PROMPTS. Goes out: a row of EPISODES. Each candidate is scored as soon as it is settled (its text
 and those of the candidates before it are known). What goes wrong with one prompt is recorded in its `error` as
 `KIND: what`: `prompt_too_long`, `refused` (by engine or template), and, worth another try, `internal` (anything else),
-`timeout` and `engine_died` (recorded by the actor). Only the engine's death is raised.
+`timeout` and `engine_died` (recorded by the actor). Only the death of the engine or
+of the judge's endpoint is raised.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from spa_ray.config.models import Decoding
+from spa_ray.engine.openai import EndpointDeadError
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
 from spa_ray.generation.judging import Judge, Judgement
 from spa_ray.generation.seeds import seed_for
@@ -286,7 +288,7 @@ async def _error_of(work: Awaitable[None]) -> str | None:
     """What was wrong with this prompt, None when nothing was; the engine's death is raised."""
     try:
         await work
-    except EngineDeadError:
+    except (EngineDeadError, EndpointDeadError):
         raise
     except PromptTooLongError as e:
         return f"prompt_too_long: {e}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
@@ -120,6 +120,42 @@ def expected_score(logprobs: Sequence[float], scale: Sequence[int]) -> Reading:
     return Score(min(max(mean, float(scale[0])), float(scale[1])), off_scale=max(0.0, 1 - total))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One call of a judge: how its text reads, and what it took."""
+
+    reading: Reading
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+
+
+async def judgement(ask: Callable[[int, int], Awaitable[Asked]], *, draws: int, tries: int) -> Judgement:
+    """The mean of `draws` scores, each asked for up to `tries` times; `ask` takes the draw and the attempt."""
+    values: list[float | None] = []
+    prompt_tokens = generated_tokens = 0
+    text, off_scale = "", None
+    for draw in range(draws):
+        reading: Reading = ParseFailure("not asked")
+        for attempt in range(tries):
+            asked = await ask(draw, attempt)
+            reading, text = asked.reading, asked.text
+            prompt_tokens, generated_tokens = (
+                prompt_tokens + asked.prompt_tokens,
+                generated_tokens + asked.generated_tokens,
+            )
+            if isinstance(reading, Score):
+                break
+        if not isinstance(reading, Score):
+            kind = "truncated" if isinstance(reading, Truncated) else "parse_failure"
+            why = f"{kind}: {reading.why}"
+            return Judgement(None, [*values, None], why, text, None, prompt_tokens, generated_tokens)
+        values.append(reading.value)
+        off_scale = reading.off_scale
+    mean = math.fsum(value for value in values if value is not None) / len(values)
+    return Judgement(mean, values, "ok", text, off_scale, prompt_tokens, generated_tokens)
+
+
 class Judge(Protocol):
     async def judge(
         self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
@@ -152,24 +188,12 @@ class ModelJudge:
         if room < self._max_tokens:
             why = f"too_long: {len(prompt)} tokens leave {room} of the context, a judgement needs {self._max_tokens}"
             return Judgement(None, [None], why, "", None)
-        draws: list[float | None] = []
-        asked = tokens = 0
-        text, off_scale = "", None
-        for draw in range(self._draws):
-            reading: Reading = ParseFailure("not asked")
-            for attempt in range(self._tries):
-                completion = await self._engine.generate(self._request(prompt, seed_of(draw, attempt)))
-                reading = self._read(completion)
-                asked, tokens, text = asked + len(prompt), tokens + len(completion.token_ids), completion.text
-                if isinstance(reading, Score):
-                    break
-            if not isinstance(reading, Score):
-                kind = "truncated" if isinstance(reading, Truncated) else "parse_failure"
-                return Judgement(None, [*draws, None], f"{kind}: {reading.why}", text, None, asked, tokens)
-            draws.append(reading.value)
-            off_scale = reading.off_scale
-        mean = math.fsum(d for d in draws if d is not None) / len(draws)
-        return Judgement(mean, draws, "ok", text, off_scale, asked, tokens)
+
+        async def ask(draw: int, attempt: int) -> Asked:
+            completion = await self._engine.generate(self._request(prompt, seed_of(draw, attempt)))
+            return Asked(self._read(completion), completion.text, len(prompt), len(completion.token_ids))
+
+        return await judgement(ask, draws=self._draws, tries=self._tries)
 
     def _request(self, prompt: list[int], seed: int) -> Request:
         labels, constrained = self._labels, self._scoring.mode == "choice"

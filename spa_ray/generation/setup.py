@@ -14,8 +14,10 @@ from typing import Literal
 from spa_ray.config.models import Config
 from spa_ray.config.plugs import is_dotted, load_dotted
 from spa_ray.engine.checked import CheckedEngine
+from spa_ray.engine.openai import EndpointClient
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
+from spa_ray.generation.endpoint_judge import Ask, EndpointJudge, api_key
 from spa_ray.generation.episode import Draw, Episodes, Recipe
 from spa_ray.generation.function_judge import FunctionJudge, check_signature
 from spa_ray.generation.judging import Judge, ModelJudge, compile_pattern, judge_labels
@@ -39,13 +41,16 @@ class Task:
     day: date | None = None
 
 
-def make_episodes(config: Config, task: Task, engine: Engine, model: Path) -> Episodes:
-    """Everything that runs on one engine. Raises: InputError for templates, scales and judges that do not fit."""
+def make_episodes(config: Config, task: Task, engine: Engine, model: Path, ask: Ask | None = None) -> Episodes:
+    """Everything that runs on one engine. `ask` reaches the judge's endpoint, where it has one.
+
+    Raises: InputError for templates, scales and judges that do not fit.
+    """
     checked = CheckedEngine(engine)
     objectives = load_objectives(config)
     chat = engine_chat(config, task, engine, model)
     templates = Templates(config, objectives)
-    judge = make_judge(config, task, checked, chat, templates)
+    judge = make_judge(config, task, checked, chat, templates, ask)
     refine_chat = chat.with_kwargs(config.refine.chat_template_kwargs)
     return Episodes(checked, chat, templates, judge, recipe(config, task), refine_chat=refine_chat)
 
@@ -67,9 +72,14 @@ def engine_chat(config: Config, task: Task, engine: Engine, model: Path) -> Chat
     return chat
 
 
-def make_judge(config: Config, task: Task, engine: Engine, chat: Chat, templates: Templates) -> Judge | None:
+def make_judge(
+    config: Config, task: Task, engine: Engine, chat: Chat, templates: Templates, ask: Ask | None = None
+) -> Judge | None:
     if task.judge == "none":
         return None
+    if task.kind == "episode" and (endpoint := config.scoring.judge) is not None:
+        ask = ask or EndpointClient(endpoint, api_key(endpoint)).ask
+        return EndpointJudge(ask, templates, config.scoring)
     if task.judge == "self":
         return ModelJudge(engine, chat.with_kwargs(config.scoring.chat_template_kwargs), templates, config.scoring)
     if not is_dotted(task.judge):

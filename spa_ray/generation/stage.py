@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from spa_ray.engine.placement import engine_resources, takes_all_cores
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.actor import EpisodeActor, Observe, Pass
 from spa_ray.generation.commits import settle
+from spa_ray.generation.endpoint_judge import served
 from spa_ray.generation.episode import RETRYABLE
 from spa_ray.generation.follow import Line, OnProgress, followed
 from spa_ray.generation.pool import growing_pool, layout
@@ -74,6 +75,7 @@ class PassCounts:
     engine_deaths: int
     engine_busy: float | None
     tokens_per_second: float
+    judge: dict[str, float] | None = None  # the account of this call with the judge's endpoint
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,10 +112,15 @@ def generate(
     usage = Usage(checkpoint / "usage")
     gpus = engine_resources(config.model, config.resources, cluster_gpus=_cluster_gpus()).get("num_gpus", 0.0)
     cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
-    with Token.left(checkpoint) as token, followed(lambda: finished_rows(out), total, on_progress, usage) as ledger:
+    endpoint = config.scoring.judge if task.kind == "episode" else None
+    with (
+        Token.left(checkpoint) as token,
+        served(endpoint, kept_answers(out.parent)) as judge,
+        followed(lambda: finished_rows(out), total, on_progress, usage) as ledger,
+    ):
         source = prompts
         for part in range(config.generation.max_attempts):
-            work = Pass(config, task, model, earlier, part, observe, verbose, log, token, cores)
+            work = Pass(config, task, model, earlier, part, observe, verbose, log, token, cores, judge)
             pieces = shards(source, checkpoint / f"shards-{part}", shard_rows)
             again = checkpoint / f"retry-{part + 1}"
             failed = 0
@@ -127,9 +134,15 @@ def generate(
             if not failed:
                 break
             source = again
-    counts = count_rows(out, usage.total())
+        account = judge.account() if judge else None
+    counts = replace(count_rows(out, usage.total()), judge=account)
     _check_counts(counts, total, config, out, task)
     return counts
+
+
+def kept_answers(stage: AnyPath) -> AnyPath:
+    """Where an endpoint's answers are kept: in the run folder, for all its stages, or in a folder of one stage."""
+    return (stage.parent.parent if stage.parent.name == "stages" else stage) / "judge_answers"
 
 
 def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, ledger: Line, schema: pa.Schema) -> None:

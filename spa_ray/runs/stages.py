@@ -55,7 +55,7 @@ def _engine(config: Config) -> dict[str, Any]:
     return engine
 
 
-def _scoring(scoring: Scoring) -> dict[str, Any]:
+def _scoring(scoring: Scoring, *, own_judge: bool = True) -> dict[str, Any]:
     """The scoring section without the keys that its mode never reads, or that say what older versions did."""
     unread: set[str] = set() if scoring.mode == "regex" else {"pattern"}
     if scoring.prompt is not None or scoring.layout == "objective_first":
@@ -64,7 +64,12 @@ def _scoring(scoring: Scoring) -> dict[str, Any]:
         unread |= {"draws", "retries", "max_tokens"}
     elif scoring.temperature == 0:  # asked again, the judge says the same
         unread |= {"retries"}
-    return _plain(scoring, *unread)
+    if scoring.judge is None or not own_judge:
+        unread |= {"judge"}
+    plain = _plain(scoring, *unread)
+    if "judge" in plain:  # limits, prices and the like change no answer
+        plain["judge"] = {key: plain["judge"][key] for key in ("kind", "base_url", "model")}
+    return plain
 
 
 def attempt(config: Config) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str, chat:
         "seed": config.seed,
         "objectives": _objectives(config, config.evaluation.objectives),
         "engine": _engine(config),
-        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(config.scoring),
+        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(config.scoring, own_judge=False),
         "sampling": _plain(config.evaluation.sampling),
         "judge": [function, source_hash(function)] if function else None,
     }

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from spa_ray.config.plugs import source_hash
 from spa_ray.config.training import Train, method_class
+from spa_ray.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +85,12 @@ def method_of(train: Train) -> Method[Train]:
     """The method that a `train` section names."""
     found: Callable[[Train], Method[Train]] = method_class(train.method)
     return found(train)
+
+
+def check_section_of_method(train: Train, *, name: str) -> None:
+    """Raises: InputError for a job's section without its method's defaults."""
+    if not isinstance(train, method_class(train.method).Config):
+        raise InputError(f"job {name}: train is no section of {train.method}; make it with train_section({{..}})")
 
 
 def method_source(train: Train) -> list[str]:

@@ -23,7 +23,7 @@ from spa_ray.training.batches import Order, order_pairs, step_weights
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
 from spa_ray.training.deal import Plan
 from spa_ray.training.job import TrainJob
-from spa_ray.training.method import method_of, method_source
+from spa_ray.training.method import check_section_of_method, method_of, method_source
 from spa_ray.training.rope import long_factors
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from spa_ray.training.trainable import check_trainable
@@ -102,6 +102,7 @@ def tokens_path(job: TrainJob, mark: str) -> Path:
 
 
 def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
+    check_section_of_method(job.train, name=job.name)
     check_model_folder(job.model)
     check_trainable(job.model, job.train, trust_remote_code=job.trust_remote_code)
     if not job.pairs.exists():

@@ -1,0 +1,323 @@
+"""A judge behind an endpoint: limits, retries, kept answers, and failures that never become a number."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spa_ray.config import arm_configs
+from spa_ray.config.endpoint import Endpoint
+from spa_ray.engine import openai as openai_engine
+from spa_ray.engine.answers import open_answers
+from spa_ray.engine.limiter import WINDOW, Limiter
+from spa_ray.engine.openai import Answer, EndpointClient, EndpointDeadError, EndpointError
+from spa_ray.errors import InputError
+from spa_ray.generation.endpoint_judge import EndpointJudge, api_key, check_endpoint
+from spa_ray.generation.judging import Judgement
+from spa_ray.generation.templates import Templates
+from spa_ray.objectives import load_objectives
+from spa_ray.runs import stages as address
+from tests.fake_endpoint import FakeEndpoint, completion, running
+
+LOOP = asyncio.new_event_loop()  # a client lives on one
+HELLO = [{"role": "user", "content": "hello"}]
+OTHER = [{"role": "user", "content": "other"}]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_engine, "FIRST_WAIT", 0.01)
+
+
+def endpoint(fake: FakeEndpoint, **settings: Any) -> Endpoint:
+    return Endpoint(kind="endpoint", base_url=fake.url or "http://127.0.0.1:9/v1", model="judge", **settings)
+
+
+def ask(client: EndpointClient, messages: list[dict[str, str]] = HELLO, **where: int) -> Answer:
+    async def one() -> Answer:
+        return await client.ask(messages, max_tokens=8, temperature=1.0, seed=3, **where)
+
+    return LOOP.run_until_complete(one())
+
+
+def first_then(reply: Any, times: int = 1) -> Callable[[int, dict[str, Any]], Any]:
+    return lambda number, body: reply if number < times else "[[7]]"
+
+
+# --- retries --------------------------------------------------------------------------------------------------------
+
+CUT = json.dumps(completion("[[9]]"))[:60]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (429, {}, "{}"),
+        (429, {"Retry-After": "0.2"}, "{}"),
+        (500, {}, "oh"),
+        (503, {}, "{}"),
+        (200, {}, CUT),
+        (200, {}, "[]"),
+        (200, {}, json.dumps(completion(None))),
+        "hang",
+    ],
+    ids=["429", "retry-after", "500", "503", "cut JSON", "other JSON", "no text", "hangs"],
+)
+def test_what_may_pass_is_asked_again(reply: Any) -> None:
+    with running(FakeEndpoint(first_then(reply, 2))) as fake:
+        client = EndpointClient(endpoint(fake, timeout_s=1), None)
+        assert ask(client).text == "[[7]]"
+        assert len(fake.bodies) == 3
+        assert client.account() == {
+            "requests": 3, "retries": 2, "cached": 0, "prompt_tokens": 10, "generated_tokens": 2
+        }  # fmt: skip
+
+
+def test_retry_after_holds_back_every_request() -> None:
+    with running(FakeEndpoint(first_then((429, {"Retry-After": "0.5"}, "{}")))) as fake:
+        client = EndpointClient(endpoint(fake), None)
+
+        async def both() -> None:
+            one = asyncio.ensure_future(client.ask(HELLO, max_tokens=8, temperature=1.0, seed=3))
+            await asyncio.sleep(0.2)
+            await asyncio.gather(one, client.ask(HELLO, max_tokens=8, temperature=1.0, seed=3, draw=1))
+
+        LOOP.run_until_complete(both())
+        assert [later - fake.times[0] >= 0.5 for later in fake.times[1:]] == [True, True]
+
+
+def test_a_request_that_fails_for_good_has_no_answer() -> None:
+    with running(FakeEndpoint(lambda number, body: (500, {}, "{}"))) as fake:
+        client = EndpointClient(endpoint(fake, retries=2), None)
+        with pytest.raises(EndpointError, match=r"no answer in 3 tries; the last: status 500"):
+            ask(client)
+        assert len(fake.bodies) == 3
+
+
+def test_after_three_of_them_with_no_answer_between_the_endpoint_is_dead() -> None:
+    with running(FakeEndpoint(lambda number, body: (500, {}, "{}"))) as fake:
+        client = EndpointClient(endpoint(fake, retries=0), None)
+        for _ in range(2):
+            with pytest.raises(EndpointError):
+                ask(client)
+        with pytest.raises(EndpointDeadError, match=r"model judge: 3 requests failed"):
+            ask(client)
+        with pytest.raises(EndpointDeadError):
+            ask(client)
+        assert len(fake.bodies) == 3  # the fourth was not sent
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        ((401, {}, json.dumps({"error": {"message": "bad key"}})), "status 401"),
+        ((429, {}, json.dumps({"error": {"message": "used up", "code": "insufficient_quota"}})), "status 429"),
+    ],
+)
+def test_what_no_try_can_help_ends_it_at_once(reply: Any, told: str) -> None:
+    with running(FakeEndpoint(lambda number, body: reply)) as fake:
+        with pytest.raises(EndpointDeadError, match=told):
+            ask(EndpointClient(endpoint(fake), None))
+        assert len(fake.bodies) == 1
+
+
+def test_a_model_that_is_not_served_ends_it_at_once() -> None:
+    with running(FakeEndpoint(models=("other",))) as fake, pytest.raises(EndpointDeadError, match="status 404"):
+        ask(EndpointClient(endpoint(fake), None))
+
+
+def test_a_refused_request_is_that_request_alone() -> None:
+    with running(FakeEndpoint(first_then((400, {}, json.dumps({"error": {"message": "too long"}}))))) as fake:
+        client = EndpointClient(endpoint(fake), None)
+        with pytest.raises(ValueError, match="refuses the request: status 400"):
+            ask(client)
+        assert ask(client).text == "[[7]]"
+
+
+def test_nobody_there_is_an_error() -> None:
+    with pytest.raises(EndpointError, match="no connection"):
+        ask(EndpointClient(endpoint(FakeEndpoint(), retries=1), None))
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_requests_at_a_time_than_may_be() -> None:
+    with running(FakeEndpoint(delay=0.05)) as fake:
+        client = EndpointClient(endpoint(fake, max_concurrency=3), None)
+
+        async def many() -> None:
+            await asyncio.gather(*(client.ask(HELLO, max_tokens=8, temperature=1.0, seed=3, draw=i) for i in range(20)))
+
+        LOOP.run_until_complete(many())
+        assert fake.most_inside == 3
+        assert len(fake.bodies) == 20
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 30), st.integers(1, 200)), max_size=40),
+    st.none() | st.integers(1, 5),
+    st.none() | st.integers(50, 400),
+)
+def test_within_any_minute_there_are_no_more_requests_and_tokens_than_may_be(
+    asked: list[tuple[float, int]], requests: int | None, tokens: int | None
+) -> None:
+    clock = 0.0
+    limiter = Limiter(requests, tokens, now=lambda: clock)
+    sent: list[tuple[float, int]] = []
+    for pause, size in asked:
+        clock += pause
+        clock += limiter.wait(size)
+        assert limiter.wait(size) <= 1e-6
+        limiter._sent.append((clock, size))
+        sent.append((clock, size))
+    for at, size in sent:
+        within = [spent for then, spent in sent if at - WINDOW + 1e-6 < then <= at]
+        assert requests is None or len(within) <= requests
+        assert tokens is None or sum(within) <= max(tokens, size)
+
+
+# --- kept answers ---------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_kept_and_not_asked_again(tmp_path: Path) -> None:
+    with running(FakeEndpoint()) as fake:
+        for _ in range(2):
+            client = EndpointClient(endpoint(fake), None, open_answers(tmp_path / "kept"))
+            assert ask(client).text == "[[7]]"
+        assert len(fake.bodies) == 1
+        assert client.account()["cached"] == 1
+        for messages, where in ((HELLO, {"draw": 1}), (HELLO, {"attempt": 1}), (OTHER, {})):
+            ask(EndpointClient(endpoint(fake), None, open_answers(tmp_path / "kept")), messages, **where)
+        assert len(fake.bodies) == 4
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_kept(tmp_path: Path) -> None:
+    with running(FakeEndpoint(delay=0.2)) as fake:
+        client = EndpointClient(endpoint(fake), None, open_answers(tmp_path / "kept"))
+
+        async def gone() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.ask(HELLO, max_tokens=8, temperature=1.0, seed=3), 0.05)
+            await asyncio.sleep(0.5)
+
+        LOOP.run_until_complete(gone())
+        assert ask(client).text == "[[7]]"
+        assert len(fake.bodies) == 1
+
+
+def test_the_account_knows_dollars() -> None:
+    with running(FakeEndpoint()) as fake:
+        client = EndpointClient(endpoint(fake, price={"input": 1.0, "output": 10.0}), None)
+        ask(client)
+        assert client.account()["usd"] == pytest.approx((10 * 1.0 + 2 * 10.0) / 1e6)
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+def scored(fake: FakeEndpoint, **scoring: Any) -> tuple[Judgement, EndpointClient]:
+    judge = {"kind": "endpoint", "base_url": fake.url, "model": "judge", "retries": 1}
+    raw = {"model": {"path": "none"}, "scoring": {"mode": "regex", "judge": judge, **scoring}}
+    config = next(iter(arm_configs(raw, (), where="test", stem="test").values()))
+    objectives = load_objectives(config)
+    assert config.scoring.judge is not None
+    client = EndpointClient(config.scoring.judge, None)
+    judge_it = EndpointJudge(client.ask, Templates(config, objectives), config.scoring)
+    question = [{"role": "user", "content": "How?"}]
+    return LOOP.run_until_complete(judge_it.judge(question, "{}", "So.", objectives[0], lambda draw, attempt: draw)), client
+
+
+@pytest.mark.parametrize("text", ["[[11]]", "[[0]]", "seven", "[[3]] or [[4]]", "", "[[7.5]]"])
+def test_an_answer_off_the_scale_or_without_a_score_never_becomes_a_number(text: str) -> None:
+    with running(FakeEndpoint(lambda number, body: text)) as fake:
+        found, _ = scored(fake, retries=1)
+        assert found.score is None
+        assert found.status.startswith("parse_failure")
+        assert len(fake.bodies) == 2
+
+
+def test_a_judgement_is_the_mean_of_its_draws_and_a_bad_one_is_drawn_again() -> None:
+    texts = ["well … [[6]]", "hm", "[[9]]"]
+    with running(FakeEndpoint(lambda number, body: texts[number])) as fake:
+        found, _ = scored(fake, draws=2)
+        assert (found.score, found.draws, found.status) == (7.5, [6.0, 9.0], "ok")
+        assert (found.prompt_tokens, found.generated_tokens) == (30, 6)
+        assert "So." in fake.bodies[0]["messages"][-1]["content"]
+
+
+def test_an_endpoint_that_fails_raises_and_gives_no_score() -> None:
+    with running(FakeEndpoint(lambda number, body: (500, {}, "{}"))) as fake, pytest.raises(EndpointError):
+        scored(fake)
+
+
+# --- the config -----------------------------------------------------------------------------------------------------
+
+
+def raw_config(**judge: Any) -> dict[str, Any]:
+    judge = {"kind": "endpoint", "base_url": "http://x/v1", "model": "judge", **judge}
+    return {"model": {"path": "none"}, "scoring": {"mode": "regex", "judge": judge}}
+
+
+def generate_key(raw: dict[str, Any]) -> str:
+    config = next(iter(arm_configs(raw, (), where="test", stem="test").values()))
+    return address.generate_hash(config, iteration=1, prompts="p", model="m", earlier=None)
+
+
+def test_the_model_and_its_address_are_part_of_the_stage_and_limits_are_not() -> None:
+    base = generate_key(raw_config())
+    assert generate_key(raw_config(model="other")) != base
+    assert generate_key(raw_config(base_url="http://y/v1")) != base
+    same = {"max_concurrency": 3, "retries": 0, "timeout_s": 5, "price": {"input": 1, "output": 1}, "cache": False}
+    assert generate_key(raw_config(**same, api_key_env="K", requests_per_minute=3)) == base
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"base_url": "x/v1"}, "scoring.judge.base_url: 'x/v1' is no URL"),
+        ({"base_url": "http://user:key@x/v1"}, "a URL in a config holds no user or key"),
+        ({"max_concurrency": 0}, "scoring.judge.max_concurrency: must be a whole number, 1 or more, got 0"),
+        ({"api_key": "s"}, "scoring.judge.api_key: unknown key; did you mean scoring.judge.api_key_env?"),
+    ],
+)
+def test_a_wrong_judge_is_told_in_one_line(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError) as error:
+        generate_key(raw_config(**change))
+    assert told in str(error.value)
+
+
+def test_an_endpoint_judges_by_free_text() -> None:
+    raw = raw_config()
+    raw["scoring"]["mode"] = "choice"
+    with pytest.raises(InputError, match=r"an endpoint judges by mode regex, not choice; set scoring\.mode=regex"):
+        generate_key(raw)
+
+
+def test_the_key_comes_from_the_environment_and_is_needed_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with running(FakeEndpoint(key="secret")) as fake:
+        named = endpoint(fake, api_key_env="JUDGE_KEY")
+        with pytest.raises(InputError, match="the environment has no JUDGE_KEY"):
+            api_key(named)
+        with pytest.raises(InputError, match=r"refuses the key \(status 401\)"):
+            check_endpoint(named, None)
+        monkeypatch.setenv("JUDGE_KEY", "secret")
+        check_endpoint(named, api_key(named))
+        ask(EndpointClient(named, api_key(named)))
+        assert fake.keys == {"Bearer secret"}
+
+
+def test_a_wrong_model_or_nobody_there_is_told_before_anything_starts() -> None:
+    serves = "serves no model 'judge'; it serves a, b"
+    with running(FakeEndpoint(models=("a", "b"))) as fake, pytest.raises(InputError, match=serves):
+        check_endpoint(endpoint(fake), None)
+    with pytest.raises(InputError, match="gives no answer"):
+        check_endpoint(endpoint(FakeEndpoint()), None)

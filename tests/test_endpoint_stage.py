@@ -1,0 +1,156 @@
+"""A pass of real Ray Data, scripted engines, whose judge is behind an endpoint: counted at the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spa_ray.config.models import Config
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.schemas import PROMPTS
+from spa_ray.errors import InputError, RunError
+from spa_ray.generation.setup import Task
+from spa_ray.generation.stage import PassCounts, generate
+from tests.fake_endpoint import FakeEndpoint, running
+from tests.scripted import WEIGHTS, scripted_config
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]
+
+PROMPT_COUNT = 12
+PLACES = 3
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stage") / "prompts.parquet"
+    rows = [
+        {"prompt_id": f"p{k:02d}", "messages": [{"role": "user", "content": f"question {k}?"}], "meta": "{}"}
+        for k in range(PROMPT_COUNT)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), path)
+    return path
+
+
+def config(fake: FakeEndpoint, **judge: Any) -> Config:
+    section = {"kind": "endpoint", "base_url": fake.url, "model": "judge", "max_concurrency": PLACES, **judge}
+    return scripted_config(
+        {"jitter": 0.02},
+        scoring={"mode": "regex", "judge": section},
+        generation={"rows_per_block": 2},
+        resources={"engines": {"min": 2, "max": 2}, "concurrency": 4},
+    )
+
+
+def play(config: Config, prompts: Path, folder: Path) -> PassCounts:
+    out, checkpoint = folder / "episodes", folder / "checkpoint"
+    return generate(
+        config, Task(), prompts=prompts, out=out, checkpoint=checkpoint, model=WEIGHTS, config_hash="h"
+    )  # fmt: skip
+
+
+def rating(number: int, body: dict[str, Any]) -> str:
+    """The same score for the same answer, whoever asks first."""
+    return f"so: [[{len(body['messages'][-1]['content']) % 10 + 1}]]"
+
+
+def asked(fake: FakeEndpoint) -> tuple[int, int]:
+    """Requests, and distinct ones."""
+    return len(fake.bodies), len({json.dumps(body["messages"]) for body in fake.bodies})
+
+
+def test_two_engines_share_one_limit_and_every_answer_is_scored(prompts: Path, tmp_path: Path) -> None:
+    with running(FakeEndpoint(rating, delay=0.02)) as fake:
+        counts = play(config(fake, price={"input": 1.0, "output": 1.0}), prompts, tmp_path)
+        rows = EpisodeFolder(tmp_path / "episodes").table().to_pylist()
+        assert len(rows) == PROMPT_COUNT
+        for row in rows:
+            assert row["error"] is None
+            assert [r["score_status"] for r in row["responses"]] == [["ok", "ok"]] * 6
+        assert fake.most_inside == PLACES
+        requests, distinct = asked(fake)
+        assert requests == distinct
+        assert counts.judge is not None
+        assert counts.judge["requests"] == requests
+        assert counts.judge["usd"] == pytest.approx(12 * requests / 1e6)
+
+
+def test_a_dead_endpoint_ends_the_pass_and_what_it_answered_is_not_asked_again(prompts: Path, tmp_path: Path) -> None:
+    def dies(number: int, body: dict[str, Any]) -> Any:
+        return rating(number, body) if number < 40 else (500, {}, "{}")
+
+    with running(FakeEndpoint(dies)) as fake:
+        with pytest.raises(RunError, match=r"generate: endpoint http.*, model judge: .* requests failed"):
+            play(config(fake, retries=0), prompts, tmp_path)
+        before = len(fake.bodies)
+        answered = {json.dumps(body["messages"]) for body in fake.bodies[:40]}
+        assert len(answered) == 40
+        fake.act = rating
+        play(config(fake, retries=0), prompts, tmp_path)
+        again = [json.dumps(body["messages"]) for body in fake.bodies[before:]]
+        assert not answered & set(again)
+        assert len(again) == len(set(again))
+
+
+def test_after_the_asking_process_is_killed_only_what_was_under_way_is_asked_again(
+    prompts: Path, tmp_path: Path
+) -> None:
+    with running(FakeEndpoint(rating, delay=0.1)) as fake:
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                play(config(fake), prompts, tmp_path)
+            except BaseException as e:  # noqa: BLE001 looked at below
+                failed.append(e)
+
+        passing = threading.Thread(target=run)
+        passing.start()
+        for at in (20, 60):
+            while len(fake.bodies) < at:
+                time.sleep(0.02)
+                assert passing.is_alive()
+            (asking,) = [p.pid for p in psutil.process_iter(["name", "cmdline"])
+                         if any("EndpointActor" in part for part in p.info["cmdline"] or ())]  # fmt: skip
+            os.kill(asking, signal.SIGKILL)
+            time.sleep(0.5)
+        passing.join(180)
+        assert not failed
+        requests, distinct = asked(fake)
+        assert distinct < requests <= distinct + 2 * PLACES
+        assert all(row["error"] is None for row in EpisodeFolder(tmp_path / "episodes").table().to_pylist())
+
+
+def test_answers_are_kept_for_all_stages_of_a_run(prompts: Path, tmp_path: Path) -> None:
+    with running(FakeEndpoint(rating)) as fake:
+        for name in ("a", "b"):
+            play(config(fake), prompts, tmp_path / "run" / "stages" / f"generate-{name}")
+        requests, distinct = asked(fake)
+        assert requests == distinct
+        assert (tmp_path / "run" / "judge_answers").is_dir()
+
+
+def test_a_wrong_model_ends_it_before_an_engine_starts(prompts: Path, tmp_path: Path) -> None:
+    with running(FakeEndpoint(models=("other",))) as fake:
+        with pytest.raises(InputError, match="serves no model 'judge'; it serves other"):
+            play(config(fake), prompts, tmp_path)
+        assert not fake.bodies
+
+
+def test_a_key_is_in_no_file_of_the_run(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "sk-not-to-be-seen-0123456789"
+    monkeypatch.setenv("JUDGE_KEY", secret)
+    with running(FakeEndpoint(rating, key=secret)) as fake:
+        play(config(fake, api_key_env="JUDGE_KEY"), prompts, tmp_path)
+        assert fake.keys == {f"Bearer {secret}"}
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or secret.encode() not in file.read_bytes()
