@@ -232,7 +232,9 @@ def scored(fake: FakeEndpoint, **scoring: Any) -> tuple[Judgement, EndpointClien
     client = EndpointClient(config.scoring.judge, None)
     judge_it = EndpointJudge(client.ask, Templates(config, objectives), config.scoring)
     question = [{"role": "user", "content": "How?"}]
-    return LOOP.run_until_complete(judge_it.judge(question, "{}", "So.", objectives[0], lambda draw, attempt: draw)), client
+    return LOOP.run_until_complete(
+        judge_it.judge(question, "{}", "So.", objectives[0], lambda draw, attempt: draw)
+    ), client
 
 
 @pytest.mark.parametrize("text", ["[[11]]", "[[0]]", "seven", "[[3]] or [[4]]", "", "[[7.5]]"])

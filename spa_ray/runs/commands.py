@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,13 +27,15 @@ from spa_ray.preferences import live_reasons
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
 from spa_ray.runs import stages as address
+from spa_ray.runs.claimed import claimed
 from spa_ray.runs.cluster import connected
 from spa_ray.runs.first_day import FILE as FIRST_DAY
 from spa_ray.runs.first_day import first_day, record_first_day
-from spa_ray.runs.folder import CLAIM, MARKER, Stage, check_claim, claim, open_run
+from spa_ray.runs.folder import CLAIM, MARKER, open_run
 from spa_ray.runs.hashing import file_hash, model_hash, parquet_hash
 from spa_ray.runs.lock import RunLock
 from spa_ray.runs.models import fetch_model, shared_model
+from spa_ray.runs.own_pairs import are_own, own_pairs_stage
 from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
 from spa_ray.runs.preflight_memory import check_training_memory
@@ -87,20 +89,6 @@ def print_funnel(funnel: dict[str, Any], title: str) -> None:
     if funnel.get("truncated_pairs"):
         table.add_row("− pairs, the chosen answer was cut", str(funnel["truncated_pairs"]))
     Console().print(table)
-
-
-@contextmanager
-def claimed(out: AnyPath, name: str, digest: str) -> Iterator[Stage]:
-    """The stage that the folder `out` is to become, under a lock unless it is finished.
-
-    Raises: InputError for a folder that is something else, or in use.
-    """
-    stage, _ = check_claim(as_path(out), name, digest)
-    if stage.done:
-        yield stage
-        return
-    with RunLock(stage.folder):
-        yield claim(stage.folder, name, digest)
 
 
 def clean_run(run_dir: AnyPath) -> dict[str, Any]:
@@ -213,7 +201,10 @@ def _bare_config(schema: Any, overrides: Iterable[str]) -> dict[str, Config]:
 
 
 def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) -> dict[str, Any]:
-    """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands."""
+    """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands.
+
+    `pairs` is what `spa build` wrote, or a user's own in TRL's forms, which become a pairs table in `out.pairs/` first.
+    """
     from spa_ray.training.job import RESULT
     from spa_ray.training.launch import train_jobs
     from spa_ray.training.stored import StoredJob, train_job
@@ -221,11 +212,11 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
 
     check_backends(config.tracking.backends)
     folder, out, model = inside(pairs, "pairs"), as_path(out), fetch_model(config.model)
-    if not any(folder.glob("*.parquet")):
-        raise InputError(f"{folder}: no *.parquet in it; give the pairs folder that `spa build` wrote")
     work_folder = out.with_name(f"{out.name}.work")
     day = first_day(work_folder, *islice((folder, *folder.parents), 5))  # the pairs' own run, where they are in one
     chat = ChatSettings.of(config.model, day=day)
+    if are_own(folder):
+        folder = own_pairs_stage(config, folder, out=out.with_name(f"{out.name}.pairs"), model=model, chat=chat)
     hashes = {"pairs": parquet_hash(folder), "model": model_hash(model)}
     digest = address.train_hash(config, chat=chat.key(template_text(model)), **hashes)
     with claimed(work_folder, "train", digest) as work:

@@ -1,0 +1,60 @@
+"""A user's own preference pairs as a stage: from TRL's forms to the pairs table that training reads."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pyarrow as pa
+
+from spa_ray.config.models import Config
+from spa_ray.data.files import AnyPath, as_path, is_file, make_folder, parquet_dataset
+from spa_ray.data.own_pairs import read_own_pairs
+from spa_ray.errors import InputError
+from spa_ray.rollout.chat import chat_of
+from spa_ray.rollout.settings import ChatSettings
+from spa_ray.rollout.template import template_text
+from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.runs.claimed import claimed
+from spa_ray.runs.hashing import file_hash, folder_hash, model_hash, stage_hash
+from spa_ray.training.own_pairs import end_ids, write_own_pairs
+
+STAGE_VERSION = 1
+
+
+def are_own(pairs: AnyPath) -> bool:
+    """Whether these are a user's own pairs: a file, or a folder, without a table of generated ids."""
+    tables: list[AnyPath] = [pairs] if is_file(pairs) else sorted(pairs.glob("*.parquet"), key=str)
+    if not tables or not tables[0].name.endswith(".parquet"):
+        return True
+    try:
+        return "chosen_ids" not in parquet_dataset(tables[0]).schema.names
+    except (OSError, pa.ArrowInvalid):
+        return False  # whoever reads it says what is wrong
+
+
+def own_pairs_stage(config: Config, source: AnyPath, *, out: AnyPath, model: Path, chat: ChatSettings) -> AnyPath:
+    """The pairs table of `source` in the folder `out`, written once. Returns: the table's folder.
+
+    Raises: InputError for a row that is no pair, with file and line.
+    """
+    if not isinstance(source, Path):
+        raise InputError(f"{source}: pairs of your own are read from this machine's disks; copy them here")
+    content = file_hash(source) if source.is_file() else folder_hash(source)
+    rendered = chat.key(template_text(model))
+    digest = stage_hash("pairs", STAGE_VERSION, {"chat": rendered}, [content, model_hash(model)])
+    with claimed(out, "pairs", digest) as stage:
+        if not stage.done:
+            started = time.time()
+            folder = as_path(stage.folder) / "pairs"
+            make_folder(folder)
+            if not isinstance(folder, Path):
+                raise InputError(f"{out}: pairs of your own are written to a disk; give --out on one")
+            tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+            partial = folder / ".pairs.partial"
+            count = write_own_pairs(
+                read_own_pairs(str(source)), partial, chat_of(tokenizer, model, chat), end_ids(model)
+            )
+            partial.replace(folder / "pairs.parquet")
+            stage.finish(started, pairs=count, source=str(source))
+    return stage.folder / "pairs"
