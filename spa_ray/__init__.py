@@ -1,6 +1,6 @@
-"""spa_ray: self-priority alignment on Ray. Nothing heavy is imported here.
+"""spa_ray: self-priority alignment on Ray.
 
-The public names below are loaded when they are first used.
+The public names are loaded when they are first used: `import spa_ray` imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,23 +9,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spa_ray.api import build, evaluate, generate, plan, run, train
     from spa_ray.config.load import load_config
+    from spa_ray.engine.protocol import Completion, Engine, Request
+    from spa_ray.errors import InputError, RunError
+    from spa_ray.generation.judging import Judge, Judgement
     from spa_ray.methods.pairwise import PairwiseConfig, PairwiseMethod
+    from spa_ray.preferences import build_pairs, denoise
     from spa_ray.training.method import LossInputs, Method
 
 __version__ = "0.1.0"
-__all__ = ["LossInputs", "Method", "PairwiseConfig", "PairwiseMethod", "load_config"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "InputError",
+    "Judge",
+    "Judgement",
+    "LossInputs",
+    "Method",
+    "PairwiseConfig",
+    "PairwiseMethod",
+    "Request",
+    "RunError",
+    "build",
+    "build_pairs",
+    "denoise",
+    "evaluate",
+    "generate",
+    "load_config",
+    "plan",
+    "run",
+    "train",
+]
 
 _HOMES = {
-    "LossInputs": "spa_ray.training.method",
-    "Method": "spa_ray.training.method",
-    "PairwiseConfig": "spa_ray.methods.pairwise",
-    "PairwiseMethod": "spa_ray.methods.pairwise",
-    "load_config": "spa_ray.config.load",
+    "spa_ray.api": ("build", "evaluate", "generate", "plan", "run", "train"),
+    "spa_ray.config.load": ("load_config",),
+    "spa_ray.engine.protocol": ("Completion", "Engine", "Request"),
+    "spa_ray.errors": ("InputError", "RunError"),
+    "spa_ray.generation.judging": ("Judge", "Judgement"),
+    "spa_ray.methods.pairwise": ("PairwiseConfig", "PairwiseMethod"),
+    "spa_ray.preferences": ("build_pairs", "denoise"),
+    "spa_ray.training.method": ("LossInputs", "Method"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,7 @@ ROOMS = (
     "microworld",
     "runs",
     "report",
+    "api",
     "cli",
 )
 MODELS = {"torch", "transformers", "vllm", "deepspeed", "peft"}

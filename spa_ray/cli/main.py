@@ -36,7 +36,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the las
 Verbose = Annotated[bool, typer.Option("--verbose", help="Ray's and vLLM's own logs too")]
 Out = Annotated[Any, typer.Option("--out", parser=out_path, metavar="PATH", help="folder to write", show_default=False)]
 Episodes = Annotated[Any, typer.Argument(parser=as_path, metavar="EPISODES", help="their folder", show_default=False)]
-Pairs = Annotated[Any, typer.Argument(parser=as_path, metavar="PAIRS", help="their folder, or pairs of your own in TRL's forms", show_default=False)]
+Pairs = Annotated[
+    Any,
+    typer.Argument(
+        parser=as_path, metavar="PAIRS", help="their folder, or pairs of your own in TRL's forms", show_default=False
+    ),
+]
 Model = Annotated[Any, typer.Argument(parser=as_path, metavar="MODEL", help="its folder", show_default=False)]
 Run = Annotated[Any, typer.Argument(parser=as_path, metavar="RUN", help="run folder or its URI", show_default=False)]
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML config", show_default=False)]
