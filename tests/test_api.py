@@ -13,16 +13,15 @@ import pytest
 
 import spa_ray
 from spa_ray.errors import InputError
-from tests.scripted import WEIGHTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "PYTHON.md"
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def settings(folder: Path, model: Path) -> dict[str, Any]:
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"question {k}?"}) + "\n" for k in range(20)))
     return {
-        "model": {"path": str(WEIGHTS), "engine": "spa_ray.engine.scripted:ScriptedEngine"},
+        "model": {"path": str(model), "engine": "spa_ray.engine.scripted:ScriptedEngine"},
         "prompts": {"source": str(prompts)},
         "sampling": {"max_tokens": 60},
         "refine": {"max_tokens": 100},
@@ -48,17 +47,17 @@ def test_importing_it_imports_nothing_heavy() -> None:
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("ray_session")
-def test_the_pages_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_pages_example_runs(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(json.dumps(settings(tmp_path)))
+    (tmp_path / "config.yaml").write_text(json.dumps(settings(tmp_path, tiny_model)))
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     exec(compile(code, str(PAGE), "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"^main \d+ pairs in .*/pairs$", printed, flags=re.MULTILINE)
 
 
-def test_a_config_may_be_a_mapping_and_a_wrong_one_is_told(tmp_path: Path) -> None:
-    plan = spa_ray.plan(settings(tmp_path), ["prompts.limit=4"])
+def test_a_config_may_be_a_mapping_and_a_wrong_one_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    plan = spa_ray.plan(settings(tmp_path, tiny_model), ["prompts.limit=4"])
     assert plan["arms"]["main"]["prompts"]["count"] == 4
-    with pytest.raises(InputError, match="config: sampling.n: must be a whole number, 1 or more, got 0"):
-        spa_ray.plan({**settings(tmp_path), "sampling": {"n": 0}})
+    with pytest.raises(InputError, match=r"config: sampling\.n: must be a whole number, 1 or more, got 0"):
+        spa_ray.plan({**settings(tmp_path, tiny_model), "sampling": {"n": 0}})

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_ray.config.models import Scoring
+from spa_ray.config.rollout import Scoring
 from spa_ray.engine.protocol import Completion, Request
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError

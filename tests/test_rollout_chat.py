@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from spa_ray.config.load import arm_configs
-from spa_ray.config.models import Model, Scoring
+from spa_ray.config.models import Model
+from spa_ray.config.rollout import Scoring
 from spa_ray.data.prompts import PromptCounts, read_prompts, write_prompts
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError

@@ -32,7 +32,7 @@ from spa_ray.data.token import Token
 from spa_ray.engine import Completion, Engine, EngineDeadError, create_engine
 from spa_ray.engine.openai import EndpointDeadError
 from spa_ray.errors import InputError
-from spa_ray.generation.endpoint_judge import EndpointLine
+from spa_ray.generation.endpoint_actor import EndpointLine
 from spa_ray.generation.episode import Row, error_row
 from spa_ray.generation.follow import Line
 from spa_ray.generation.gate import Gate

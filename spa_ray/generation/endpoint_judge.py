@@ -1,22 +1,13 @@
-"""A judge behind an OpenAI-compatible endpoint, and the one Ray actor that asks it for all engines of a pass."""
+"""A judge behind an OpenAI-compatible endpoint: what it is asked, how its text is read, and a look at it beforehand."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
-import httpx
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from collections.abc import Awaitable, Callable, Sequence
 
 from spa_ray.config.endpoint import Endpoint
-from spa_ray.config.models import Scoring
-from spa_ray.data.files import AnyPath
-from spa_ray.engine.answers import open_answers
-from spa_ray.engine.openai import Answer, EndpointClient, EndpointDeadError, EndpointError
+from spa_ray.config.rollout import Scoring
+from spa_ray.engine.openai import Answer
 from spa_ray.errors import InputError
 from spa_ray.generation.judging import (
     Asked,
@@ -34,7 +25,6 @@ from spa_ray.objectives import Objective
 
 Ask = Callable[..., Awaitable[Answer]]  # `EndpointClient.ask`
 CHECK_SECONDS = 10.0
-ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (EndpointDeadError, EndpointError, ValueError)}
 
 
 class EndpointJudge:
@@ -72,66 +62,6 @@ class EndpointJudge:
         return read_pattern(found.text, self._pattern, self._scoring.scale, finished=finished)
 
 
-class EndpointActor:
-    """All requests of a pass to its endpoint: one limiter, one store of answers, one account."""
-
-    def __init__(self, endpoint: Endpoint, key: str | None, folder: AnyPath | None) -> None:
-        self._client = EndpointClient(endpoint, key, None if folder is None else open_answers(folder))
-
-    async def ask(self, messages: list[dict[str, str]], options: dict[str, Any]) -> tuple[str, Any]:
-        """("answer", it), or the name of an error and its words: an error that Ray carries brings its traceback."""
-        try:
-            return "answer", await self._client.ask(messages, **options)
-        except (EndpointDeadError, EndpointError, ValueError) as e:
-            name = next(name for name, kind in ERRORS.items() if isinstance(e, kind))
-            return name, str(e)
-
-    async def account(self) -> dict[str, float]:
-        return self._client.account()
-
-
-@dataclass(frozen=True)
-class EndpointLine:
-    """To the actor, from the driver and from engine actors."""
-
-    handle: Any
-
-    async def ask(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Answer:
-        """As `EndpointClient.ask`."""
-        kind, found = await self.handle.ask.remote([dict(m) for m in messages], options)
-        if kind != "answer":
-            raise ERRORS[kind](found)
-        answer: Answer = found
-        return answer
-
-    def account(self) -> dict[str, float]:
-        account: dict[str, float] = ray.get(self.handle.account.remote(), timeout=CHECK_SECONDS)
-        return account
-
-
-@contextmanager
-def served(endpoint: Endpoint | None, folder: AnyPath) -> Iterator[EndpointLine | None]:
-    """The pass's line to its endpoint, None where it has none. Answers are kept in `folder`.
-
-    Raises: InputError where the endpoint is not there, or does not know the model or the key.
-    """
-    if endpoint is None:
-        yield None
-        return
-    key = api_key(endpoint)
-    check_endpoint(endpoint, key)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here,
-               "max_concurrency": 10_000}  # fmt: skip
-    line = EndpointLine(
-        ray.remote(EndpointActor).options(**options).remote(endpoint, key, folder if endpoint.cache else None)
-    )
-    try:
-        yield line
-    finally:
-        ray.kill(line.handle)
-
-
 def api_key(endpoint: Endpoint) -> str | None:
     """Raises: InputError where the variable that holds the key is not set."""
     if endpoint.api_key_env is None:
@@ -144,6 +74,8 @@ def api_key(endpoint: Endpoint) -> str | None:
 
 def check_endpoint(endpoint: Endpoint, key: str | None) -> None:
     """One look at the endpoint's list of models, where it has one. Raises: InputError."""
+    import httpx
+
     where = f"scoring.judge: {endpoint.base_url}"
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:

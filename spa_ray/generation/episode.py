@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from spa_ray.config.models import Decoding
+from spa_ray.config.rollout import Decoding
 from spa_ray.engine.openai import EndpointDeadError
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
 from spa_ray.generation.judging import Judge, Judgement

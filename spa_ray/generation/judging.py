@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
-from spa_ray.config.models import Scoring
+from spa_ray.config.rollout import Scoring
 from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
 from spa_ray.generation.templates import Templates

@@ -77,7 +77,7 @@ def make_judge(
 ) -> Judge | None:
     if task.judge == "none":
         return None
-    if task.kind == "episode" and (endpoint := config.scoring.judge) is not None:
+    if task.judge == "self" and (endpoint := config.scoring.judge) is not None:
         ask = ask or EndpointClient(endpoint, api_key(endpoint)).ask
         return EndpointJudge(ask, templates, config.scoring)
     if task.judge == "self":
@@ -139,9 +139,8 @@ def check_generation(config: Config, model: Path) -> None:
     """
     Templates(config, load_objectives(config))
     compile_pattern(config.scoring.pattern)
-    judge = config.evaluation.judge
-    if is_dotted(judge):
-        load_judge(judge)
+    if config.evaluation.judge_kind == "function":
+        load_judge(str(config.evaluation.judge))
     if config.model.engine != "vllm":
         return
     chat = open_chat(config.model, model)

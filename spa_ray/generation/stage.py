@@ -38,7 +38,7 @@ from spa_ray.engine.placement import engine_resources, takes_all_cores
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.actor import EpisodeActor, Observe, Pass
 from spa_ray.generation.commits import settle
-from spa_ray.generation.endpoint_judge import served
+from spa_ray.generation.endpoint_actor import served
 from spa_ray.generation.episode import RETRYABLE
 from spa_ray.generation.follow import Line, OnProgress, followed
 from spa_ray.generation.pool import growing_pool, layout
@@ -112,7 +112,7 @@ def generate(
     usage = Usage(checkpoint / "usage")
     gpus = engine_resources(config.model, config.resources, cluster_gpus=_cluster_gpus()).get("num_gpus", 0.0)
     cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
-    endpoint = config.scoring.judge if task.kind == "episode" else None
+    endpoint = config.scoring.judge if task.judge == "self" else None
     with (
         Token.left(checkpoint) as token,
         served(endpoint, kept_answers(out.parent)) as judge,

@@ -64,7 +64,8 @@ def evaluate(
     folder = work / f"pass-{name}"
     rows = folder / "prompts.parquet"
     write_rows(prompts, subjects, rows)
-    task = Task(kind="answer", judge="none" if judge else config.evaluation.judge, day=day)
+    function = config.evaluation.judge if config.evaluation.judge_kind == "function" else "self"
+    task = Task(kind="answer", judge="none" if judge else str(function), day=day)
     shared: dict[str, Any] = {"config_hash": name, "verbose": verbose, "on_progress": on_progress}
     answers = folder / "answers"
     passes = [generate(config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=base, **shared)]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.config.plugs import is_dotted
 from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
@@ -136,7 +135,7 @@ class _Lookup:
         found = held_out_facts(config.evaluation, self.notes, self._check(None))
         self.notes += lines({where: facts.dropped for where, facts in found.items()})
         for facts in found.values():
-            judged = not is_dotted(config.evaluation.judge)
+            judged = config.evaluation.judge_kind not in ("function", "endpoint")
             answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
             rows += facts.count
             answers, scores = answers + answer.times(facts.count), scores + score.times(facts.count)
@@ -216,8 +215,7 @@ class _Costs:
         """One model's part of the pass, or of the two passes, over all models."""
         config, on, look = eval_config(stage.config), self.look.devices, self.look
         rows, answers, scores = look.held_out(config)
-        judge = config.evaluation.judge
-        passes = 1 if is_dotted(judge) or judge == "self" else 2
+        passes = 2 if config.evaluation.judge_kind in ("base", "model") else 1
         gpus, size = on.gpus_per_engine, look.model.parameters
         busy = sum(cost.compute_seconds(work, size, on.rates, gpus=gpus) for work in (answers, scores)) / on.engines
         seconds = passes * cost.pass_seconds(look.model, on.rates) / self.subjects + busy

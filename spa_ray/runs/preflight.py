@@ -10,9 +10,11 @@ import functools
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from spa_ray.config.models import Config, Model
-from spa_ray.config.plugs import is_dotted, load_dotted
+from spa_ray.config.endpoint import Endpoint
+from spa_ray.config.models import Config, Model, evaluation_scoring
+from spa_ray.config.plugs import load_dotted
 from spa_ray.data.files import AnyPath, as_path, is_file
 from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.prompts import Check
@@ -188,9 +190,11 @@ def has_evaluation(config: Config) -> bool:
 
 
 def eval_config(config: Config) -> Config:
-    """The config with the evaluation's own objectives."""
-    objectives = config.evaluation.objectives
-    return config.model_copy(update={"objectives": objectives}) if objectives else config
+    """The config with the evaluation's own objectives and judge."""
+    changes: dict[str, Any] = {"scoring": evaluation_scoring(config)}
+    if config.evaluation.objectives:
+        changes["objectives"] = config.evaluation.objectives
+    return config.model_copy(update=changes)
 
 
 def check_evaluation(config: Config, base: Path) -> None:
@@ -210,10 +214,10 @@ def judge_folder(config: Config, base: AnyPath) -> AnyPath | None:
 
     Raises: InputError for a judge that is neither known, nor a dotted path, nor a model folder.
     """
-    judge = config.evaluation.judge
-    if is_dotted(judge) or judge == "self":
+    judge, kind = config.evaluation.judge, config.evaluation.judge_kind
+    if isinstance(judge, Endpoint) or kind in ("function", "self"):
         return None
-    folder = base if judge == "base" else as_path(judge)
+    folder = base if kind == "base" else as_path(judge)
     if not is_file(folder / "config.json"):
         raise InputError(
             f"evaluation.judge: {judge!r} is not `base`, `self`, a dotted path module:function or a model folder"

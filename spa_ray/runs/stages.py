@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
-from spa_ray.config.models import Config, Scoring
-from spa_ray.config.plugs import is_dotted, source_hash
+from spa_ray.config.models import Config, evaluation_scoring
+from spa_ray.config.plugs import source_hash
+from spa_ray.config.rollout import Scoring
 from spa_ray.config.section import Section
 from spa_ray.config.training import TRAIN_BYSTANDERS
 from spa_ray.objectives import load_objectives
@@ -55,7 +56,7 @@ def _engine(config: Config) -> dict[str, Any]:
     return engine
 
 
-def _scoring(scoring: Scoring, *, own_judge: bool = True) -> dict[str, Any]:
+def _scoring(scoring: Scoring) -> dict[str, Any]:
     """The scoring section without the keys that its mode never reads, or that say what older versions did."""
     unread: set[str] = set() if scoring.mode == "regex" else {"pattern"}
     if scoring.prompt is not None or scoring.layout == "objective_first":
@@ -64,7 +65,7 @@ def _scoring(scoring: Scoring, *, own_judge: bool = True) -> dict[str, Any]:
         unread |= {"draws", "retries", "max_tokens"}
     elif scoring.temperature == 0:  # asked again, the judge says the same
         unread |= {"retries"}
-    if scoring.judge is None or not own_judge:
+    if scoring.judge is None:
         unread |= {"judge"}
     plain = _plain(scoring, *unread)
     if "judge" in plain:  # limits, prices and the like change no answer
@@ -124,14 +125,13 @@ def train_hash(config: Config, *, pairs: str, model: str, chat: Chat = None) -> 
 
 
 def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str, chat: Chat = None) -> str:
-    named = config.evaluation.judge
-    function = named if is_dotted(named) else None
+    function = str(config.evaluation.judge) if config.evaluation.judge_kind == "function" else None
     settings = {
         "chat": _chat(config, chat),
         "seed": config.seed,
         "objectives": _objectives(config, config.evaluation.objectives),
         "engine": _engine(config),
-        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(config.scoring, own_judge=False),
+        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(evaluation_scoring(config)),
         "sampling": _plain(config.evaluation.sampling),
         "judge": [function, source_hash(function)] if function else None,
     }

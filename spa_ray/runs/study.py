@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.config.plugs import is_dotted, load_dotted
+from spa_ray.config.plugs import load_dotted
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.files import AnyPath, is_file, parquet_dataset, read_json, write_json, write_text
 from spa_ray.errors import InputError
@@ -100,10 +100,10 @@ def check_comparable(runs: Sequence[_Run]) -> None:
 def _read(run: _Run) -> SeedRun:
     arms = {name: folder for name, folder in run.stages.items() if name != "evalprompts"}
     answers = {arm: read_answers(run.stage(folder) / "episodes") for arm, folder in arms.items()}
-    judge = run.config.evaluation.judge
     orders: dict[str, PairOrder] = {}
-    if is_dotted(judge):
-        score = _Scorer(load_dotted(judge, where="evaluation.judge"), run.config.objectives)
+    if run.config.evaluation.judge_kind == "function":
+        judge = load_dotted(str(run.config.evaluation.judge), where="evaluation.judge")
+        score = _Scorer(judge, run.config.objectives)
         orders = {arm: pair_order(_judged(run, arm, score)) for arm in ORDERED if arm in run.configs}
     return SeedRun(run.config.seed, answers, orders)
 

@@ -1,0 +1,134 @@
+"""The sections of one prompt's episode: how answers are sampled, scored and refined."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from spa_ray.config.endpoint import Endpoint
+from spa_ray.config.section import Section
+
+# What renders a conversation, and is no variable of a chat template's.
+RENDERER_ARGUMENTS = frozenset(
+    {"messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs", "strftime_now", "raise_exception"}
+)
+
+
+def _template_variables(given: Any) -> Any:
+    """Raises: ValueError for a name that belongs to the renderer."""
+    for name in sorted(RENDERER_ARGUMENTS & set(given)) if isinstance(given, dict) else ():
+        instead = "; give model.date" if name == "strftime_now" else ""
+        raise ValueError(f"{name} is set by the renderer, not by a config{instead}")
+    return given
+
+
+TemplateKwargs = Annotated[dict[str, Any], BeforeValidator(_template_variables)]
+
+
+DEFAULT_SYSTEM_PROMPTS: tuple[str | None, ...] = (
+    None,
+    "You are a careful assistant. Think about who could be hurt before you answer, then help as far as that allows.",
+    "You are a practical assistant. Give concrete, correct steps that the person can act on.",
+    "You are a candid assistant. Say plainly what you do not know and what should not be done.",
+    "You are a warm assistant. Acknowledge the person, then answer the need behind the question.",
+)
+
+
+MAX_TEMPERATURE = 2.0  # vLLM and the OpenAI protocol refuse more
+
+
+class Decoding(Section):
+    """How one kind of answer is sampled. The defaults leave the model's distribution as it is."""
+
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+    top_p: float = Field(1.0, gt=0, le=1, description="smallest set of tokens with this probability; 1: all")
+    min_p: float = Field(0.0, ge=0, le=1, description="least probability, as a share of the best token's; 0: none")
+    top_k: int | None = Field(None, ge=1, description="the k most probable tokens; null: all")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="divides the score of tokens of the prompt and the answer so far; 1: none"
+    )
+    max_tokens: int = Field(1024, ge=1, description="of one answer")
+    stop: tuple[str, ...] = Field(
+        (), description="strings that end an answer; the answer ends before them, and no end token is added"
+    )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_string_or_many(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in given:
+            raise ValueError("stop holds an empty text, which would end every answer at once; remove it")
+        return given
+
+
+class Sampling(Decoding):
+    """Diverse sampling of n candidates a prompt (SPA, step 1)."""
+
+    n: int = Field(5, ge=1, description="candidates a prompt; at least objectives + 1")
+    temperature: float = Field(1.2, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+    system_prompts: tuple[str | None, ...] = Field(
+        DEFAULT_SYSTEM_PROMPTS,
+        min_length=1,
+        description="candidate i is sampled under entry i modulo the length; [] is [null]",
+    )
+    resample_duplicates: bool = Field(True, description="sample an exact repetition of a candidate once more")
+
+    @field_validator("system_prompts", mode="before")
+    @classmethod
+    def _none_is_a_choice(cls, given: Any) -> Any:
+        return (None,) if given is None or given in ([], ()) else given
+
+
+class Scoring(Section):
+    """Self-scoring: one call a response and objective (SPA, step 2)."""
+
+    scale: tuple[int, int] = Field((1, 10), description="worst and best whole number")
+    mode: Literal["choice", "regex", "expected"] = Field(
+        "choice",
+        description="constrained to the scale; free text read by `pattern`; mean over the labels' probabilities",
+    )
+    draws: int = Field(1, ge=1, description="scores drawn per response and objective; the score is their mean")
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="scores are drawn, not read at the mode")
+    retries: int = Field(2, ge=0, description="further tries after a judgement that cannot be read")
+    max_tokens: int = Field(8, ge=1, description="of one judgement")
+    layout: Literal["objective_first", "answer_first"] = Field(
+        "objective_first",
+        description="of the built-in prompt: requests share what comes first, and it is computed once; `spa plan` says "
+        "where the other one computes less",
+    )
+    prompt: str | None = Field(None, description="Jinja2; null takes the built-in one of the mode and layout")
+    system: str | None = None
+    pattern: str = Field(r"\[\[(\d+)\]\]", description="mode regex: its first group is the score")
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="of the judge's prompts; null: the model's")
+    judge: Endpoint | None = Field(None, description="null: the policy itself")
+
+    @field_validator("scale")
+    @classmethod
+    def _ascending(cls, scale: tuple[int, int]) -> tuple[int, int]:
+        if scale[0] >= scale[1]:
+            raise ValueError(f"scale must ascend, got {list(scale)}; write for example [1, 10]")
+        return scale
+
+    @model_validator(mode="after")
+    def _an_endpoint_writes_free_text(self) -> Scoring:
+        if self.judge is not None and self.mode != "regex":
+            raise ValueError(f"an endpoint judges by mode regex, not {self.mode}; set scoring.mode=regex")
+        return self
+
+
+class Refine(Decoding):
+    """One improved answer a prompt, written over all scored candidates (SPA, step 2)."""
+
+    temperature: float = Field(0.7, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+    prompt: str | None = Field(None, description="Jinja2; null takes the built-in one")
+    system: str | None = None
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="of the refinement's prompt; null: the model's"
+    )
