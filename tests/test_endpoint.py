@@ -296,6 +296,23 @@ def test_a_wrong_judge_is_told_in_one_line(change: dict[str, Any], told: str) ->
     assert told in str(error.value)
 
 
+def test_a_wrong_judge_of_the_evaluation_is_told_by_its_own_keys() -> None:
+    with pytest.raises(InputError, match=r"evaluation\.judge\.model: missing; give it a value"):
+        generate_key({"model": {"path": "none"}, "evaluation": {"judge": {"kind": "endpoint", "base_url": "http://x"}}})
+
+
+def test_an_evaluation_may_have_an_endpoint_of_its_own() -> None:
+    def keys(**evaluation: Any) -> tuple[str, str]:
+        raw = {"model": {"path": "none"}, "evaluation": evaluation}
+        config = next(iter(arm_configs(raw, (), where="test", stem="test").values()))
+        return generate_key(raw), address.evaluate_hash(config, prompts="p", model="m", judge="")
+
+    one = {"kind": "endpoint", "base_url": "http://x/v1", "model": "judge"}
+    policy, first, second = keys(judge="self"), keys(judge=one), keys(judge={**one, "model": "other"})
+    assert policy[0] == first[0] == second[0]
+    assert len({policy[1], first[1], second[1]}) == 3
+
+
 def test_an_endpoint_judges_by_free_text() -> None:
     raw = raw_config()
     raw["scoring"]["mode"] = "choice"

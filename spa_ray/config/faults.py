@@ -32,6 +32,8 @@ def explain(error: ValidationError, root: type[Config] = Config) -> str:
         path = _path(fault["loc"], root)
         if fault["type"] == "missing" and isinstance(fault["loc"][-1], int):  # a list that is too short
             fault["type"], path = "tuple_type", path[:-1]
+        if fault["type"] == "string_type" and isinstance(fault["input"], Mapping) and known_keys(path, root):
+            continue  # of a key that takes text or a section: the section's own faults say more
         faults.setdefault(".".join(path), _one(fault, path, root))
     first, *rest = faults
     others = [key for key in rest if not f"{key}.".startswith(f"{first}.") and not f"{first}.".startswith(f"{key}.")]
