@@ -68,9 +68,14 @@ def asked(fake: FakeEndpoint) -> tuple[int, int]:
     return len(fake.bodies), len({json.dumps(body["messages"]) for body in fake.bodies})
 
 
-def test_two_engines_share_one_limit_and_every_answer_is_scored(prompts: Path, tmp_path: Path) -> None:
-    with running(FakeEndpoint(rating, delay=0.02)) as fake:
-        counts = play(config(fake, price={"input": 1.0, "output": 1.0}), prompts, tmp_path)
+def test_two_engines_share_one_limit_and_every_answer_is_scored_and_the_key_is_in_no_file(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "sk-not-to-be-seen-0123456789"
+    monkeypatch.setenv("JUDGE_KEY", secret)
+    with running(FakeEndpoint(rating, delay=0.02, key=secret)) as fake:
+        judge = {"price": {"input": 1.0, "output": 1.0}, "api_key_env": "JUDGE_KEY"}
+        counts = play(config(fake, **judge), prompts, tmp_path)
         rows = EpisodeFolder(tmp_path / "episodes").table().to_pylist()
         assert len(rows) == PROMPT_COUNT
         for row in rows:
@@ -82,25 +87,33 @@ def test_two_engines_share_one_limit_and_every_answer_is_scored(prompts: Path, t
         assert counts.judge is not None
         assert counts.judge["requests"] == requests
         assert counts.judge["usd"] == pytest.approx(12 * requests / 1e6)
+        assert fake.keys == {f"Bearer {secret}"}
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or secret.encode() not in file.read_bytes()
 
 
-def test_a_dead_endpoint_ends_the_pass_and_what_it_answered_is_not_asked_again(prompts: Path, tmp_path: Path) -> None:
+def test_a_dead_endpoint_ends_the_pass_and_no_stage_of_the_run_asks_again_what_it_answered(
+    prompts: Path, tmp_path: Path
+) -> None:
+    stages = tmp_path / "run" / "stages"
+
     def dies(number: int, body: dict[str, Any]) -> Any:
         return rating(number, body) if number < 40 else (500, {}, "{}")
 
     with running(FakeEndpoint(dies)) as fake:
         with pytest.raises(RunError, match=r"generate: endpoint http.*, model judge: .* requests failed"):
-            play(config(fake, retries=0), prompts, tmp_path)
+            play(config(fake, retries=0), prompts, stages / "generate-a")
         before = len(fake.bodies)
         answered = {json.dumps(body["messages"]) for body in fake.bodies[:40]}
         assert len(answered) == 40
         fake.act = rating
-        play(config(fake, retries=0), prompts, tmp_path)
+        play(config(fake, retries=0), prompts, stages / "generate-b")
         again = [json.dumps(body["messages"]) for body in fake.bodies[before:]]
         assert not answered & set(again)
         assert len(again) == len(set(again))
 
 
+@pytest.mark.long
 def test_after_the_asking_process_is_killed_only_what_was_under_way_is_asked_again(
     prompts: Path, tmp_path: Path
 ) -> None:
@@ -130,27 +143,8 @@ def test_after_the_asking_process_is_killed_only_what_was_under_way_is_asked_aga
         assert all(row["error"] is None for row in EpisodeFolder(tmp_path / "episodes").table().to_pylist())
 
 
-def test_answers_are_kept_for_all_stages_of_a_run(prompts: Path, tmp_path: Path) -> None:
-    with running(FakeEndpoint(rating)) as fake:
-        for name in ("a", "b"):
-            play(config(fake), prompts, tmp_path / "run" / "stages" / f"generate-{name}")
-        requests, distinct = asked(fake)
-        assert requests == distinct
-        assert (tmp_path / "run" / "judge_answers").is_dir()
-
-
 def test_a_wrong_model_ends_it_before_an_engine_starts(prompts: Path, tmp_path: Path) -> None:
     with running(FakeEndpoint(models=("other",))) as fake:
         with pytest.raises(InputError, match="serves no model 'judge'; it serves other"):
             play(config(fake), prompts, tmp_path)
         assert not fake.bodies
-
-
-def test_a_key_is_in_no_file_of_the_run(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = "sk-not-to-be-seen-0123456789"
-    monkeypatch.setenv("JUDGE_KEY", secret)
-    with running(FakeEndpoint(rating, key=secret)) as fake:
-        play(config(fake, api_key_env="JUDGE_KEY"), prompts, tmp_path)
-        assert fake.keys == {f"Bearer {secret}"}
-    for file in tmp_path.rglob("*"):
-        assert file.is_dir() or secret.encode() not in file.read_bytes()

@@ -19,7 +19,7 @@ from tests.families import checks, served
 from tests.families.cases import CONVERSATIONS, SYSTEM, Case
 from tests.families.table import FAMILIES, WINDOW
 
-QUICK = ("mistral-7b-v0.1", "qwen3", "gemma-2")
+QUICK = ("qwen3", "gemma-2")
 SERVED = ("gemma-2",)  # of these, by vLLM
 OUT = "SPA_FAMILIES_OUT"  # the JSON file that rows are written to
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -125,6 +125,7 @@ def test_end_ids_come_from_the_generation_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_spa_train_takes_them_and_resumes_by_the_same_command(tmp_path: Path, tiny_model: Path, spa: Any) -> None:
     rows = [{"prompt": f"question {k}?", "chosen": f"yes {k}", "rejected": f"no, not {k}"} for k in range(12)]
