@@ -12,6 +12,7 @@ from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.data.files import AnyPath, as_path
+from spa_ray.errors import InputError
 from spa_ray.runs import commands
 from spa_ray.runs.plan import make_plan
 
@@ -64,6 +65,8 @@ def _arms(config: AnyConfig, overrides: Iterable[str]) -> dict[str, Config]:
     if isinstance(config, str | Path):
         return load_config(config, overrides)
     if config and all(isinstance(arm, Config) for arm in config.values()):
+        if list(overrides):
+            raise InputError("overrides do not reach a config that is loaded; give them to load_config")
         return dict(config)
     return arm_configs(config, overrides, where="config", stem="run")
 

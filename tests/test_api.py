@@ -56,6 +56,13 @@ def test_the_pages_example_runs(tmp_path: Path, tiny_model: Path, monkeypatch: p
     assert re.search(r"^main \d+ pairs in .*/pairs$", printed, flags=re.MULTILINE)
 
 
+def test_overrides_that_would_be_lost_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "c.yaml").write_text(json.dumps(settings(tmp_path, tiny_model)))
+    arms = spa_ray.load_config(tmp_path / "c.yaml")
+    with pytest.raises(InputError, match="give them to load_config"):
+        spa_ray.plan(arms, ["prompts.limit=4"])
+
+
 def test_a_config_may_be_a_mapping_and_a_wrong_one_is_told(tmp_path: Path, tiny_model: Path) -> None:
     plan = spa_ray.plan(settings(tmp_path, tiny_model), ["prompts.limit=4"])
     assert plan["arms"]["main"]["prompts"]["count"] == 4

@@ -255,6 +255,16 @@ def test_a_judgement_is_the_mean_of_its_draws_and_a_bad_one_is_drawn_again() -> 
         assert "So." in fake.bodies[0]["messages"][-1]["content"]
 
 
+@pytest.mark.parametrize("finish", ["length", None])
+def test_an_answer_that_may_have_been_cut_is_no_score_where_the_cut_could_change_it(finish: str | None) -> None:
+    body = completion("score: 1")
+    body["choices"][0]["finish_reason"] = finish
+    with running(FakeEndpoint(lambda number, _: (200, {}, json.dumps(body)))) as fake:
+        found, _ = scored(fake, pattern=r"score: (\d+)", retries=0)
+        assert found.score is None
+        assert found.status.startswith("truncated")
+
+
 def test_an_endpoint_that_fails_raises_and_gives_no_score() -> None:
     with running(FakeEndpoint(lambda number, body: (500, {}, "{}"))) as fake, pytest.raises(EndpointError):
         scored(fake)

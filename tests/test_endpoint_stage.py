@@ -59,7 +59,7 @@ def play(config: Config, prompts: Path, folder: Path) -> PassCounts:
 
 
 def rating(number: int, body: dict[str, Any]) -> str:
-    """The same score for the same answer, whoever asks first."""
+    """The same score for the same answer, in whichever order they are asked."""
     return f"so: [[{len(body['messages'][-1]['content']) % 10 + 1}]]"
 
 

@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spa_ray.config import arm_configs
 from spa_ray.data.own_pairs import SCORES, OwnPair, read_own_pairs
 from spa_ray.data.schemas import PAIRS
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.settings import ChatSettings
+from spa_ray.runs.own_pairs import own_pairs_stage
 from spa_ray.training.own_pairs import answer_ids, end_ids, write_own_pairs
 from tests.tiny_model import build_tiny_tokenizer
 
@@ -122,6 +125,20 @@ def test_end_ids_come_from_the_generation_config(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match="names an eos_token_id"):
         end_ids(tmp_path)
+
+
+def test_a_bad_row_leaves_nothing_behind_that_the_mended_file_is_refused_for(tmp_path: Path, tiny_model: Path) -> None:
+    config = arm_configs({"model": {"path": str(tiny_model)}}, (), where="test", stem="test")["main"]
+    source, chat = write(tmp_path / "p.jsonl", FORMS["text"], {"prompt": "Hi?"}), ChatSettings.of(config.model)
+
+    def stage() -> Path:
+        return Path(str(own_pairs_stage(config, source, out=tmp_path / "out", model=tiny_model, chat=chat)))
+
+    with pytest.raises(InputError, match=r"p\.jsonl:2"):
+        stage()
+    assert not (tmp_path / "out").exists()
+    write(source, FORMS["text"])
+    assert pq.read_table(stage() / "pairs.parquet").num_rows == 1
 
 
 @pytest.mark.engine

@@ -103,7 +103,7 @@ class EndpointClient:
     def _forget(self, key: str, done: asyncio.Future[Answer]) -> None:
         self._asked.pop(key, None)
         if not done.cancelled():
-            done.exception()  # told to whoever asked, if anybody still waits
+            done.exception()  # marks it as seen: those who asked may all have gone
 
     async def _answer(self, key: str, request: Mapping[str, Any]) -> Answer:
         estimate = sum(len(m["content"]) for m in request["messages"]) // CHARS_PER_TOKEN + request["max_tokens"]
@@ -141,7 +141,7 @@ class EndpointClient:
             raise TypeError(f"an answer without text (finish_reason {choice.finish_reason})")
         return Answer(
             text,
-            choice.finish_reason or "stop",
+            choice.finish_reason or "unknown",  # not "stop": what may have been cut is read as if it was
             0 if used is None else used.prompt_tokens,
             0 if used is None else used.completion_tokens,
         )

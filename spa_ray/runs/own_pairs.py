@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 
 import pyarrow as pa
 
 from spa_ray.config.models import Config
-from spa_ray.data.files import AnyPath, as_path, is_file, make_folder, parquet_dataset
+from spa_ray.data.files import AnyPath, as_path, copy_file, is_file, parquet_dataset
 from spa_ray.data.own_pairs import read_own_pairs
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import chat_of
@@ -16,6 +17,7 @@ from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
 from spa_ray.rollout.tokenizer import load_tokenizer
 from spa_ray.runs.claimed import claimed
+from spa_ray.runs.folder import check_claim
 from spa_ray.runs.hashing import file_hash, folder_hash, model_hash, stage_hash
 from spa_ray.training.own_pairs import end_ids, write_own_pairs
 
@@ -30,7 +32,7 @@ def are_own(pairs: AnyPath) -> bool:
     try:
         return "chosen_ids" not in parquet_dataset(tables[0]).schema.names
     except (OSError, pa.ArrowInvalid):
-        return False  # whoever reads it says what is wrong
+        return False  # training says what is wrong with the file
 
 
 def own_pairs_stage(config: Config, source: AnyPath, *, out: AnyPath, model: Path, chat: ChatSettings) -> AnyPath:
@@ -43,18 +45,18 @@ def own_pairs_stage(config: Config, source: AnyPath, *, out: AnyPath, model: Pat
     content = file_hash(source) if source.is_file() else folder_hash(source)
     rendered = chat.key(template_text(model))
     digest = stage_hash("pairs", STAGE_VERSION, {"chat": rendered}, [content, model_hash(model)])
-    with claimed(out, "pairs", digest) as stage:
-        if not stage.done:
-            started = time.time()
-            folder = as_path(stage.folder) / "pairs"
-            make_folder(folder)
-            if not isinstance(folder, Path):
-                raise InputError(f"{out}: pairs of your own are written to a disk; give --out on one")
-            tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
-            partial = folder / ".pairs.partial"
-            count = write_own_pairs(
-                read_own_pairs(str(source)), partial, chat_of(tokenizer, model, chat), end_ids(model)
-            )
-            partial.replace(folder / "pairs.parquet")
-            stage.finish(started, pairs=count, source=str(source))
+    stage, _ = check_claim(as_path(out), "pairs", digest)
+    if stage.done:
+        return stage.folder / "pairs"
+    started = time.time()
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # a bad row leaves no folder behind that a mended file is refused for
+        fresh = Path(scratch) / "pairs.parquet"
+        tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+        count = write_own_pairs(read_own_pairs(str(source)), fresh, chat_of(tokenizer, model, chat), end_ids(model))
+        with claimed(out, "pairs", digest) as stage:
+            if not stage.done:
+                copy_file(fresh, stage.folder / "pairs" / "pairs.parquet")
+                stage.finish(started, pairs=count, source=str(source))
     return stage.folder / "pairs"
