@@ -29,12 +29,15 @@ from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.prompts import MAIN_FAMILY, write_eval_prompts
 from spa_ray.evaluation.tables import Answers, arm_metrics, plain_means
 from spa_ray.microworld.prompts import street
+from spa_ray.rollout.settings import ChatSettings
 from spa_ray.runs.cluster import connected
-from spa_ray.runs.evaluate import Subject, evaluate
+from spa_ray.runs.evaluate import evaluate
+from spa_ray.runs.first_day import first_day
 from spa_ray.runs.folder import RunFolder
 from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.preflight import judge_folder
 from spa_ray.runs.progress import Progress
+from spa_ray.runs.work import Context, Work
 
 METHODS: dict[str, dict[str, Any]] = {"spa": {}, "spa_robust": {"profile": "robust"}}
 ORDERS: dict[str, dict[str, Any]] = {
@@ -93,11 +96,15 @@ def by_base(config: Config, models: dict[str, AnyPath], out: Path) -> dict[str, 
     rows = out / "prompts.parquet"
     write_eval_prompts(evaluation, rows)
     stages = {name: RunFolder(out).stage("evaluate", name) for name in models}
-    pending = [Subject(models[name], stage) for name, stage in stages.items() if not stage.done]
+    base = models["vanilla"]
+    inputs = {"prompts": rows, "base": base, "judge": judge_folder(config, base)}
+    pending = [
+        Work(stage, config, {**inputs, "model": models[name]}) for name, stage in stages.items() if not stage.done
+    ]
     if pending:
-        base = models["vanilla"]
-        judge = judge_folder(config, base)
-        evaluate(config, pending, base=base, judge=judge, prompts=rows, work=out, on_progress=None, verbose=False)
+        day = first_day(out)
+        chat = ChatSettings.of(config.model, day=day)
+        evaluate(pending, Context(Progress(quiet=True), False, day, chat, out, out))
     return {name: answers_of(stage.folder / "episodes") for name, stage in stages.items()}
 
 

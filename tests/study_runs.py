@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from spa_ray.config import arm_configs
 from spa_ray.data.schemas import EPISODES, PAIRS
-from spa_ray.runs.folder import RunFolder, Stage, write_json
+from spa_ray.runs.folder import RunFolder, StageFolder, write_json
 from spa_ray.runs.manifest import write_run_config
 
 OBJECTIVES = ("harmless", "helpful")
@@ -86,5 +86,5 @@ def _stage(run: RunFolder, name: str, inside: str, table: pa.Table) -> str:
     folder = run.path / "stages" / name
     (folder / inside).mkdir(parents=True)
     pq.write_table(table, folder / inside / "part.parquet")
-    Stage(*name.split("-"), folder).finish(0.0)
+    StageFolder(*name.split("-"), folder).finish(0.0)
     return name

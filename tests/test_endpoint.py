@@ -23,7 +23,7 @@ from spa_ray.generation.endpoint_judge import EndpointJudge, api_key, check_endp
 from spa_ray.generation.judging import Judgement
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
-from spa_ray.runs import stages as address
+from spa_ray.runs.stages import STAGES
 from tests.fake_endpoint import FakeEndpoint, completion, running
 
 LOOP = asyncio.new_event_loop()  # a client lives on one
@@ -280,7 +280,7 @@ def raw_config(**judge: Any) -> dict[str, Any]:
 
 def generate_key(raw: dict[str, Any]) -> str:
     config = next(iter(arm_configs(raw, (), where="test", stem="test").values()))
-    return address.generate_hash(config, iteration=1, prompts="p", model="m", earlier=None)
+    return STAGES["generate"].key(config, {})
 
 
 def test_the_model_and_its_address_are_part_of_the_stage_and_limits_are_not() -> None:
@@ -315,7 +315,7 @@ def test_an_evaluation_may_have_an_endpoint_of_its_own() -> None:
     def keys(**evaluation: Any) -> tuple[str, str]:
         raw = {"model": {"path": "none"}, "evaluation": evaluation}
         config = next(iter(arm_configs(raw, (), where="test", stem="test").values()))
-        return generate_key(raw), address.evaluate_hash(config, prompts="p", model="m", judge="")
+        return generate_key(raw), STAGES["evaluate"].key(config, {})
 
     one = {"kind": "endpoint", "base_url": "http://x/v1", "model": "judge"}
     policy, first, second = keys(judge="self"), keys(judge=one), keys(judge={**one, "model": "other"})

@@ -17,7 +17,7 @@ from spa_ray.data.files import AnyPath, arrow_filesystem, as_path, children, cre
 from spa_ray.data.node_cache import CACHE, local_folder
 from spa_ray.data.token import Token
 from spa_ray.errors import InputError
-from spa_ray.runs.folder import RunFolder, Stage, check_claim, claim
+from spa_ray.runs.folder import RunFolder, StageFolder, check_claim, claim
 from spa_ray.runs.hashing import folder_hash, parquet_hash
 from tests.s3_server import BUCKET, s3_server
 
@@ -141,7 +141,7 @@ def test_a_stage_counts_once_its_marker_stands(folder: AnyPath) -> None:
     with pytest.raises(InputError, match="unfinished"):
         stage.facts()
     stage.finish(0.0, rows=3)
-    assert Stage("build", "abc", stage.folder).facts()["rows"] == 3
+    assert StageFolder("build", "abc", stage.folder).facts()["rows"] == 3
 
 
 def test_clean_deletes_the_stages_that_no_arm_names(folder: AnyPath) -> None:

@@ -92,7 +92,7 @@ def test_a_run_says_it_before_it_begins(config: Path, tmp_path: Path, capsys: py
 
     pipeline = Pipeline(load_config(config, ["evaluation.prompts=null"]), progress=Progress())
     pipeline.check()
-    pipeline._begin()
+    pipeline.begin()
     check_said(capsys.readouterr().err, "prompts (", tmp_path / "run" / "left_out.jsonl")
 
 

@@ -23,13 +23,13 @@ from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
 from spa_ray.runs import plan_cost as cost
-from spa_ray.runs import stages as address
 from spa_ray.runs.plan import SUMMED, make_plan
 from spa_ray.runs.plan_compare import compare_run
 from spa_ray.runs.plan_model import ModelFacts, context_of, engine_dtype, kv_values, model_facts
 from spa_ray.runs.plan_prompts import COUNTED, prompt_facts
-from spa_ray.runs.plan_stages import planned_stages
 from spa_ray.runs.plan_tokens import BLOCK, CharEncoder, Work, _Cache, answer_work, episode_work
+from spa_ray.runs.recipe import planned_stages
+from spa_ray.runs.stages import STAGES
 from tests.scripted import prompt, scripted_config, scripted_episodes
 
 LLAMA_8B = ModelFacts("m", 8.03e9, "bfloat16", 16.06e9, 131_072.0, 8, 8192, False)
@@ -57,9 +57,9 @@ def test_arms_share_every_stage_whose_inputs_and_settings_are_equal() -> None:
     assert stages_of(arms) == [
         ("generate", 1, ["sft", "spa", "robust", "same"]),
         ("build", 1, ["sft", "spa", "same"]),
+        ("build", 1, ["robust"]),
         ("train", 1, ["sft"]),
         ("train", 1, ["spa", "same"]),
-        ("build", 1, ["robust"]),
         ("train", 1, ["robust"]),
     ]
 
@@ -300,7 +300,7 @@ def test_a_price_makes_costs_of_gpu_hours_and_changes_no_address() -> None:
     plan = make_plan(dear)
     assert plan["total"]["cost"] == pytest.approx(4 * plan["total"]["gpu_hours"], abs=0.01)
     assert make_plan(dear, price=2.0)["total"]["cost"] == pytest.approx(plan["total"]["cost"] / 2, abs=0.01)
-    hashes = [address.generate_hash(c["main"], iteration=1, prompts="p", model="m", earlier=None) for c in (free, dear)]
+    hashes = [STAGES["generate"].key(c["main"], {}) for c in (free, dear)]
     assert hashes[0] == hashes[1]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spa_ray.evaluation.signal import Sample, judge_signal, optimizer_steps, wil
 from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.preview import sharing
 from spa_ray.runs.progress import Progress
+from spa_ray.runs.recipe import levels
 from spa_ray.runs.signal import SAMPLE, SignalWatch, read_sample, signal_lines
 from spa_ray.training.batches import order_pairs
 from tests.preferences_tables import Row, make_config, make_episodes, make_row
@@ -339,10 +341,9 @@ def test_a_stage_of_a_run_is_told_for_the_arms_that_use_it(tmp_path: Path, tiny_
         "arms": {"a": {}, "b": {"pairs.delta": 1}, "c": {"sampling.temperature": 0.5}, "d": {"train.method": "sft"}},
     }
     pipeline = Pipeline(arm_configs(raw, [], where="test", stem="test"), progress=Progress(quiet=True))
-    states = pipeline._begin()
-    for first, wanted in (("a", ["a", "b", "d"]), ("c", ["c"])):
-        _, stage, _ = pipeline._generate_stage(states[first], 1)
-        assert list(pipeline._sharing(stage, states, states[first], 1)) == wanted
+    for nodes in islice(levels(pipeline.arms), 2):
+        works = pipeline.works(nodes)
+    assert [list(work.arms) for work in works.values()] == [["a", "b", "d"], ["c"]]
 
 
 def write(folder: Path, name: str, numbers: range) -> None:

@@ -12,11 +12,10 @@ import pytest
 from pydantic import BaseModel
 
 from spa_ray.config import Config, load_config
-from spa_ray.runs import stages as address
-from spa_ray.runs.folder import Stage
+from spa_ray.runs.folder import StageFolder
 from spa_ray.runs.hashing import model_hash
-
-G, B, T, E = "generate", "build", "train", "evaluate"
+from spa_ray.runs.stage_keys import NEUTRAL_ENGINE_ARGUMENTS, attempt
+from spa_ray.runs.stages import STAGES, UNTIL
 
 # Key -> another value than the base's, and the stages whose keys cover it. A new key of the config has to join.
 TABLE: dict[str, tuple[Any, str]] = {
@@ -136,12 +135,7 @@ def load(folder: Path, values: dict[str, Any]) -> Config:
 
 
 def keys(config: Config) -> dict[str, str]:
-    return {
-        "G": address.generate_hash(config, iteration=1, prompts="p", model="m", earlier=None),
-        "B": address.build_hash(config, episodes="e", frozen_tau=None),
-        "T": address.train_hash(config, pairs="p", model="m"),
-        "E": address.evaluate_hash(config, prompts="p", model="m", judge="j"),
-    }
+    return {name[0].upper(): STAGES[name].key(config, {}) for name in UNTIL}
 
 
 def changed(before: Config, after: Config) -> str:
@@ -190,7 +184,7 @@ def test_a_key_starts_those_stages_again_that_read_it(key: str, tmp_path: Path) 
         ("evaluation.bootstrap", 10),
         ("scoring.pattern", r"(\d)"),
         ("scoring", {"prompt": None, "layout": "objective_first"}),
-        *(("model.engine_kwargs", {name: 1}) for name in sorted(address.NEUTRAL_ENGINE_ARGUMENTS)),
+        *(("model.engine_kwargs", {name: 1}) for name in sorted(NEUTRAL_ENGINE_ARGUMENTS)),
     ],
 )
 def test_what_changes_no_result_starts_nothing_again(key: str, value: Any, tmp_path: Path) -> None:
@@ -214,7 +208,7 @@ def test_the_neutral_arguments_are_those_seven_and_all_of_vllms_for_swapping_and
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     moving = {name for name in known if "offload" in name or "swap" in name}
     assert moving | NEUTRAL <= known
-    assert NEUTRAL | moving | {"swap_space"} == address.NEUTRAL_ENGINE_ARGUMENTS  # the last is an older vLLM's
+    assert NEUTRAL | moving | {"swap_space"} == NEUTRAL_ENGINE_ARGUMENTS  # the last is an older vLLM's
 
 
 @pytest.mark.parametrize("name", ["kv_cache_dtype", "quantization", "seed", "enable_chunked_prefill", "hf_overrides"])
@@ -262,10 +256,10 @@ def test_the_weights_key_covers_the_models_code_and_no_second_copy_of_its_weight
 
 
 def test_a_stage_records_each_attempts_values(tmp_path: Path) -> None:
-    stage = Stage("generate", "h", tmp_path)
+    stage = StageFolder("generate", "h", tmp_path)
     for share in (0.9, 0.5):
         config = base(tmp_path, **{"model.engine_kwargs": {"gpu_memory_utilization": share}})
-        stage.begin(address.attempt(config))
+        stage.begin(attempt(config))
     found = stage.finish(0.0)["attempts"]
     assert [a["model"]["engine_kwargs"] for a in found] == [{"gpu_memory_utilization": s} for s in (0.9, 0.5)]
     assert stage.facts()["attempts"] == found

@@ -15,7 +15,7 @@ from spa_ray.config import load_config
 from spa_ray.config.training import TRAIN_BYSTANDERS, Tracking
 from spa_ray.errors import InputError
 from spa_ray.runs.progress import train_counter
-from spa_ray.runs.stages import train_hash
+from spa_ray.runs.stages import STAGES
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.trackers import Trackers, check_backends, curves, open_trackers, run_id
@@ -284,7 +284,7 @@ def test_neither_tracking_nor_how_a_run_is_watched_changes_its_hash(tmp_path: Pa
     overrides = ["tracking.backends=[]", "tracking.project=p", *(f"train.{k}={v}" for k, v in values.items())]
 
     def hashed(*changes: str) -> str:
-        return train_hash(load_config(path, changes)["main"], pairs="p", model="m")
+        return STAGES["train"].key(load_config(path, changes)["main"], {})
 
     assert {hashed(), *map(hashed, overrides)} == {hashed()}
     assert hashed("train.lr=1e-3") != hashed()

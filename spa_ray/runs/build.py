@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,7 +24,6 @@ from spa_ray.data.schemas import EPISODES
 from spa_ray.errors import InputError, RunError
 from spa_ray.preferences import Funnel, resolve_delta, resolve_tau
 from spa_ray.runs.build_files import from_text, pair_task, plan_tasks, to_text
-from spa_ray.runs.folder import Stage
 
 TAU_ROWS = 2**16  # whose scores are looked at together
 
@@ -99,14 +97,13 @@ def build(episodes: AnyPath, out: AnyPath, config: Config, *, tau: float | None)
     return functools.reduce(operator.add, sink.funnels)
 
 
-def build_into(stage: Stage, episodes: AnyPath, config: Config, *, frozen_tau: float | None) -> None:
-    """The whole stage: `pairs/`, `funnel.json`, and `stage.json` last. `frozen_tau` is an earlier iteration's τ."""
-    started = time.time()
+def build_into(folder: AnyPath, episodes: AnyPath, config: Config, *, frozen_tau: float | None) -> dict[str, Any]:
+    """Write `pairs/` and `funnel.json` of a stage. `frozen_tau` is an earlier iteration's τ. Returns: the funnel."""
     tau = data_set_tau(episodes, config) if frozen_tau is None else frozen_tau
-    delete_tree(stage.folder / "pairs")  # cheap to build anew: no half of it is kept
-    funnel = build(episodes, stage.folder / "pairs", config, tau=tau).to_dict()
-    write_json(stage.folder / "funnel.json", funnel)
-    stage.finish(started, funnel=funnel)
+    delete_tree(folder / "pairs")  # cheap to build anew: no half of it is kept
+    funnel = build(episodes, folder / "pairs", config, tau=tau).to_dict()
+    write_json(folder / "funnel.json", funnel)
+    return funnel
 
 
 class _PairsSink(Datasink[Funnel]):

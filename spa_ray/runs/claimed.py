@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spa_ray.data.files import AnyPath, as_path
-from spa_ray.runs.folder import Stage, check_claim, claim
+from spa_ray.runs.folder import StageFolder, check_claim, claim
 from spa_ray.runs.lock import RunLock
 
 
 @contextmanager
-def claimed(out: AnyPath, name: str, digest: str) -> Iterator[Stage]:
+def claimed(out: AnyPath, name: str, digest: str) -> Iterator[StageFolder]:
     """The stage that the folder `out` is to become, under a lock unless it is finished.
 
     Raises: InputError for a folder that is something else, or in use.

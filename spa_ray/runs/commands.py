@@ -6,27 +6,24 @@ Comes in: arm configs and paths. Goes out: JSON-like results (DESIGN, «Command 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from functools import partial
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.config.models import named_plugs
-from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, kind, read_json, write_json
+from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, is_local, kind, read_json, write_json
 from spa_ray.data.left_out import FILE as LEFT_OUT
 from spa_ray.data.left_out import write_list
 from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.node_cache import local_folder
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
-from spa_ray.preferences import live_reasons
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
-from spa_ray.runs import stages as address
 from spa_ray.runs.claimed import claimed
 from spa_ray.runs.cluster import connected
 from spa_ray.runs.first_day import FILE as FIRST_DAY
@@ -39,9 +36,11 @@ from spa_ray.runs.own_pairs import are_own, own_pairs_stage
 from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
 from spa_ray.runs.preflight_memory import check_training_memory
-from spa_ray.runs.progress import Progress, train_counter
+from spa_ray.runs.progress import Progress
 from spa_ray.runs.shared_folder import check_shared
-from spa_ray.runs.signal import SignalWatch
+from spa_ray.runs.stage_keys import Known
+from spa_ray.runs.stages import STAGES, UNTIL
+from spa_ray.runs.work import Context, Work
 
 
 def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
         progress.close()
     print_result(result)
     metrics = pipeline.folder.path / "metrics.json"
-    if until == "evaluate" and is_file(metrics):
+    if until == UNTIL[-1] and is_file(metrics):
         print_metrics(read_json(metrics))
     return result
 
@@ -101,11 +100,26 @@ def clean_run(run_dir: AnyPath) -> dict[str, Any]:
     return {"deleted": deleted}
 
 
+def _context(config: Config, folder: AnyPath, progress: Progress, day: date, *, verbose: bool) -> Context:
+    return Context(progress, verbose, day, ChatSettings.of(config.model, day=day), folder, folder)
+
+
+def _do(
+    name: str, work: Work, context: Context, *, one_node: bool = False, before: Callable[[], None] | None = None
+) -> None:
+    """Run one stage in the folder that the user named, on Ray. `before` is called once Ray is there."""
+    with connected(verbose=context.verbose, plugs=named_plugs(work.config)):
+        check_shared(work.stage.folder)
+        if name in ("generate", "train", "evaluate"):
+            check_cluster(work.config, stages=[name], say=context.progress.say, one_node=one_node)
+        if before:
+            before()
+        STAGES[name].run([work], context)
+
+
 def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, Any]:
     """`spa generate`: prompts to `out/episodes/`."""
     from spa_ray.data.prompts import write_prompts
-    from spa_ray.generation.setup import Task
-    from spa_ray.generation.stage import generate
     from spa_ray.runs.preflight import Lengths, check_settings
 
     config = with_dtype(config)
@@ -118,37 +132,17 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
         counts = write_prompts(config.prompts, fresh, check=lengths.check([config]))
         for line in [*lengths.warnings(config), *counts.notes(), *lengths.of_prompts(fresh, config)]:
             progress.say(f"warning: {line}")
-        day, hashes = first_day(as_path(out)), {"prompts": file_hash(fresh), "model": model_hash(model)}
-        rendered = ChatSettings.of(config.model, day=day).key(template_text(model))
-        digest = address.generate_hash(config, iteration=1, earlier=None, chat=rendered, **hashes)
-        with claimed(out, "generate", digest) as stage:
+        context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)
+        hashes = {"prompts": file_hash(fresh), "model": model_hash(model)}
+        known = Known(chat=context.chat.key(template_text(model)))
+        with claimed(out, "generate", STAGES["generate"].key(config, hashes, known)) as stage:
             for line in write_list({"prompts": counts.dropped}, stage.folder / LEFT_OUT):
                 progress.say(f"warning: {line}")
             if not stage.done:
-                record_first_day(stage.folder, day)
+                record_first_day(stage.folder, context.day)
                 copy_file(fresh, stage.folder / "prompts.parquet")
-                started = time.time()
-                with connected(verbose=verbose, plugs=named_plugs(config)):
-                    check_shared(stage.folder)
-                    check_cluster(config, stages=["generate"], say=progress.say)
-                    stage.begin(address.attempt(config))
-                    watch = SignalWatch(
-                        config, stage.folder / "episodes", count=progress.counter("generate"), say=progress.say
-                    )
-                    passed = generate(
-                        config,
-                        Task(day=day),
-                        prompts=stage.folder / "prompts.parquet",
-                        out=stage.folder / "episodes",
-                        checkpoint=stage.folder / "checkpoint",
-                        model=shared_model(config.model, model),
-                        config_hash=digest,
-                        on_progress=watch,
-                        observe=partial(live_reasons, config=config),
-                        verbose=verbose,
-                    )
-                    watch.finish(passed.rows)
-                stage.finish(started, **passed.to_dict())
+                inputs = {"prompts": stage.folder / "prompts.parquet", "model": shared_model(config.model, model)}
+                _do("generate", Work(stage, config, inputs, known), context)
             progress.say_errors("generate", stage.facts(), stage.folder / "episodes")
     return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
 
@@ -160,21 +154,24 @@ def build_stage(
 
     Without a config the objectives are read off the episodes' own metadata.
     """
-    from spa_ray.runs.build import build_into, open_episodes
+    from spa_ray.runs.build import open_episodes
 
     folder = inside(episodes, "episodes")
     data = open_episodes(folder)
     arms = load_config(config, overrides) if config else _bare_config(data.schema, overrides)
     arm = next(iter(arms.values()))
     check_objectives(data.schema, arm)
-    digest = address.build_hash(arm, episodes=parquet_hash(folder), frozen_tau=None)
-    with claimed(out, "build", digest) as stage:
+    progress = Progress()
+    with (
+        closing(progress),
+        claimed(out, "build", STAGES["build"].key(arm, {"episodes": parquet_hash(folder)})) as stage,
+    ):
         if not stage.done:
+            day = first_day(as_path(episodes))
             if is_file(as_path(episodes) / FIRST_DAY):  # for `spa train`, which renders the prompts again
-                record_first_day(stage.folder, first_day(as_path(episodes)))
-            with connected(verbose=verbose):
-                check_shared(stage.folder)
-                build_into(stage, folder, arm, frozen_tau=None)
+                record_first_day(stage.folder, day)
+            context = _context(arm, stage.folder, progress, day, verbose=verbose)
+            _do("build", Work(stage, arm, {"episodes": folder}), context)
     funnel = stage.facts()["funnel"]
     print_funnel(funnel, str(episodes))
     return {"pairs": str(stage.folder / "pairs"), "funnel": funnel}
@@ -206,63 +203,41 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
     `pairs` is what `spa build` wrote, or a user's own in TRL's forms, which become a pairs table in `out.pairs/` first.
     """
     from spa_ray.training.job import RESULT
-    from spa_ray.training.launch import train_jobs
-    from spa_ray.training.stored import StoredJob, train_job
     from spa_ray.training.trackers import check_backends
 
     check_backends(config.tracking.backends)
     folder, out, model = inside(pairs, "pairs"), as_path(out), fetch_model(config.model)
     work_folder = out.with_name(f"{out.name}.work")
     day = first_day(work_folder, *islice((folder, *folder.parents), 5))  # the pairs' own run, where they are in one
-    chat = ChatSettings.of(config.model, day=day)
+    progress = Progress()
+    context = _context(config, work_folder, progress, day, verbose=verbose)
     if are_own(folder):
-        folder = own_pairs_stage(config, folder, out=out.with_name(f"{out.name}.pairs"), model=model, chat=chat)
-    hashes = {"pairs": parquet_hash(folder), "model": model_hash(model)}
-    digest = address.train_hash(config, chat=chat.key(template_text(model)), **hashes)
-    with claimed(work_folder, "train", digest) as work:
-        job_folder = work.folder / "job"
+        pairs_folder = out.with_name(f"{out.name}.pairs")
+        folder = own_pairs_stage(config, folder, out=pairs_folder, model=model, chat=context.chat)
+    known = Known(chat=context.chat.key(template_text(model)))
+    address = STAGES["train"].key(config, {"pairs": parquet_hash(folder), "model": model_hash(model)}, known)
+    with closing(progress), claimed(work_folder, "train", address) as stage:
         # A model with a result beside it is the job's own, or the job says that it is not.
-        if not work.done and children(out) and not is_file(job_folder / RESULT):
+        if not stage.done and children(out) and not is_file(stage.folder / "job" / RESULT):
             raise InputError(f"{out}: stands already; give another --out or remove it")
-        if not work.done:
-            job = train_job(
-                name=out.name,
-                pairs=folder,
-                model=shared_model(config.model, model),
-                out=out,
-                train=config.train,
-                seed=config.seed,
-                work=job_folder,
-                trust_remote_code=config.model.trust_remote_code,
-                tracking=config.tracking,
-                chat=chat,
-                context=config.model.max_model_len,
-            )
-            record_first_day(work.folder, day)
-            progress, started = Progress(), time.time()
-            with closing(progress), connected(verbose=verbose, plugs=named_plugs(config)):
-                check_shared(work.folder)
-                stored = isinstance(job, StoredJob)
-                check_cluster(config, stages=["train"], say=progress.say, one_node=stored)
+        if not stage.done:
+            inputs = {"pairs": folder, "model": shared_model(config.model, model)}
+            record_first_day(stage.folder, day)
+
+            def before() -> None:
                 if isinstance(model, Path):
                     check_training_memory({config.name: config}, model, live_nodes())
-                work.begin(address.attempt(config))
-                (result,) = train_jobs(
-                    [job],
-                    config.resources,
-                    storage=work.folder / "ray_train",
-                    name=f"train-{digest}",
-                    verbose=verbose,
-                    on_progress=train_counter(progress),
-                )
-            work.finish(started, **result.to_dict())
-    return {"model": str(out), **work.facts()}
+
+            stored = not all(is_local(path) for path in (*inputs.values(), out))
+            work = Work(stage, config, inputs, known, arms={out.name: config}, out=out)
+            _do("train", work, context, one_node=stored, before=before)
+    return {"model": str(out), **stage.facts()}
 
 
 def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: bool) -> dict[str, Any]:
     """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
     from spa_ray.evaluation.prompts import write_eval_prompts
-    from spa_ray.runs.evaluate import Subject, evaluate, run_metrics
+    from spa_ray.runs.evaluate import run_metrics
     from spa_ray.runs.preflight import Lengths, check_evaluation, check_settings, judge_folder
 
     config = with_dtype(config)
@@ -279,30 +254,18 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
         counts = write_eval_prompts(config.evaluation, fresh, check=lengths.check())
         for line in [*lengths.warnings(config), *counts.notes, *lengths.of_held_out(fresh, config)]:
             progress.say(f"warning: {line}")
-        hashes = {"model": model_hash(model), "judge": model_hash(judge) if judge else ""}
-        day = first_day(as_path(out))
-        rendered = ChatSettings.of(config.model, day=day).key(template_text(model))
-        digest = address.evaluate_hash(config, prompts=file_hash(fresh), chat=rendered, **hashes)
-        with claimed(out, "eval", digest) as stage:
+        context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)
+        known = Known(chat=context.chat.key(template_text(model)))
+        judge_hash = model_hash(judge) if judge else ""
+        hashes = {"prompts": file_hash(fresh), "model": model_hash(model), "judge": judge_hash}
+        with claimed(out, "eval", STAGES["evaluate"].key(config, hashes, known)) as stage:
             for line in write_list(counts.dropped, stage.folder / LEFT_OUT):
                 progress.say(f"warning: {line}")
             if not stage.done:
-                record_first_day(stage.folder, day)
-                with connected(verbose=verbose, plugs=named_plugs(config)):
-                    check_shared(stage.folder)
-                    check_cluster(config, stages=["evaluate"], say=progress.say)
-                    stage.begin(address.attempt(config))
-                    evaluate(
-                        config,
-                        [Subject(source, stage)],
-                        base=source,
-                        judge=shared_model(config.model, base) if judge == base else judge,
-                        prompts=fresh,
-                        work=stage.folder,
-                        on_progress=progress.counter("evaluate"),
-                        verbose=verbose,
-                        day=day,
-                    )
+                record_first_day(stage.folder, context.day)
+                shared_judge = shared_model(config.model, base) if judge == base else judge
+                inputs = {"prompts": fresh, "model": source, "base": source, "judge": shared_judge}
+                _do("evaluate", Work(stage, config, inputs, known), context)
             progress.say_errors("evaluate", stage.facts(), stage.folder / "episodes")
             metrics = run_metrics(config, {"model": stage}, baseline=None)
             write_json(stage.folder / "metrics.json", metrics)

@@ -1,16 +1,14 @@
 """The evaluation stage: held-out prompts answered by several models on one engine, scored, and the metrics of a run.
 
-Comes in: models and an arm's evaluation section. Goes out: one stage folder a model, and metrics. One Ray Data pass
-serves all models that lack answers: its rows name their model and the engine changes weights in between.
+Takes one work per model and writes its answers into its stage folder. One Ray Data pass serves all models that lack
+answers: its rows name their model, and the engine changes weights in between.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,69 +25,57 @@ from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import OnProgress, PassCounts, generate
-from spa_ray.runs.folder import Stage
+from spa_ray.runs.folder import StageFolder
 from spa_ray.runs.hashing import digest
 from spa_ray.runs.preflight import eval_config
+from spa_ray.runs.work import Context, Work
 
 SEPARATOR = "::"  # between a model's hash and a prompt_id, in a pass over several models
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model to evaluate and the stage folder that holds its answers."""
+def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress | None = None) -> None:
+    """Answer and score for every work's model, and finish its stage.
 
-    model: AnyPath
-    stage: Stage
-
-
-def evaluate(
-    config: Config,
-    subjects: list[Subject],
-    *,
-    base: AnyPath,
-    judge: AnyPath | None,
-    prompts: AnyPath,
-    work: AnyPath,
-    on_progress: OnProgress | None,
-    verbose: bool,
-    day: date | None = None,
-) -> None:
-    """Answer and score for every subject, and finish its stage.
-
-    `base` is the model that the engine starts with; `judge` the folder of a model that scores in a pass of its own.
+    All works have the same `prompts`, the same `base`, with which the engine starts, and the same `judge`, which scores
+    in a pass of its own where it is a folder.
     """
-    config = eval_config(config)
+    first = works[0]
+    config, judge = eval_config(first.config), first.inputs["judge"]
     started = time.time()
-    name = digest([s.stage.hash for s in subjects])
-    folder = work / f"pass-{name}"
+    name = digest([work.stage.hash for work in works])
+    folder = context.passes / f"pass-{name}"
     rows = folder / "prompts.parquet"
-    write_rows(prompts, subjects, rows)
+    write_rows(first.input("prompts"), works, rows)
     function = config.evaluation.judge if config.evaluation.judge_kind == "function" else "self"
-    task = Task(kind="answer", judge="none" if judge else str(function), day=day)
-    shared: dict[str, Any] = {"config_hash": name, "verbose": verbose, "on_progress": on_progress}
+    task = Task(kind="answer", judge="none" if judge else str(function), day=context.day)
+    shared: dict[str, Any] = {"config_hash": name, "verbose": context.verbose, "on_progress": on_progress}
     answers = folder / "answers"
-    passes = [generate(config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=base, **shared)]
+    passes = [
+        generate(
+            config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=first.input("base"),
+            **shared,
+        )
+    ]  # fmt: skip
     if judge:
         answered, scored = folder / "answered.parquet", folder / "scored"
         if not is_file(answered):
             write_table(EpisodeFolder(answers).table(), answered)
         judged = generate(
-            config, Task(kind="score", day=day), prompts=answered, out=scored, checkpoint=folder / "checkpoint-scored",
-            model=judge, **shared,
+            config, Task(kind="score", day=context.day), prompts=answered, out=scored,
+            checkpoint=folder / "checkpoint-scored", model=judge, **shared,
         )  # fmt: skip
         passes.append(judged)
         answers = scored
     table = EpisodeFolder(answers).table()
-    for subject in subjects:
-        mine = split_rows(table, subject)
-        write_table(mine, subject.stage.folder / "episodes" / "part.parquet")
-        share = mine.num_rows / table.num_rows
-        subject.stage.finish(started, **_facts(mine, passes, share=share))
+    for work in works:
+        mine = split_rows(table, work)
+        write_table(mine, work.stage.folder / "episodes" / "part.parquet")
+        context.finish(work, started, **_facts(mine, passes, share=mine.num_rows / table.num_rows))
     delete_tree(folder)
 
 
 def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
-    """What a subject's stage says of itself. Requests and seconds are its share of the passes that it had part in."""
+    """What a work's stage says of itself. Requests and seconds are its share of the passes that it had part in."""
     kinds: ErrorKinds = {}
     add_errors(kinds, mine["error"].to_pylist())
     return {
@@ -103,14 +89,14 @@ def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[st
     }
 
 
-def write_rows(prompts: AnyPath, subjects: list[Subject], out: AnyPath) -> None:
+def write_rows(prompts: AnyPath, works: Sequence[Work], out: AnyPath) -> None:
     """Every prompt once a model, the models one after the other; ids are made unique by the model's stage."""
     table = parquet_dataset(prompts).to_table().cast(PROMPTS)
     parts = []
-    for subject in subjects:
-        ids = pc.binary_join_element_wise(pa.scalar(subject.stage.hash), table["prompt_id"], SEPARATOR)
+    for work in works:
+        ids = pc.binary_join_element_wise(pa.scalar(work.stage.hash), table["prompt_id"], SEPARATOR)
         part = table.set_column(0, "prompt_id", ids).append_column("seed_id", table["prompt_id"])
-        parts.append(part.append_column("model", pa.array([str(subject.model)] * len(table))))
+        parts.append(part.append_column("model", pa.array([str(work.input("model"))] * len(table))))
     write_table(pa.concat_tables(parts), out)
 
 
@@ -126,15 +112,17 @@ def write_table(table: pa.Table, out: AnyPath) -> None:
     pq.write_table(table, target, filesystem=filesystem, **WRITE_OPTIONS)
 
 
-def split_rows(table: pa.Table, subject: Subject) -> pa.Table:
-    """The subject's rows, under the prompts' own ids again, sorted."""
-    prefix = subject.stage.hash + SEPARATOR
+def split_rows(table: pa.Table, work: Work) -> pa.Table:
+    """The work's rows, under the prompts' own ids again, sorted."""
+    prefix = work.stage.hash + SEPARATOR
     mine = table.filter(pc.starts_with(table["prompt_id"], prefix))
     ids = pc.utf8_slice_codeunits(mine["prompt_id"], len(prefix))
     return mine.set_column(0, EPISODES.field("prompt_id"), ids).sort_by("prompt_id")
 
 
-def run_metrics(config: Config, stages: Mapping[str, Stage], *, baseline: str | None = "vanilla") -> dict[str, Any]:
+def run_metrics(
+    config: Config, stages: Mapping[str, StageFolder], *, baseline: str | None = "vanilla"
+) -> dict[str, Any]:
     """Metrics by family and arm: `{family: {arm: {...}}}`; each arm's holds `exact` and `errors` as well.
 
     The order of `stages` is the order of the table.

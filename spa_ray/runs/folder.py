@@ -31,7 +31,7 @@ LOCKS = "lock"  # a folder in the run folder, or in one that a user named
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFolder:
     """One stage's folder in a run: `stages/NAME-HASH/`."""
 
     name: str
@@ -71,11 +71,11 @@ class RunFolder:
 
     path: AnyPath
 
-    def stage(self, name: str, digest: str) -> Stage:
+    def stage(self, name: str, digest: str) -> StageFolder:
         """The stage's folder, made if need be."""
         folder = self.path / "stages" / f"{name}-{digest}"
         make_folder(folder)
-        return Stage(name, digest, folder)
+        return StageFolder(name, digest, folder)
 
     def arm_file(self, arm: str, iteration: int) -> AnyPath:
         return self.path / "arms" / arm / f"iter_{iteration}.json"
@@ -107,7 +107,7 @@ class RunFolder:
         return stray
 
 
-def claim(out: AnyPath, name: str, digest: str) -> Stage:
+def claim(out: AnyPath, name: str, digest: str) -> StageFolder:
     """A folder that the user named as one stage's output: new, unfinished by the same settings, or finished by them.
 
     Raises: InputError when it holds anything else, so that nothing is mixed or overwritten.
@@ -119,12 +119,12 @@ def claim(out: AnyPath, name: str, digest: str) -> Stage:
     return stage
 
 
-def check_claim(out: AnyPath, name: str, digest: str) -> tuple[Stage, bool]:
+def check_claim(out: AnyPath, name: str, digest: str) -> tuple[StageFolder, bool]:
     """The stage that `claim` would give, and whether nobody has claimed the folder yet. Nothing is written.
 
     Raises: InputError as `claim` does.
     """
-    stage, note = Stage(name, digest, out), out / CLAIM
+    stage, note = StageFolder(name, digest, out), out / CLAIM
     if stage.done:
         if stage.facts()["hash"] != digest:
             raise InputError(f"{out}: finished with other settings or input; give another --out or remove it")

@@ -25,7 +25,6 @@ from spa_ray.runs.plan_folder import weights_checked
 from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
 from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
-from spa_ray.runs.plan_stages import PlannedStage, planned_stages
 from spa_ray.runs.plan_tokens import (
     ANSWER_SHARE,
     CHARS_PER_TOKEN,
@@ -37,7 +36,8 @@ from spa_ray.runs.plan_tokens import (
     judging_by_layout,
     mean_tokens,
 )
-from spa_ray.runs.preflight import eval_config, has_evaluation, prompt_check, thinking_warnings
+from spa_ray.runs.preflight import eval_config, prompt_check, thinking_warnings
+from spa_ray.runs.recipe import PlannedStage, has_evaluation, planned_stages
 from spa_ray.training.guards import check_lr, check_movement, movement
 from spa_ray.training.trainable import check_section
 

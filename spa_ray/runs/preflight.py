@@ -31,6 +31,8 @@ from spa_ray.runs.manifest import versions
 from spa_ray.runs.plan_model import context_of, text_settings
 from spa_ray.runs.preflight_files import context_warning, find_too_long
 from spa_ray.runs.prompt_files import PromptFiles
+from spa_ray.runs.recipe import has_evaluation
+from spa_ray.runs.stages import first_prompt
 from spa_ray.runs.versions import untested
 from spa_ray.training.folder import check_weights
 from spa_ray.training.trackers import check_backends
@@ -174,7 +176,7 @@ def each_prompts(
     if limit is None:
         raise InputError("iterations.prompts: diff needs prompts.limit, so that the next iteration can take the next")
     for iteration in range(1, rounds + 1):
-        counts = files.write(config.prompts, scratch, skip=(iteration - 1) * limit, check=check)
+        counts = files.write(config.prompts, scratch, skip=first_prompt(config, iteration), check=check)
         notes += counts.notes()
         found = counts.rows
         if found < limit:
@@ -183,10 +185,6 @@ def each_prompts(
                 f"prompts.limit {limit}; give more prompts, a smaller limit or iterations.prompts=same"
             )
         yield found
-
-
-def has_evaluation(config: Config) -> bool:
-    return config.evaluation.prompts is not None or bool(config.evaluation.families)
 
 
 def eval_config(config: Config) -> Config:

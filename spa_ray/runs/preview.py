@@ -28,7 +28,7 @@ from spa_ray.runs.plan_prompts import prompt_facts
 from spa_ray.runs.preflight import prompt_check, thinking_warnings
 from spa_ray.runs.progress import Progress
 from spa_ray.runs.signal import FILE, signal_lines
-from spa_ray.runs.stages import generate_hash
+from spa_ray.runs.stages import STAGES
 
 PROMPTS = 16
 IN_FULL = 1  # prompts whose calls are printed
@@ -96,7 +96,7 @@ def sharing(config: Config, arms: Mapping[str, Config]) -> dict[str, Config]:
     """The arms whose episodes of the first iteration are those of `config`."""
 
     def key(arm: Config) -> str:
-        return generate_hash(arm, iteration=1, prompts=arm.prompts.model_dump_json(), model="", earlier=None)
+        return STAGES["generate"].key(arm, {"prompts": arm.prompts.model_dump_json(), "model": ""})
 
     return {name: arm for name, given in arms.items() if key(arm := with_dtype(given)) == key(config)}
 

@@ -1,138 +1,188 @@
-"""What each stage reads, as the settings that its hash covers: what changes results, and nothing else.
+"""The table of stages: what each one is called, what its key covers, what it reads and writes, and how it runs.
 
-`resources`, `tracking`, `generation` and the engine's neutral arguments never appear here; `attempt` records their
-values, which a stage keeps in its `stage.json`. tests/test_stage_keys.py says of every config key which stages it
-starts again.
+`spa run`, the single-stage commands, the plan and `spa preview` read this table; `recipe.py` says which stages an arm
+consists of. A stage's runner gets all works that are to be done at a time, so that training starts its workers once
+and the evaluation passes over all models together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
-from spa_ray.config.models import Config, evaluation_scoring
-from spa_ray.config.plugs import source_hash
-from spa_ray.config.rollout import Scoring
-from spa_ray.config.section import Section
-from spa_ray.config.training import TRAIN_BYSTANDERS
-from spa_ray.objectives import load_objectives
-from spa_ray.runs.hashing import stage_hash
+from spa_ray.config.models import Config
+from spa_ray.data.files import copy_file, read_json
+from spa_ray.preferences import live_reasons
+from spa_ray.runs import stage_keys as keys
+from spa_ray.runs.folder import StageFolder
+from spa_ray.runs.hashing import digest, model_hash, stage_hash
+from spa_ray.runs.progress import train_counter
+from spa_ray.runs.prompt_files import PromptFiles
+from spa_ray.runs.signal import SignalWatch
+from spa_ray.runs.work import Context, Work
 
-# vLLM's arguments that leave the distribution of answers as it is, up to rounding: memory, batching, logs, and swapping
-# and offloading under all of vLLM's names for them. Every other argument counts, those too that are probably neutral.
-NEUTRAL_ENGINE_ARGUMENTS = frozenset(
-    {
-        "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "disable_log_stats",
-        "enable_prefix_caching", "block_size", "swap_space", "cpu_offload_gb", "cpu_offload_params",
-        "offload_backend", "offload_group_size", "offload_num_in_group", "offload_prefetch_step", "offload_params",
-        "kv_offloading_size", "kv_offloading_backend", "sleep_mode_offload_cudagraph",
-    }
+Draw = Callable[[PromptFiles, Config, int, Path], Any]  # writes one iteration's prompts to a file, returns their counts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table. `inputs` are the roles whose hashes the key covers, in this order; one that a work does not
+    have is left out."""
+
+    name: str
+    version: int
+    settings: Callable[[Config, keys.Known], Mapping[str, Any]]
+    inputs: tuple[str, ...]
+    output: str  # in the stage's folder
+    run: Callable[[Sequence[Work], Context], None]
+    told: tuple[str, ...] = ()  # facts that an arm's record repeats
+    draw: Draw | None = None  # of a stage whose key is its contents
+    check: Callable[[Work], None] | None = None  # of each work, before any of them begins
+    rows: str | None = "episodes"  # the folder of rows that may hold errors
+
+    def key(self, config: Config, hashes: Mapping[str, str], known: keys.Known | None = None) -> str:
+        """The address of the stage's output."""
+        settings = self.settings(config, known or keys.Known())
+        return stage_hash(self.name, self.version, settings, [hashes[r] for r in self.inputs if r in hashes])
+
+    def output_hash(self, stage: StageFolder) -> str:
+        """What the keys of later stages cover of the output: a model's files, of all else its own key."""
+        if self.output != "model":
+            return stage.hash
+        return stage.facts().get("model_hash") or model_hash(stage.folder / self.output)
+
+
+def first_prompt(config: Config, iteration: int) -> int:
+    """How many of the source's prompts earlier iterations have used up."""
+    return (iteration - 1) * (config.prompts.limit or 0) if config.iterations.prompts == "diff" else 0
+
+
+def _draw_prompts(files: PromptFiles, config: Config, iteration: int, out: Path) -> Any:
+    return files.write(config.prompts, out, skip=first_prompt(config, iteration))
+
+
+def _draw_held_out(files: PromptFiles, config: Config, iteration: int, out: Path) -> Any:
+    return files.write_held_out(config.evaluation, out)
+
+
+def run_prompts(works: Sequence[Work], context: Context) -> None:
+    """Each command draws its prompts anew, since a bad row must show at once; a file that is there stays."""
+    for work in works:
+        started = time.time()
+        copy_file(work.input("contents"), work.stage.folder / "prompts.parquet")
+        context.finish(work, started)
+
+
+def run_generate(works: Sequence[Work], context: Context) -> None:
+    """Prompts to episodes, one pass for each work."""
+    from spa_ray.generation.setup import Task
+    from spa_ray.generation.stage import generate
+
+    for work in works:
+        started, episodes = time.time(), work.stage.folder / "episodes"
+        work.stage.begin(keys.attempt(work.config))
+        count = context.progress.counter("generate")
+        watch = SignalWatch(work.config, episodes, count=count, say=context.progress.say, arms=work.arms)
+        counts = generate(
+            work.config,
+            Task(iteration=work.known.iteration, day=context.day),
+            prompts=work.input("prompts"),
+            out=episodes,
+            checkpoint=work.stage.folder / "checkpoint",
+            model=work.input("model"),
+            earlier=work.inputs.get("earlier"),
+            config_hash=work.stage.hash,
+            on_progress=watch,
+            observe=partial(live_reasons, config=work.config),
+            verbose=context.verbose,
+        )
+        watch.finish(counts.rows)
+        context.finish(work, started, **counts.to_dict())
+
+
+def run_build(works: Sequence[Work], context: Context) -> None:
+    """Episodes to pairs and a funnel."""
+    from spa_ray.runs.build import build_into
+
+    for work in works:
+        started = time.time()
+        with context.progress.step("build"):
+            funnel = build_into(work.stage.folder, work.input("episodes"), work.config, frozen_tau=work.known.tau)
+        context.finish(work, started, funnel=funnel)
+
+
+def run_train(works: Sequence[Work], context: Context) -> None:
+    """Pairs to models, all in one worker group."""
+    from spa_ray.training.launch import train_jobs
+    from spa_ray.training.stored import train_job
+
+    jobs = []
+    for work in works:
+        config = work.config
+        job = train_job(
+            name=work.name,
+            pairs=work.input("pairs"),
+            model=work.input("model"),
+            out=work.out or work.stage.folder / "model",
+            train=config.train,
+            seed=config.seed,
+            work=work.stage.folder / ("job" if work.out else "work"),
+            trust_remote_code=config.model.trust_remote_code,
+            tracking=config.tracking,
+            cache=context.cache,
+            chat=context.chat,
+            context=config.model.max_model_len,
+        )
+        jobs.append(job)
+    for work in works:
+        work.stage.begin(keys.attempt(work.config))
+    results = train_jobs(
+        jobs,
+        works[0].config.resources,
+        storage=context.root / "ray_train",
+        name=f"train-{digest(sorted(work.stage.folder.name for work in works))}",
+        verbose=context.verbose,
+        on_progress=train_counter(context.progress),
+    )
+    for work, job, result in zip(works, jobs, results, strict=True):
+        hashed = model_hash(job.out)
+        context.finish(work, time.time() - result.seconds, **result.to_dict(), model_hash=hashed)
+
+
+def _check_pairs(work: Work) -> None:
+    from spa_ray.runs.build import check_pairs
+
+    folder = work.input("pairs").parent
+    check_pairs(work.name, read_json(folder / "funnel.json"), folder)
+
+
+def run_evaluate(works: Sequence[Work], context: Context) -> None:
+    """Held-out prompts to scored answers, all models in one pass."""
+    from spa_ray.runs.evaluate import evaluate
+
+    for work in works:
+        work.stage.begin(keys.attempt(work.config))
+    evaluate(works, context, on_progress=context.progress.counter("evaluate"))
+
+
+ROWS = (
+    Stage("prompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_prompts, rows=None),
+    Stage("generate", generation.STAGE_VERSION, keys.generate, ("prompts", "model", "earlier"), "episodes",
+          run_generate),
+    Stage("build", preferences.STAGE_VERSION, keys.build, ("episodes",), "pairs", run_build, told=("funnel",),
+          rows=None),
+    Stage("train", training.STAGE_VERSION, keys.train, ("pairs", "model"), "model", run_train, check=_check_pairs,
+          rows=None),
+    Stage("evalprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_held_out,
+          rows=None),
+    Stage("evaluate", evaluation.STAGE_VERSION, keys.evaluate, ("prompts", "model", "judge"), "episodes",
+          run_evaluate),
 )  # fmt: skip
-
-CHAT_KEYS = ("chat_template_kwargs", "date", "think")
-Chat = Mapping[str, Any] | None  # `ChatSettings.key` of the run's settings
-
-
-def _plain(section: Section, *leave_out: str) -> dict[str, Any]:
-    return section.model_dump(mode="json", exclude=set(leave_out))
-
-
-def _objectives(config: Config, names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
-    """The objectives with their wording: a changed rubric is another judge. Thresholds are read by `build` alone."""
-    chosen = config if names is None else config.model_copy(update={"objectives": names})
-    return [o.model_dump(mode="json", exclude={"threshold"}) for o in load_objectives(chosen)]
-
-
-def _engine(config: Config) -> dict[str, Any]:
-    """What of the model section changes answers (its path does not: the files' hash stands for it)."""
-    engine = _plain(config.model, "path", "revision", "tensor_parallel_size", *CHAT_KEYS)
-    if config.model.engine == "vllm":
-        given = engine["engine_kwargs"]
-        engine["engine_kwargs"] = {k: v for k, v in given.items() if k not in NEUTRAL_ENGINE_ARGUMENTS}
-    else:
-        engine["source"] = source_hash(config.model.engine)
-    return engine
-
-
-def _scoring(scoring: Scoring) -> dict[str, Any]:
-    """The scoring section without the keys that its mode never reads, or that say what older versions did."""
-    unread: set[str] = set() if scoring.mode == "regex" else {"pattern"}
-    if scoring.prompt is not None or scoring.layout == "objective_first":
-        unread |= {"layout"}
-    if scoring.mode == "expected":  # one look at the labels' probabilities
-        unread |= {"draws", "retries", "max_tokens"}
-    elif scoring.temperature == 0:  # asked again, the judge says the same
-        unread |= {"retries"}
-    if scoring.judge is None:
-        unread |= {"judge"}
-    plain = _plain(scoring, *unread)
-    if "judge" in plain:  # limits, prices and the like change no answer
-        plain["judge"] = {key: plain["judge"][key] for key in ("kind", "base_url", "model")}
-    return plain
-
-
-def attempt(config: Config) -> dict[str, Any]:
-    """When a stage is worked on, and the values of the keys that do not change what comes out."""
-    neutral = {k: v for k, v in config.model.engine_kwargs.items() if k in NEUTRAL_ENGINE_ARGUMENTS}
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"tensor_parallel_size": config.model.tensor_parallel_size, "engine_kwargs": neutral},
-        "resources": _plain(config.resources),
-        "generation": _plain(config.generation),
-        "train": {key: getattr(config.train, key) for key in sorted(TRAIN_BYSTANDERS)},
-    }
-
-
-def _chat(config: Config, chat: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How prompts are rendered: `ChatSettings.key`, or the config's own keys where there is none."""
-    return config.model.model_dump(mode="json", include=set(CHAT_KEYS)) if chat is None else dict(chat)
-
-
-def generate_hash(
-    config: Config, *, iteration: int, prompts: str, model: str, earlier: str | None, chat: Chat = None
-) -> str:
-    """`earlier` is the last iteration's generate hash where its refined answers are reused."""
-    settings = {
-        "chat": _chat(config, chat),
-        "seed": config.seed,
-        "iteration": iteration,
-        "objectives": _objectives(config),
-        "engine": _engine(config),
-        "scoring": _scoring(config.scoring),
-        **{name: _plain(getattr(config, name)) for name in ("sampling", "refine")},
-    }
-    return stage_hash("generate", generation.STAGE_VERSION, settings, [prompts, model, *([earlier] if earlier else [])])
-
-
-def build_hash(config: Config, *, episodes: str, frozen_tau: float | None) -> str:
-    settings = {
-        "objectives": list(config.objectives),
-        "denoise": _plain(config.denoise),
-        "pairs": _plain(config.pairs),
-        "frozen_tau": frozen_tau,
-    }
-    return stage_hash("build", preferences.STAGE_VERSION, settings, [episodes])
-
-
-def train_hash(config: Config, *, pairs: str, model: str, chat: Chat = None) -> str:
-    train = _plain(config.train.identity(), *TRAIN_BYSTANDERS)
-    settings = {"seed": config.seed, "train": train, "chat": _chat(config, chat)}
-    if (source := source_hash(config.train.method)) is not None:
-        settings["method"] = source
-    return stage_hash("train", training.STAGE_VERSION, settings, [pairs, model])
-
-
-def evaluate_hash(config: Config, *, prompts: str, model: str, judge: str, chat: Chat = None) -> str:
-    function = str(config.evaluation.judge) if config.evaluation.judge_kind == "function" else None
-    settings = {
-        "chat": _chat(config, chat),
-        "seed": config.seed,
-        "objectives": _objectives(config, config.evaluation.objectives),
-        "engine": _engine(config),
-        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(evaluation_scoring(config)),
-        "sampling": _plain(config.evaluation.sampling),
-        "judge": [function, source_hash(function)] if function else None,
-    }
-    return stage_hash("evaluate", evaluation.STAGE_VERSION, settings, [prompts, model, judge])
+STAGES = {row.name: row for row in ROWS}
+WORKING = tuple(row.name for row in ROWS if row.draw is None)  # those that compute something, in the order of work
+UNTIL = WORKING  # where `spa run --until` may end

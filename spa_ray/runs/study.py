@@ -17,7 +17,7 @@ from spa_ray.data.files import AnyPath, is_file, parquet_dataset, read_json, wri
 from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.study import ORDERED, PairOrder, SeedRun, build_study, pair_order, study_markdown
-from spa_ray.runs.folder import RunFolder, Stage, open_run
+from spa_ray.runs.folder import RunFolder, StageFolder, open_run
 from spa_ray.runs.inspect import run_configs
 
 Judge = Callable[[Sequence[dict[str, str]], str, str, str], float]
@@ -44,7 +44,7 @@ class _Run:
     def stage(self, folder_name: str) -> AnyPath:
         """The folder of a finished stage. Raises: InputError when it is unfinished."""
         name, _, digest = folder_name.rpartition("-")
-        stage = Stage(name, digest, self.folder.path / "stages" / folder_name)
+        stage = StageFolder(name, digest, self.folder.path / "stages" / folder_name)
         stage.facts()
         return stage.folder
 

@@ -1,0 +1,144 @@
+"""The settings that each stage's key covers: what changes results, and nothing else.
+
+`resources`, `tracking`, `generation` and the engine's neutral arguments never appear here; `attempt` records their
+values, which a stage keeps in its `stage.json`. tests/test_stage_keys.py says of every config key which stages it
+starts again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from spa_ray.config.models import Config, evaluation_scoring
+from spa_ray.config.plugs import source_hash
+from spa_ray.config.rollout import Scoring
+from spa_ray.config.section import Section
+from spa_ray.config.training import TRAIN_BYSTANDERS
+from spa_ray.objectives import load_objectives
+
+# vLLM's arguments that leave the distribution of answers as it is, up to rounding: memory, batching, logs, and swapping
+# and offloading under all of vLLM's names for them. Every other argument counts, those too that are probably neutral.
+NEUTRAL_ENGINE_ARGUMENTS = frozenset(
+    {
+        "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "disable_log_stats",
+        "enable_prefix_caching", "block_size", "swap_space", "cpu_offload_gb", "cpu_offload_params",
+        "offload_backend", "offload_group_size", "offload_num_in_group", "offload_prefetch_step", "offload_params",
+        "kv_offloading_size", "kv_offloading_backend", "sleep_mode_offload_cudagraph",
+    }
+)  # fmt: skip
+
+CHAT_KEYS = ("chat_template_kwargs", "date", "think")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a key covers besides the config and its inputs. `chat` is `ChatSettings.key`; None: the config's own keys.
+    `tau` is an earlier iteration's."""
+
+    iteration: int = 1
+    tau: float | None = None
+    chat: Mapping[str, Any] | None = None
+
+
+def _plain(section: Section, *leave_out: str) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=set(leave_out))
+
+
+def _objectives(config: Config, names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    """The objectives with their wording: a changed rubric is another judge. Thresholds are read by `build` alone."""
+    chosen = config if names is None else config.model_copy(update={"objectives": names})
+    return [o.model_dump(mode="json", exclude={"threshold"}) for o in load_objectives(chosen)]
+
+
+def _engine(config: Config) -> dict[str, Any]:
+    """What of the model section changes answers (its path does not: the files' hash stands for it)."""
+    engine = _plain(config.model, "path", "revision", "tensor_parallel_size", *CHAT_KEYS)
+    if config.model.engine == "vllm":
+        given = engine["engine_kwargs"]
+        engine["engine_kwargs"] = {k: v for k, v in given.items() if k not in NEUTRAL_ENGINE_ARGUMENTS}
+    else:
+        engine["source"] = source_hash(config.model.engine)
+    return engine
+
+
+def _scoring(scoring: Scoring) -> dict[str, Any]:
+    """The scoring section without the keys that its mode never reads, or that say what older versions did."""
+    unread: set[str] = set() if scoring.mode == "regex" else {"pattern"}
+    if scoring.prompt is not None or scoring.layout == "objective_first":
+        unread |= {"layout"}
+    if scoring.mode == "expected":  # one look at the labels' probabilities
+        unread |= {"draws", "retries", "max_tokens"}
+    elif scoring.temperature == 0:  # asked again, the judge says the same
+        unread |= {"retries"}
+    if scoring.judge is None:
+        unread |= {"judge"}
+    plain = _plain(scoring, *unread)
+    if "judge" in plain:  # limits, prices and the like change no answer
+        plain["judge"] = {key: plain["judge"][key] for key in ("kind", "base_url", "model")}
+    return plain
+
+
+def attempt(config: Config) -> dict[str, Any]:
+    """When a stage is worked on, and the values of the keys that do not change what comes out."""
+    neutral = {k: v for k, v in config.model.engine_kwargs.items() if k in NEUTRAL_ENGINE_ARGUMENTS}
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {"tensor_parallel_size": config.model.tensor_parallel_size, "engine_kwargs": neutral},
+        "resources": _plain(config.resources),
+        "generation": _plain(config.generation),
+        "train": {key: getattr(config.train, key) for key in sorted(TRAIN_BYSTANDERS)},
+    }
+
+
+def _chat(config: Config, known: Known) -> dict[str, Any]:
+    """How prompts are rendered."""
+    return config.model.model_dump(mode="json", include=set(CHAT_KEYS)) if known.chat is None else dict(known.chat)
+
+
+def prompts(config: Config, known: Known) -> dict[str, Any]:
+    """Nothing: their contents are the input."""
+    return {}
+
+
+def generate(config: Config, known: Known) -> dict[str, Any]:
+    return {
+        "chat": _chat(config, known),
+        "seed": config.seed,
+        "iteration": known.iteration,
+        "objectives": _objectives(config),
+        "engine": _engine(config),
+        "scoring": _scoring(config.scoring),
+        **{name: _plain(getattr(config, name)) for name in ("sampling", "refine")},
+    }
+
+
+def build(config: Config, known: Known) -> dict[str, Any]:
+    return {
+        "objectives": list(config.objectives),
+        "denoise": _plain(config.denoise),
+        "pairs": _plain(config.pairs),
+        "frozen_tau": known.tau,
+    }
+
+
+def train(config: Config, known: Known) -> dict[str, Any]:
+    section = _plain(config.train.identity(), *TRAIN_BYSTANDERS)
+    source = source_hash(config.train.method)
+    own = {} if source is None else {"method": source}
+    return {"seed": config.seed, "train": section, "chat": _chat(config, known), **own}
+
+
+def evaluate(config: Config, known: Known) -> dict[str, Any]:
+    function = str(config.evaluation.judge) if config.evaluation.judge_kind == "function" else None
+    return {
+        "chat": _chat(config, known),
+        "seed": config.seed,
+        "objectives": _objectives(config, config.evaluation.objectives),
+        "engine": _engine(config),
+        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(evaluation_scoring(config)),
+        "sampling": _plain(config.evaluation.sampling),
+        "judge": [function, source_hash(function)] if function else None,
+    }
