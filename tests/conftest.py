@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from tests.tiny_model import build_tiny_model
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that is not there
 # A busy machine is no failure: no example is timed.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -238,38 +238,6 @@ configs:
     assert texts(tmp_path, split="hard/train") == ["c"]
 
 
-def save_to_disk(folder: Path, rows: list[str]) -> None:
-    folder.mkdir(parents=True)
-    table = pa.table({"prompt": rows, "image": [b"x"] * len(rows)})
-    with (
-        pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as out,
-    ):
-        out.write_table(table)
-    put(folder / "state.json", '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
-    put(folder / "dataset_info.json", '{"features": {}}')
-
-
-def test_folders_of_save_to_disk_are_read(tmp_path: Path) -> None:
-    save_to_disk(tmp_path / "one", ["a", "b"])
-    assert texts(tmp_path / "one") == ["a", "b"]
-    save_to_disk(tmp_path / "many" / "train", ["a"])
-    save_to_disk(tmp_path / "many" / "holdout", ["b"])
-    put(tmp_path / "many" / "dataset_dict.json", '{"splits": ["train", "holdout"]}')
-    assert texts(tmp_path / "many") == ["a"]
-    assert "left out: holdout/data" in notes(tmp_path / "many")
-    assert texts(tmp_path / "many", split="holdout") == ["b"]
-
-
-def test_what_datasets_itself_saves_is_read(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_dict({"prompt": ["a", "b"], "deep": [{"x": 1}, {"x": 2}]})
-    table.save_to_disk(str(tmp_path / "d"))
-    assert texts(tmp_path / "d") == ["a", "b"]
-    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(str(tmp_path / "dd"))
-    assert texts(tmp_path / "dd", split="test") == ["b"]
-
-
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {

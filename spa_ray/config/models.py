@@ -80,8 +80,12 @@ class Model(Section):
 class Prompts(Section):
     """Where prompts come from."""
 
-    source: str | None = Field(None, description="file, folder, dotted path `module:reader`, or a named data set")
-    split: str | None = Field(None, description="handed to a reader or a named data set")
+    source: str | None = Field(
+        None, description="file, folder, data set of a hub (`hf://owner/name`), dotted path `module:reader`"
+    )
+    split: str | None = Field(
+        None, description="of a folder or a data set; null: `train`, or the only one. Handed to a reader"
+    )
     limit: int | None = Field(None, ge=1, description="take the first N prompts")
     columns: dict[Literal["prompt", "messages", "prompt_id"], str] = Field(
         default_factory=dict, description="names of the user's columns, by ours; `a.b` is `b` inside `a`"

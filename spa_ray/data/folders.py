@@ -1,4 +1,4 @@
-"""Which files of a folder hold prompts: plain folders, copies of a hub's repository, and `save_to_disk` of `datasets`.
+"""Which files of a folder hold prompts: plain folders, and copies of a hub's repository.
 
 Metadata is never taken for rows. Of several splits the one that is asked for is read, else `train`; what is left out is
 said.
@@ -6,7 +6,6 @@ said.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -67,10 +66,13 @@ def files_of(folder: Path, split: str | None, where: str, notes: dict[str, None]
         raise InputError(f"{where}.source: {folder}: no file with rows in it{why}")
     if unknown:
         notes[f"{where}: {folder}: left out, no files of rows: {_names(unknown, folder)}"] = None
-    groups = _groups(folder, files, where, split)
+    groups = _groups(folder, files, split)
     if groups is None:
         if split is not None:
-            raise InputError(_no_split(folder, split, where, []))
+            raise InputError(
+                f"{where}.source: {folder}: no file of the split {split!r} in it (SPLIT.jsonl, SPLIT-00000.parquet or "
+                f"SPLIT/ANY.csv); without {where}.split all its files are read"
+            )
         return files
     return _of_split(folder, files, groups, split, where, notes)
 
@@ -83,14 +85,7 @@ def _of_split(
     where: str,
     notes: dict[str, None],
 ) -> list[Path]:
-    chosen = split if split is not None else next(iter(groups)) if len(groups) == 1 else "train"
-    if chosen not in groups:
-        if split is None:
-            raise InputError(
-                f"{where}.source: {folder}: several splits: {', '.join(groups)}; "
-                f"say which with {where}.split={next(iter(groups))}"
-            )
-        raise InputError(_no_split(folder, chosen, where, list(groups)))
+    chosen = choose_split(list(groups), split, str(folder), where)
     taken = groups[chosen]
     left = [path for path in files if path not in set(taken)]
     if split is None and left:
@@ -98,13 +93,15 @@ def _of_split(
     return taken
 
 
-def _no_split(folder: Path, split: str, where: str, known: list[str]) -> str:
-    there = (
-        f"; it has {', '.join(known)}"
-        if known
-        else f" (SPLIT.jsonl, SPLIT-00000.parquet or SPLIT/ANY.csv); without {where}.split all its files are read"
-    )
-    return f"{where}.source: {folder}: no file of the split {split!r} in it{there}"
+def choose_split(names: list[str], split: str | None, source: str, where: str) -> str:
+    """The split that is asked for, else `train`, else the only one. Raises: InputError that names those there are."""
+    chosen = split if split is not None else names[0] if len(names) == 1 else "train"
+    if chosen in names:
+        return chosen
+    there = ", ".join(names)
+    if split is not None:
+        raise InputError(f"{where}.source: {source}: no file of the split {split!r} in it; it has {there}")
+    raise InputError(f"{where}.source: {source}: several splits: {there}; say which with {where}.split={names[0]}")
 
 
 def _names(paths: Iterable[Path], folder: Path) -> str:
@@ -126,9 +123,9 @@ def _is_metadata(path: Path, folder: Path) -> bool:
     )
 
 
-def _groups(folder: Path, files: list[Path], where: str, split: str | None) -> dict[str, list[Path]] | None:
+def _groups(folder: Path, files: list[Path], split: str | None) -> dict[str, list[Path]] | None:
     """Split -> its files, None for a folder without splits."""
-    declared = _declared(folder, files, where, split) or _dataset_dict(folder, files)
+    declared = _declared(folder, files)
     if declared:
         return declared
     if split is not None:
@@ -151,18 +148,7 @@ def _is_of(path: Path, split: str) -> bool:
     return split in path.parts[:-1] or stem == split or stem.startswith((f"{split}-", f"{split}_0"))
 
 
-def _dataset_dict(folder: Path, files: list[Path]) -> dict[str, list[Path]] | None:
-    """`DatasetDict.save_to_disk`: a folder per split."""
-    try:
-        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return {
-            str(n): mine for n in names if (mine := [p for p in files if p.is_relative_to(folder / str(n))])
-        } or None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _declared(folder: Path, files: list[Path], where: str, split: str | None) -> dict[str, list[Path]] | None:
+def _declared(folder: Path, files: list[Path]) -> dict[str, list[Path]] | None:
     """The splits that a hub's README names in its front matter (`configs`). A config's split is CONFIG/SPLIT."""
     configs = _front_matter(folder)
     groups: dict[str, list[Path]] = {}
@@ -174,11 +160,6 @@ def _declared(folder: Path, files: list[Path], where: str, split: str | None) ->
             if own:
                 short = alone or name == "default" or config.get("default") is True
                 groups.setdefault(of_split if short else f"{name}/{of_split}", []).extend(own)
-    if groups and split is None and len(groups) > 1 and "train" not in groups:
-        raise InputError(
-            f"{where}.source: {folder}: several splits: {', '.join(groups)}; "
-            f"say which with {where}.split={next(iter(groups))}"
-        )
     return groups or None
 
 

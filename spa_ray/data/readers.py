@@ -1,5 +1,5 @@
-"""Rows out of a data set: JSONL, JSON, CSV, TSV, Parquet, Arrow, lines of text, each also compressed; folders; readers
-by dotted path.
+"""Rows out of a data set: JSONL, JSON, CSV, TSV, Parquet, Arrow, lines of text, each also compressed; folders; what
+`datasets` reads (`hub.py`); readers by dotted path.
 
 Takes `config.prompts`; gives `Row`s, each with its place (file and line) for messages, and either a dict or the reason
 why it cannot be read. One row (a JSON text that is no line: one file) is in memory at a time. What a column means is
@@ -18,14 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, BinaryIO, Literal
 
 from spa_ray.config.models import Prompts
 from spa_ray.config.plugs import is_dotted, load_dotted
 from spa_ray.data import json_rows
-from spa_ray.data.containers import HEAD, Unreadable, encoding_of, is_compressed, kind_of, looks_like_file, open_data
+from spa_ray.data.containers import HEAD, Unreadable, encoding_of, is_compressed, kind_of, open_data
 from spa_ray.data.folders import files_of
 from spa_ray.data.forms import OUR_COLUMNS, in_words
+from spa_ray.data.hub import address_of, read_tables
 from spa_ray.data.json_rows import Fault
 from spa_ray.errors import InputError
 
@@ -50,9 +51,8 @@ NAMED = frozenset(
         "wildguardmix",
     }
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-SourceKind = Literal["file", "folder", "reader", "named"]
+SourceKind = Literal["file", "folder", "reader", "datasets", "named"]
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,27 @@ def source_kind(prompts: Prompts, *, where: str = "prompts") -> SourceKind:
     """
     source = prompts.source
     if not source:
-        raise InputError(f"{where}.source: missing; give a file, a folder or a reader (package.module:function)")
+        raise InputError(
+            f"{where}.source: missing; give a file, a folder, a hub's data set (hf://owner/name) or a reader "
+            "(package.module:function)"
+        )
     path = Path(os.path.expanduser(source))
     try:
         if path.is_file():
             return "file"
+        if not is_dotted(source) and address_of(source) is not None:
+            return "datasets"
         if path.is_dir():
             return "folder"
     except OSError as e:  # a name that is too long, a folder that may not be entered
         raise InputError(f"{where}.source: {source[:200]!r}: {e.strerror}") from e
     if is_dotted(source):
         return "reader"
-    if source.lower() in NAMED or (_HUB_ID.fullmatch(source) and not looks_like_file(source) and source[0] != "."):
+    if source.lower() in NAMED:
         return "named"
-    hint = "give one that is there, or a reader (package.module:function)"
+    hint = "give one that is there, a hub's data set (hf://owner/name) or a reader (package.module:function)"
     if "://" in source:
-        hint = "prompts are read from this machine's disks; copy them here"
+        hint = "only Parquet is read from afar (its name ends in .parquet); copy others to this machine's disks"
     elif any(sign in source for sign in "*?["):
         hint = "patterns are not expanded; give the folder"
     raise InputError(f"{where}.source: {source!r}: no such file or folder; {hint}")
@@ -105,10 +110,15 @@ def read_rows(prompts: Prompts, *, where: str = "prompts", notes: dict[str, None
     column = prompts.columns.get("prompt", "prompt")
     source = str(prompts.source)
     path = Path(os.path.expanduser(source))
+    if kind == "named":
+        raise InputError(
+            f"{where}.source: the named data set {source!r} has no loader yet; give its hub id (owner/name), its rows "
+            "as a JSONL, JSON, CSV or Parquet file, or a reader (package.module:function)"
+        )
     if kind == "reader":
         yield from _rows_of_reader(source, prompts.split, where)
-    elif kind == "named":
-        _refuse_named(source, where)
+    elif kind == "datasets":
+        yield from _read_datasets(str(address_of(source)), prompts.split, where, notes)
     elif kind == "folder":
         for file in files_of(path, prompts.split, where, notes):
             yield from _read(file, _told_kind(kind_of(file), file, where, notes), None, column)
@@ -127,12 +137,11 @@ def _told_kind(kind: str | Unreadable, path: Path, where: str, notes: dict[str, 
     return str(kind)
 
 
-def _refuse_named(source: str, where: str) -> NoReturn:
-    missing = " (and there is no file or folder of this name)" if "/" in source else ""
-    raise InputError(
-        f"{where}.source: the named data set {source!r} has no loader yet{missing}; "
-        "give its rows as a JSONL, JSON, CSV or Parquet file, or a reader (package.module:function)"
-    )
+def _read_datasets(address: str, split: str | None, where: str, notes: dict[str, None]) -> Iterator[Row]:
+    number = 0
+    for place, table in read_tables(address, split, where, notes):
+        yield from _rows_of_batch(_slim(table), place, number)
+        number += table.num_rows
 
 
 def _rows_of_reader(source: str, split: str | None, where: str) -> Iterator[Row]:
@@ -265,7 +274,7 @@ def _read_arrow(path: Path, kind: str) -> Iterator[Row]:
                 source = file.read()
         number = 0
         for batch in _parquet_batches(path, source) if kind == "parquet" else _ipc_batches(path, source):
-            for row in _rows_of_batch(batch, path, number):
+            for row in _rows_of_batch(batch, f"{path}: ", number):
                 number += 1
                 yield row
     except (pa.ArrowException, OSError) as e:
@@ -279,12 +288,10 @@ def _parquet_batches(path: Path, source: Path | bytes) -> Iterator[Any]:
     with pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source)) as file:
         names = file.schema_arrow.names
         _refuse_twins(names, f"{path}")
-        heavy = {
-            field.name for field in file.schema_arrow if _holds_bytes(field.type) and field.name not in OUR_COLUMNS
-        }
+        heavy = _heavy(file.schema_arrow)
         columns = [name for name in names if name not in heavy] if heavy else None
         for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=columns):
-            yield from _with_marks(batch, heavy)
+            yield _with_marks(batch, heavy)
 
 
 def _ipc_batches(path: Path, source: Path | bytes) -> Iterator[Any]:
@@ -300,20 +307,29 @@ def _ipc_batches(path: Path, source: Path | bytes) -> Iterator[Any]:
         reader = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
         _refuse_twins(reader.schema.names, f"{path}")
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
-        heavy = {field.name for field in reader.schema if _holds_bytes(field.type) and field.name not in OUR_COLUMNS}
         for batch in batches:
-            slim = batch.select([name for name in batch.schema.names if name not in heavy]) if heavy else batch
+            slim = _slim(batch)
             for first in range(0, slim.num_rows, PARQUET_BATCH):
-                yield from _with_marks(slim.slice(first, PARQUET_BATCH), heavy)
+                yield slim.slice(first, PARQUET_BATCH)
 
 
-def _with_marks(batch: Any, heavy: set[str]) -> Iterator[Any]:
+def _slim(batch: Any) -> Any:
+    """A table or batch without its columns of bytes, marks in their place."""
+    heavy = _heavy(batch.schema)
+    return _with_marks(batch.select([name for name in batch.schema.names if name not in heavy]), heavy)
+
+
+def _with_marks(batch: Any, heavy: set[str]) -> Any:
     """The batch, with a column `Bytes` stands for in place of each that was not read."""
     import pyarrow as pa
 
     for name in sorted(heavy):
         batch = batch.append_column(name, pa.array([b""] * batch.num_rows, pa.binary()))
-    yield batch
+    return batch
+
+
+def _heavy(schema: Any) -> set[str]:
+    return {field.name for field in schema if _holds_bytes(field.type) and field.name not in OUR_COLUMNS}
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -326,23 +342,23 @@ def _holds_bytes(kind: Any) -> bool:
     return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
 
 
-def _rows_of_batch(batch: Any, path: Path, before: int) -> Iterator[Row]:
+def _rows_of_batch(batch: Any, place: str, before: int) -> Iterator[Row]:
     """A value that Python cannot hold (text that is not UTF-8, a date beyond the year 9999) costs its row alone."""
     try:
         rows = batch.to_pylist()
     except UNHOLDABLE:
         rows = None
     for number in range(batch.num_rows):
-        place = f"{path}: row {before + number + 1}"
+        here = f"{place}row {before + number + 1}"
         if rows is not None:
-            yield _row(place, rows[number])
+            yield _row(here, rows[number])
             continue
         try:
             values = batch.slice(number, 1).to_pylist()[0]
         except UNHOLDABLE as e:
-            yield Row(place, problem=f"a value cannot be read ({_first_line(e)}); fix it or leave its column out")
+            yield Row(here, problem=f"a value cannot be read ({_first_line(e)}); fix it or leave its column out")
             continue
-        yield _row(place, values)
+        yield _row(here, values)
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from spa_ray.config.models import Evaluation, Prompts
 from spa_ray.data.containers import kind_of
 from spa_ray.data.folders import files_of
 from spa_ray.data.forms import Message
+from spa_ray.data.hub import UnreachableError
 from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, read_prompts
 from spa_ray.data.readers import source_kind
@@ -43,12 +44,13 @@ class PromptFacts:
 def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | None = None) -> PromptFacts:
     """Reads at most COUNTED prompts. Raises: InputError for a source that is missing, or wrong within what is read."""
     if source_kind(prompts, where=where) == "named":
-        count = prompts.limit or UNKNOWN_COUNT
-        notes.append(f"{where}: {prompts.source} has no loader here; {count:,} prompts of one sentence assumed")
-        return PromptFacts(str(prompts.source), count, [[{"role": "user", "content": STAND_IN}]], True)
+        return _assumed(prompts, notes, f"{where}: {prompts.source} has no loader here")
     counts = PromptCounts()
     rows = read_prompts(prompts, where=where, counts=counts, check=check)
-    read = [row["messages"] for row in islice(rows, COUNTED)]
+    try:
+        read = [row["messages"] for row in islice(rows, COUNTED)]
+    except UnreachableError as e:
+        return _assumed(prompts, notes, str(e))
     notes += counts.notes(where)
     if not read:
         raise InputError(f"{where}.source: {prompts.source}: no prompt in it")
@@ -56,6 +58,12 @@ def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | 
     count = len(read) if whole else _beyond(prompts, notes, where)
     step = max(1, len(read) // SAMPLED)
     return PromptFacts(str(prompts.source), count, _bounded(read[::step][:SAMPLED]), not whole, counts.dropped)
+
+
+def _assumed(prompts: Prompts, notes: list[str], why: str) -> PromptFacts:
+    count = prompts.limit or UNKNOWN_COUNT
+    notes.append(f"{why}; {count:,} prompts of one sentence assumed")
+    return PromptFacts(str(prompts.source), count, [[{"role": "user", "content": STAND_IN}]], True)
 
 
 def _bounded(sample: list[list[Message]]) -> list[list[Message]]:
@@ -68,8 +76,8 @@ def _beyond(prompts: Prompts, notes: list[str], where: str) -> int:
     """The count of a source that holds more than was read: Parquet files say theirs, else the limit is believed."""
     import pyarrow.parquet as pq
 
-    path = Path(os.path.expanduser(str(prompts.source)))
-    files = [path] if path.is_file() else files_of(path, prompts.split, where, {}) if path.is_dir() else []
+    path, kind = Path(os.path.expanduser(str(prompts.source))), source_kind(prompts, where=where)
+    files = [path] if kind == "file" else files_of(path, prompts.split, where, {}) if kind == "folder" else []
     if files and all(kind_of(file) == "parquet" and file.suffix == ".parquet" for file in files):
         rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files)
         notes.append(f"{where}: {rows:,} rows by the files' own count; repetitions are not taken off")
