@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spa_ray.api import build, evaluate, generate, plan, run, train
+    from spa_ray.config.benchmark import BenchmarkConfig
     from spa_ray.config.load import load_config
     from spa_ray.engine.protocol import Completion, Engine, Request
     from spa_ray.errors import InputError, RunError
+    from spa_ray.generation.benchmark import Benchmark
     from spa_ray.generation.judging import Judge, Judgement
     from spa_ray.methods.pairwise import PairwiseConfig, PairwiseMethod
     from spa_ray.preferences import build_pairs, denoise
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Benchmark",
+    "BenchmarkConfig",
     "Completion",
     "Engine",
     "InputError",
@@ -44,9 +48,11 @@ __all__ = [
 
 _HOMES = {
     "spa_ray.api": ("build", "evaluate", "generate", "plan", "run", "train"),
+    "spa_ray.config.benchmark": ("BenchmarkConfig",),
     "spa_ray.config.load": ("load_config",),
     "spa_ray.engine.protocol": ("Completion", "Engine", "Request"),
     "spa_ray.errors": ("InputError", "RunError"),
+    "spa_ray.generation.benchmark": ("Benchmark",),
     "spa_ray.generation.judging": ("Judge", "Judgement"),
     "spa_ray.methods.pairwise": ("PairwiseConfig", "PairwiseMethod"),
     "spa_ray.preferences": ("build_pairs", "denoise"),

@@ -97,6 +97,7 @@ UNCOVERED = {
     "prompts": "their contents are an input",
     "evaluation.prompts": "their contents are an input",
     "evaluation.families": "their contents are an input",
+    "evaluation.benchmarks": "each has a stage of its own: test_evaluation_benchmarks.py",
     "evaluation.bootstrap": "is read when the metrics are computed, by no stage",
     "scoring.pattern": "is read in mode regex alone",
     "scoring.judge": "goes with mode regex alone: test_endpoint.py says which of its keys count",

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from spa_ray.config.benchmark import BenchmarkSection
 from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.plugs import is_dotted
-from spa_ray.config.rollout import MAX_TEMPERATURE, Decoding, Refine, Sampling, Scoring, TemplateKwargs
+from spa_ray.config.rollout import EvalSampling, Refine, Sampling, Scoring, TemplateKwargs
 from spa_ray.config.section import Section
 from spa_ray.config.training import Tracking, TrainSection, train_section
 
@@ -213,12 +214,6 @@ class Resources(Section):
 JudgeKind = Literal["base", "self", "model", "function", "endpoint"]
 
 
-class EvalSampling(Decoding):
-    """How held-out prompts are answered."""
-
-    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
-
-
 class Evaluation(Section):
     """Held-out prompts, answered once and scored by a judge that training never saw."""
 
@@ -231,6 +226,9 @@ class Evaluation(Section):
     objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
     sampling: EvalSampling = EvalSampling()
     bootstrap: int = Field(1000, ge=1, description="resamples of the 95% intervals")
+    benchmarks: dict[str, BenchmarkSection] = Field(
+        default_factory=dict, description="further measures by benchmarks, each under a name of your own"
+    )
 
     @property
     def judge_kind(self) -> JudgeKind:
@@ -293,7 +291,8 @@ class Config(Section):
 def named_plugs(config: Config) -> list[str]:
     """What the config may name by dotted path and other machines import."""
     judge = config.evaluation.judge
-    return [config.train.method, config.model.engine, *([judge] if isinstance(judge, str) else [])]
+    benchmarks = [section.benchmark for section in config.evaluation.benchmarks.values()]
+    return [config.train.method, config.model.engine, *benchmarks, *([judge] if isinstance(judge, str) else [])]
 
 
 def evaluation_scoring(config: Config) -> Scoring:

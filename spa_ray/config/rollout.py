@@ -68,6 +68,12 @@ class Decoding(Section):
         return given
 
 
+class EvalSampling(Decoding):
+    """How held-out prompts are answered."""
+
+    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+
+
 class Sampling(Decoding):
     """Diverse sampling of n candidates a prompt (SPA, step 1)."""
 

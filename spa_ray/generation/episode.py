@@ -72,7 +72,9 @@ class Recipe:
 
 
 @dataclass
-class _Response:
+class Response:
+    """One answer on its way to a row."""
+
     index: int
     kind: str
     completion: Completion
@@ -125,7 +127,7 @@ class Episodes:
         Never raises but for EngineDeadError: a prompt too long for the context and the like become the row's `error`.
         """
         episode = _Episode(self, prompt, attempt)
-        return episode.row(await _error_of(episode.play(earlier)))
+        return episode.row(await error_of(episode.play(earlier)))
 
     async def score(self, answered: Mapping[str, Any], *, part: int = 0) -> Row:
         """The same row with its responses scored anew (by another model than the one that answered); `part` counts the
@@ -135,7 +137,7 @@ class Episodes:
         episode = _Episode(self, answered, answered["attempt"] + part)
         episode.responses = [_given(response) for response in answered["responses"]]
         episode.prompt_tokens, episode.generated_tokens = answered["prompt_tokens"], answered["generated_tokens"]
-        return episode.row(await _error_of(episode.score_all()))
+        return episode.row(await error_of(episode.score_all()))
 
 
 class _Episode:
@@ -146,7 +148,7 @@ class _Episode:
         self.prompt, self.messages, self.meta = prompt, prompt["messages"], prompt["meta"]
         self.seed_id = prompt.get("seed_id") or prompt["prompt_id"]  # the same for a prompt that several models answer
         self.attempt = attempt
-        self.responses: list[_Response] = []
+        self.responses: list[Response] = []
         self.prompt_tokens = self.generated_tokens = 0
 
     async def play(self, earlier: Completion | None) -> None:
@@ -159,11 +161,9 @@ class _Episode:
                 f"{self.house._engine.max_model_len}"
             )
         drawn: list[asyncio.Future[str]] = [asyncio.get_running_loop().create_future() for _ in prompts]
-        settled: list[Coroutine[Any, Any, _Response]] = [
-            self._candidate(i, ids, drawn) for i, ids in enumerate(prompts)
-        ]
+        settled: list[Coroutine[Any, Any, Response]] = [self._candidate(i, ids, drawn) for i, ids in enumerate(prompts)]
         if earlier is not None:
-            settled.append(self._scored(_Response(recipe.n, "candidate", earlier, None, 0.0, 0)))
+            settled.append(self._scored(Response(recipe.n, "candidate", earlier, None, 0.0, 0)))
         self.responses = await _together(settled)
         if recipe.refine is not None:
             await self._refine(recipe.refine)
@@ -182,14 +182,14 @@ class _Episode:
         systems = self.recipe.systems
         return systems[index % len(systems)]
 
-    async def _sample(self, index: int, prompt: list[int], again: int = 0) -> _Response:
+    async def _sample(self, index: int, prompt: list[int], again: int = 0) -> Response:
         draw = self.recipe.sample
         seed = self._seed(draw.role, response=index, attempt=again)
         completion = await self._ask(prompt, draw, seed)
-        response = _Response(index, "candidate", completion, self._system(index), draw.temperature, seed)
-        return _thought(response, self.house._chat)
+        response = Response(index, "candidate", completion, self._system(index), draw.temperature, seed)
+        return thought(response, self.house._chat)
 
-    async def _candidate(self, index: int, prompt: list[int], drawn: list[asyncio.Future[str]]) -> _Response:
+    async def _candidate(self, index: int, prompt: list[int], drawn: list[asyncio.Future[str]]) -> Response:
         """A candidate, sampled and scored. The exact repetition of an earlier one is sampled once more; what still
         repeats stays as it is. Only first draws are compared, so the outcome is the same in any order of completion.
         """
@@ -213,7 +213,7 @@ class _Episode:
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
-    async def _scored(self, response: _Response) -> _Response:
+    async def _scored(self, response: Response) -> Response:
         judge, text = self.house._judge, response.completion.text
         if judge is None:
             return response
@@ -248,8 +248,8 @@ class _Episode:
         index = len(self.responses)
         seed = self._seed(draw.role, response=index)
         completion = await self._ask(prompt, draw, seed)
-        refined = _Response(index, "refined", completion, system, draw.temperature, seed)
-        self.responses.append(await self._scored(_thought(refined, self.house._refine_chat)))
+        refined = Response(index, "refined", completion, system, draw.temperature, seed)
+        self.responses.append(await self._scored(thought(refined, self.house._refine_chat)))
 
     def _refine_prompt(self, candidates: list[Row], draw: Draw) -> tuple[list[int], str | None]:
         """Where the context is too small, the lexicographically lowest candidates are left out of the prompt only."""
@@ -284,7 +284,7 @@ def error_row(prompt: Mapping[str, Any], error: str | None, attempt: int) -> Row
     }
 
 
-async def _error_of(work: Awaitable[None]) -> str | None:
+async def error_of(work: Awaitable[None]) -> str | None:
     """What was wrong with this prompt, None when nothing was; the engine's death is raised."""
     try:
         await work
@@ -310,16 +310,16 @@ async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _given(response: Mapping[str, Any]) -> _Response:
+def _given(response: Mapping[str, Any]) -> Response:
     completion = Completion(response["text"], list(response["token_ids"]), response["finish_reason"])
     where = (response["index"], response["kind"])
     thought = response.get("think_text")
     unfinished = thought is not None and not response["text"]
     how = (response["system"], response["temperature"], response["seed"])
-    return _Response(*where, completion, *how, think_text=thought, unfinished=unfinished)
+    return Response(*where, completion, *how, think_text=thought, unfinished=unfinished)
 
 
-def _thought(response: _Response, chat: Chat) -> _Response:
+def thought(response: Response, chat: Chat) -> Response:
     """The response without its thinking, which is kept as `think_text`. Its ids lose it as well, unless `model.think`
     is mask: then they stay, and training gives them no weight."""
     completion = response.completion
@@ -335,11 +335,11 @@ def _thought(response: _Response, chat: Chat) -> _Response:
     return response
 
 
-def _has_scores(response: _Response) -> bool:
+def _has_scores(response: Response) -> bool:
     return all(j.score is not None for j in response.judgements)
 
 
-def _listed(response: _Response, objectives: Sequence[Objective]) -> Row:
+def _listed(response: Response, objectives: Sequence[Objective]) -> Row:
     """A candidate as the refinement template sees it; whole scores are shown as whole numbers."""
     scores = {
         o.name: int(j.score) if j.score is not None and j.score.is_integer() else j.score

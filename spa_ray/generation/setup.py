@@ -17,6 +17,7 @@ from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.openai import EndpointClient
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
+from spa_ray.generation.benchmark import Plays
 from spa_ray.generation.endpoint_judge import Ask, EndpointJudge, api_key
 from spa_ray.generation.episode import Draw, Episodes, Recipe
 from spa_ray.generation.function_judge import FunctionJudge, check_signature
@@ -29,19 +30,21 @@ from spa_ray.rollout.settings import ChatSettings
 
 @dataclass(frozen=True)
 class Task:
-    """What a pass does with a row: a whole SPA episode; one answer to a held-out prompt; or scores for given answers.
+    """What a pass does with a row: a whole SPA episode; one answer to a held-out prompt; scores for given answers; or
+    the play of a prompt of the benchmark that `benchmark` names in `evaluation.benchmarks`.
 
     `judge`: `self` for the engine's own model, the dotted path of a function, or `none` (answers without scores).
     `day`: what chat templates see as today where `model.date` is null; null: today.
     """
 
-    kind: Literal["episode", "answer", "score"] = "episode"
+    kind: Literal["episode", "answer", "score", "play"] = "episode"
     iteration: int = 1
     judge: str = "self"
     day: date | None = None
+    benchmark: str = ""
 
 
-def make_episodes(config: Config, task: Task, engine: Engine, model: Path, ask: Ask | None = None) -> Episodes:
+def make_episodes(config: Config, task: Task, engine: Engine, model: Path, ask: Ask | None = None) -> Episodes | Plays:
     """Everything that runs on one engine. `ask` reaches the judge's endpoint, where it has one.
 
     Raises: InputError for templates, scales and judges that do not fit.
@@ -49,6 +52,8 @@ def make_episodes(config: Config, task: Task, engine: Engine, model: Path, ask: 
     checked = CheckedEngine(engine)
     objectives = load_objectives(config)
     chat = engine_chat(config, task, engine, model)
+    if task.kind == "play":
+        return Plays(config.evaluation.benchmarks[task.benchmark], checked, chat, config.seed)
     templates = Templates(config, objectives)
     judge = make_judge(config, task, checked, chat, templates, ask)
     refine_chat = chat.with_kwargs(config.refine.chat_template_kwargs)

@@ -6,8 +6,9 @@ Comes in: arm configs and paths. Goes out: JSON-like results (DESIGN, «Command 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from spa_ray.runs.claimed import claimed
 from spa_ray.runs.cluster import connected
 from spa_ray.runs.first_day import FILE as FIRST_DAY
 from spa_ray.runs.first_day import first_day, record_first_day
-from spa_ray.runs.folder import CLAIM, MARKER, open_run
+from spa_ray.runs.folder import CLAIM, MARKER, StageFolder, open_run
 from spa_ray.runs.hashing import file_hash, model_hash, parquet_hash
 from spa_ray.runs.lock import RunLock
 from spa_ray.runs.models import fetch_model, shared_model
@@ -37,6 +38,7 @@ from spa_ray.runs.pipeline import Pipeline
 from spa_ray.runs.preflight_cluster import check_cluster, live_nodes
 from spa_ray.runs.preflight_memory import check_training_memory
 from spa_ray.runs.progress import Progress
+from spa_ray.runs.recipe import VANILLA
 from spa_ray.runs.shared_folder import check_shared
 from spa_ray.runs.stage_keys import Known
 from spa_ray.runs.stages import STAGES, UNTIL
@@ -58,6 +60,8 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
     metrics = pipeline.folder.path / "metrics.json"
     if until == UNTIL[-1] and is_file(metrics):
         print_metrics(read_json(metrics))
+    evaluated = {VANILLA: result.get(VANILLA, {}), **result["arms"]}
+    print_benchmarks({arm: found["benchmarks"] for arm, found in evaluated.items() if "benchmarks" in found})
     return result
 
 
@@ -110,8 +114,10 @@ def _do(
     """Run one stage in the folder that the user named, on Ray. `before` is called once Ray is there."""
     with connected(verbose=context.verbose, plugs=named_plugs(work.config)):
         check_shared(work.stage.folder)
-        if name in ("generate", "train", "evaluate"):
-            check_cluster(work.config, stages=[name], say=context.progress.say, one_node=one_node)
+        if name != "build":
+            check_cluster(
+                work.config, stages=[name.replace("benchmark", "evaluate")], say=context.progress.say, one_node=one_node
+            )
         if before:
             before()
         STAGES[name].run([work], context)
@@ -269,8 +275,59 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
             progress.say_errors("evaluate", stage.facts(), stage.folder / "episodes")
             metrics = run_metrics(config, {"model": stage}, baseline=None)
             write_json(stage.folder / "metrics.json", metrics)
+        subject = {"model": source, "base": source}
+        benchmarks = {
+            name: _play(name, config, subject, hashes["model"], known, context) for name in config.evaluation.benchmarks
+        }
     print_metrics(metrics)
-    return {"episodes": str(stage.folder / "episodes"), "metrics": {f: arms["model"] for f, arms in metrics.items()}}
+    print_benchmarks({"model": benchmarks})
+    result = {"episodes": str(stage.folder / "episodes"), "metrics": {f: arms["model"] for f, arms in metrics.items()}}
+    return {**result, **({"benchmarks": benchmarks} if benchmarks else {})}
+
+
+def _play(
+    name: str, config: Config, inputs: dict[str, AnyPath], model: str, known: Known, context: Context
+) -> dict[str, Any]:
+    """One benchmark of `spa eval`, in a folder of its own below the user's. Returns: its measures."""
+    from spa_ray.evaluation.benchmarks import benchmark_measures
+    from spa_ray.runs.prompt_files import PromptFiles
+
+    known, out = replace(known, benchmark=name), context.root / "benchmarks" / name
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "prompts.parquet"
+        PromptFiles().write_benchmark(config.evaluation, name, fresh)
+        address = STAGES["benchmark"].key(config, {"prompts": file_hash(fresh), "model": model}, known)
+        with claimed(out, "eval", address) as stage:
+            if not stage.done:
+                work = Work(StageFolder("benchmark", stage.hash, out), config, {**inputs, "prompts": fresh}, known)
+                _do("benchmark", work, replace(context, passes=out))
+            measured = benchmark_measures(
+                config.evaluation.benchmarks[name], out / "episodes", where=f"evaluation.benchmarks.{name}"
+            )
+            write_json(out / f"{name}.json", {"benchmark": name, "arms": {"model": measured}})
+    return measured
+
+
+def print_benchmarks(arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """One table per benchmark: arms by measures. `arms` is arm -> benchmark -> its measures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for name in next(iter(arms.values()), {}):
+        found = {arm: played[name] for arm, played in arms.items()}
+        first = next(iter(found.values()))
+        table = Table("", *found, title=f"benchmark: {name}, version {first['version']}", title_justify="left")
+        for measure in first["measures"]:
+            table.add_row(measure, *(_cell(of_arm["measures"].get(measure)) for of_arm in found.values()))
+        table.add_row("prompts", *(f"{of_arm['n']}" for of_arm in found.values()))
+        Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    """A measure: a number, or an interval as `{mean, low, high}`."""
+    if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
+        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

@@ -37,10 +37,10 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     """Answer and score for every work's model, and finish its stage.
 
     All works have the same `prompts`, the same `base`, with which the engine starts, and the same `judge`, which scores
-    in a pass of its own where it is a folder.
+    in a pass of its own where it is a folder. A benchmark's prompts are played instead.
     """
     first = works[0]
-    config, judge = eval_config(first.config), first.inputs["judge"]
+    config, judge, benchmark = eval_config(first.config), first.inputs.get("judge"), first.known.benchmark
     started = time.time()
     name = digest([work.stage.hash for work in works])
     folder = context.passes / f"pass-{name}"
@@ -48,6 +48,8 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     write_rows(first.input("prompts"), works, rows)
     function = config.evaluation.judge if config.evaluation.judge_kind == "function" else "self"
     task = Task(kind="answer", judge="none" if judge else str(function), day=context.day)
+    if benchmark:
+        task = Task(kind="play", judge="none", day=context.day, benchmark=benchmark)
     shared: dict[str, Any] = {"config_hash": name, "verbose": context.verbose, "on_progress": on_progress}
     answers = folder / "answers"
     passes = [

@@ -26,6 +26,7 @@ from spa_ray.errors import InputError
 
 MARKER = "stage.json"
 ATTEMPTS = "attempts.json"  # in an unfinished stage: with which values each call worked on it
+EVALUATION = "evaluation.json"  # in the run folder: which stages hold the answers to held-out prompts
 CLAIM = ".stage"  # in a folder that a user named: whose output it is to become
 LOCKS = "lock"  # a folder in the run folder, or in one that a user named
 
@@ -92,11 +93,10 @@ class RunFolder:
 
     def used(self) -> set[str]:
         """Names of the stage folders that an arm's iteration or the evaluation refers to."""
-        names: set[str] = set()
-        evaluation = self.path / "evaluation.json"
-        for file in (*self.arm_files(), *([evaluation] if is_file(evaluation) else [])):
-            names.update(read_json(file)["stages"].values())
-        return names
+        evaluation = self.path / EVALUATION
+        records = [read_json(file) for file in (*self.arm_files(), *([evaluation] if is_file(evaluation) else []))]
+        names = {name for record in records for name in record["stages"].values()}
+        return names | {name for r in records for arms in r.get("benchmarks", {}).values() for name in arms.values()}
 
     def clean(self) -> list[AnyPath]:
         """Delete the stage folders that no arm refers to. Returns: what was deleted."""

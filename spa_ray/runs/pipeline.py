@@ -19,11 +19,12 @@ from spa_ray.data.left_out import FILE as LEFT_OUT
 from spa_ray.data.left_out import write_list
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
+from spa_ray.evaluation.benchmarks import benchmark_measures
 from spa_ray.logs import driver_log
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
 from spa_ray.runs.first_day import first_day, record_first_day
-from spa_ray.runs.folder import RunFolder, StageFolder
+from spa_ray.runs.folder import EVALUATION, RunFolder, StageFolder
 from spa_ray.runs.hashing import file_hash, model_hash
 from spa_ray.runs.lock import RunLock
 from spa_ray.runs.manifest import write_manifest, write_run_config
@@ -39,7 +40,7 @@ from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.recipe import BASE, JUDGE, VANILLA, Node, key, levels
 from spa_ray.runs.shared_folder import check_shared
 from spa_ray.runs.stage_keys import Known
-from spa_ray.runs.stages import STAGES, UNTIL, WORKING, Draw
+from spa_ray.runs.stages import STAGES, UNTIL, Draw
 from spa_ray.runs.work import Context, Work
 
 LOG = Path("logs") / "driver.jsonl"
@@ -120,8 +121,12 @@ class Pipeline:
         metrics = self._metrics()
         compared = compare(self.folder, self.plan)
         write_manifest(self.folder, started=self.started, stages=self.used, compared=compared)
-        arms = {name: {"iterations": self._iterations(name), "metrics": metrics.get(name, {})} for name in self.arms}
-        vanilla = {VANILLA: {"metrics": metrics[VANILLA]}} if metrics else {}
+        evaluated: dict[str, dict[str, Any]] = {arm: {"metrics": found} for arm, found in metrics.items()}
+        for arm, measures in self._benchmarks().items():
+            evaluated.setdefault(arm, {"metrics": {}})["benchmarks"] = measures
+        nothing: dict[str, Any] = {"metrics": {}}
+        arms = {arm: {"iterations": self._iterations(arm), **evaluated.get(arm, nothing)} for arm in self.arms}
+        vanilla = {VANILLA: evaluated[VANILLA]} if VANILLA in evaluated else {}
         return {"run_dir": str(self.folder.path), "arms": arms, **vanilla}
 
     def _iterations(self, arm: str) -> list[dict[str, Any]]:
@@ -164,15 +169,16 @@ class Pipeline:
         if stage.draw:
             return self._drawn(node, stage.draw)
         tau = self.stages[node.tau].facts()["funnel"]["tau"] if node.tau else None
-        known = Known(node.iteration or 1, tau, self.chat_key)
+        known = Known(node.iteration or 1, tau, node.benchmark, self.chat_key)
         folder = self.folder.stage(stage.name, key(node, known, self._hash))
         inputs = {"base": self.shared_base, **{role: self._path(given) for role, given in node.inputs.items()}}
         return Work(folder, node.config, inputs, known)
 
     def _drawn(self, node: Node, draw: Draw) -> Work:
         """Each command draws its prompts again (a bad row must show at once); their contents are the address."""
-        fresh = Path(self._scratch.name) / f"{node.stage}-{node.arm}-{node.iteration}.parquet"
-        counts = draw(self.prompt_files, node.config, node.iteration, fresh)
+        fresh = Path(self._scratch.name) / f"{node.label}-{node.arm}-{node.iteration}.parquet"
+        known = Known(node.iteration, benchmark=node.benchmark)
+        counts = draw(self.prompt_files, node.config, known, fresh)
         address = STAGES[node.stage].key(node.config, {"contents": file_hash(fresh)})
         return Work(self.folder.stage(node.stage, address), node.config, {"contents": fresh}, facts=counts.to_dict())
 
@@ -200,7 +206,7 @@ class Pipeline:
         """Once, before the first stage that is not done yet: what Ray has against what the run asks for."""
         if not self._checked:
             stored = not (is_local(self.folder.path) and is_local(self.shared_base))
-            stages = WORKING[: WORKING.index(self.until) + 1]
+            stages = UNTIL[: UNTIL.index(self.until) + 1]
             check_cluster(self.config, stages=stages, say=self.progress.say, one_node=stored)
             if "train" in stages:
                 check_training_memory(self.arms, self.base, live_nodes())
@@ -218,18 +224,42 @@ class Pipeline:
         for node in nodes:
             record = self.records.setdefault((node.arm, node.iteration), {"stages": {}})
             stage, found = STAGES[node.stage], self.stages[node]
-            record["stages"][node.stage] = found.folder.name
+            record["stages"][node.label] = found.folder.name
             if finished and stage.draw is None:
                 record[stage.output] = str(found.folder / stage.output)
                 record |= {name: found.facts()[name] for name in stage.told}
             if node.iteration:
                 write_json(self.folder.arm_file(node.arm, node.iteration), record)
-        evaluated = {arm: r["stages"] for (arm, k), r in self.records.items() if not k and "evaluate" in r["stages"]}
-        if evaluated:
-            names = {arm: stages["evaluate"] for arm, stages in evaluated.items()}
-            answers = {arm: str(self.folder.path / "stages" / name / "episodes") for arm, name in names.items()}
-            prompts = {"evalprompts": self.records[VANILLA, 0]["stages"]["evalprompts"]}
-            write_json(self.folder.path / "evaluation.json", {"answers": answers, "stages": {**prompts, **names}})
+        if not nodes[0].iteration:
+            self._record_evaluation()
+
+    def _record_evaluation(self) -> None:
+        """`evaluation.json`: the answers of every model, and which stages they and the benchmarks are."""
+        labels: dict[str, dict[str, str]] = {}  # label -> arm -> the stage's folder
+        for (arm, iteration), record in self.records.items():
+            for label, folder in record["stages"].items() if not iteration else ():
+                labels.setdefault(label, {})[arm] = folder
+        prompts, names = labels.pop("evalprompts", {}), labels.pop("evaluate", {})
+        record = {
+            "answers": {arm: str(self.folder.path / "stages" / name / "episodes") for arm, name in names.items()},
+            "stages": {"evalprompts": prompts[VANILLA], **names} if prompts else {},
+            "benchmarks": labels,
+        }
+        write_json(self.folder.path / EVALUATION, record)
+
+    def _benchmarks(self) -> dict[str, dict[str, Any]]:
+        """The measures of every benchmark: arm -> name -> measures; and `benchmarks/NAME.json` of each."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, section in self.config.evaluation.benchmarks.items():
+            played = {n.arm: at for n, at in self.stages.items() if (n.stage, n.benchmark) == ("benchmark", name)}
+            where = f"evaluation.benchmarks.{name}"
+            for arm, stage in played.items():
+                measured = benchmark_measures(section, stage.folder / "episodes", where=where)
+                found.setdefault(arm, {})[name] = measured
+            if played:
+                arms = {arm: found[arm][name] for arm in played}
+                write_json(self.folder.path / "benchmarks" / f"{name}.json", {"benchmark": name, "arms": arms})
+        return found
 
     def _metrics(self) -> dict[str, Any]:
         """Metrics of the base model, `vanilla`, and of every arm's last model: arm -> family -> metrics."""

@@ -16,6 +16,7 @@ from spa_ray.config.models import Config
 from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
+from spa_ray.generation.benchmark import benchmark_prompts, make_benchmark
 from spa_ray.generation.judging import judge_labels, slow_labels
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
@@ -24,7 +25,7 @@ from spa_ray.runs.host import planned_host
 from spa_ray.runs.plan_folder import weights_checked
 from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
-from spa_ray.runs.plan_prompts import PromptFacts, held_out_facts, prompt_facts
+from spa_ray.runs.plan_prompts import SAMPLED, PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_tokens import (
     ANSWER_SHARE,
     CHARS_PER_TOKEN,
@@ -141,6 +142,19 @@ class _Lookup:
             answers, scores = answers + answer.times(facts.count), scores + score.times(facts.count)
         return rows, answers, scores
 
+    def benchmark(self, config: Config, name: str) -> tuple[int, Work]:
+        """Prompts of a benchmark, and the work of asking each its questions once."""
+        section = config.evaluation.benchmarks[name]
+        return self._once(["benchmark", section.model_dump(mode="json")], lambda: self._benchmark(config, name))
+
+    def _benchmark(self, config: Config, name: str) -> tuple[int, Work]:
+        section = config.evaluation.benchmarks[name]
+        prompts = [p["messages"] for p in benchmark_prompts(section, where=f"evaluation.benchmarks.{name}")]
+        asked = config.evaluation.model_copy(update={"sampling": section.sampling})
+        sample = prompts[:: max(1, len(prompts) // SAMPLED)]
+        work, _ = answer_work(config.model_copy(update={"evaluation": asked}), sample, self.encoder, judged=False)
+        return len(prompts), work.times(len(prompts) * make_benchmark(section).questions)
+
     def tokens(self, config: Config) -> float:
         """Mean tokens of a rendered prompt."""
         key = ["tokens", config.prompts.model_dump(mode="json")]
@@ -175,14 +189,17 @@ class _Costs:
 
     def __init__(self, look: _Lookup, graph: list[PlannedStage]) -> None:
         self.look, self.graph = look, graph
-        self.subjects = sum(stage.stage == "evaluate" for stage in graph)
+        self.subjects = len({arm for stage in graph if not stage.iteration for arm in stage.arms[:1]})
 
     def all(self) -> list[Plan]:
         return [self._stage(stage) for stage in self.graph]
 
     def _stage(self, stage: PlannedStage) -> Plan:
-        compute = {"generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate}
-        rows, work, seconds, gpus = compute[stage.stage](stage)
+        compute = {
+            "generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate,
+            "benchmark": self._benchmark,
+        }  # fmt: skip
+        rows, work, seconds, gpus = compute[stage.stage.partition(":")[0]](stage)
         return {
             "stage": stage.stage,
             "arms": stage.arms,
@@ -213,13 +230,20 @@ class _Costs:
 
     def _evaluate(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         """One model's part of the pass, or of the two passes, over all models."""
-        config, on, look = eval_config(stage.config), self.look.devices, self.look
-        rows, answers, scores = look.held_out(config)
-        passes = 2 if config.evaluation.judge_kind in ("base", "model") else 1
-        gpus, size = on.gpus_per_engine, look.model.parameters
-        busy = sum(cost.compute_seconds(work, size, on.rates, gpus=gpus) for work in (answers, scores)) / on.engines
-        seconds = passes * cost.pass_seconds(look.model, on.rates) / self.subjects + busy
-        return rows, answers + scores, seconds, on.engines * gpus
+        config = eval_config(stage.config)
+        rows, answers, scores = self.look.held_out(config)
+        return self._share(rows, [answers, scores], 2 if config.evaluation.judge_kind in ("base", "model") else 1)
+
+    def _benchmark(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        rows, work = self.look.benchmark(stage.config, stage.stage.partition(":")[2])
+        return self._share(rows, [work], 1)
+
+    def _share(self, rows: int, works: list[Work], passes: int) -> tuple[int, Work, float, float]:
+        on, model = self.look.devices, self.look.model
+        gpus, size = on.gpus_per_engine, model.parameters
+        busy = sum(cost.compute_seconds(work, size, on.rates, gpus=gpus) for work in works) / on.engines
+        seconds = passes * cost.pass_seconds(model, on.rates) / self.subjects + busy
+        return rows, sum(works, Work()), seconds, on.engines * gpus
 
 
 def _group_starts(graph: list[PlannedStage], on: cost.Devices) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from spa_ray.data.files import AnyPath, arrow_filesystem, is_file, parquet_files, read_json
-from spa_ray.runs.folder import MARKER, RunFolder, open_run
+from spa_ray.runs.folder import EVALUATION, MARKER, RunFolder, open_run
 
 Facts = dict[str, Any]
 PLAN = "plan.json"
@@ -64,10 +64,12 @@ def _records(run: RunFolder) -> dict[tuple[str, int], dict[str, str]]:
     found: dict[tuple[str, int], dict[str, str]] = {}
     for file in run.arm_files():
         found[file.parent.name, int(file.stem.removeprefix("iter_"))] = read_json(file)["stages"]
-    evaluation = run.path / "evaluation.json"
+    evaluation = run.path / EVALUATION
     if is_file(evaluation):
-        for arm, folder in read_json(evaluation)["stages"].items():
-            found[arm, 0] = {EVALUATE: folder}
+        record = read_json(evaluation)
+        for label, arms in {EVALUATE: record["stages"], **record.get("benchmarks", {})}.items():
+            for arm, folder in arms.items():
+                found.setdefault((arm, 0), {})[label] = folder
     return found
 
 

@@ -65,6 +65,8 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
             check_evaluation(first, base)
             warnings += files.write_held_out(first.evaluation, fresh, check=lengths.check()).notes
             warnings += lengths.of_held_out(fresh, first)
+        for name in first.evaluation.benchmarks:
+            files.write_benchmark(first.evaluation, name, fresh)
     return list(dict.fromkeys(warnings))
 
 

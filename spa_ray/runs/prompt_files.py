@@ -11,10 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from spa_ray.config.models import Evaluation, Prompts
 from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, write_prompts
+from spa_ray.data.schemas import PROMPTS
 from spa_ray.evaluation.prompts import EvalPromptCounts, write_eval_prompts
+from spa_ray.generation.benchmark import benchmark_prompts
 
 
 class PromptFiles:
@@ -44,6 +49,18 @@ class PromptFiles:
             sources, out, lambda file: write_eval_prompts(evaluation, file, check=check)
         )
         self.dropped |= counts.dropped
+        return counts
+
+    def write_benchmark(self, evaluation: Evaluation, name: str, out: Path) -> PromptCounts:
+        """The prompts of one of `evaluation.benchmarks`. Raises: InputError as `benchmark_prompts` does."""
+
+        def write(file: Path) -> PromptCounts:
+            rows = list(benchmark_prompts(section, where=where))
+            pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), file)
+            return PromptCounts(rows=len(rows))
+
+        section, where = evaluation.benchmarks[name], f"evaluation.benchmarks.{name}"
+        counts: PromptCounts = self._once(f"{where} {section.model_dump_json()}", out, write)
         return counts
 
     def _once(self, key: str, out: Path, write: Callable[[Path], Any]) -> Any:

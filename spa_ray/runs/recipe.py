@@ -28,6 +28,12 @@ class Node:
     iteration: int = 0
     inputs: Mapping[str, Node] = field(default_factory=dict)
     tau: Node | None = None
+    benchmark: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the stage is called in records and plans."""
+        return f"{self.stage}:{self.benchmark}" if self.benchmark else self.stage
 
 
 def has_evaluation(config: Config) -> bool:
@@ -67,6 +73,13 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
             Node("evaluate", arm, first, 0, {"prompts": held_out, "model": model, "judge": judge})
             for arm, model in {VANILLA: base, **models}.items()
         ]
+    for name in first.evaluation.benchmarks:
+        prompts_of = Node("benchprompts", VANILLA, first, benchmark=name)
+        yield [prompts_of]
+        yield [
+            Node("benchmark", arm, first, 0, {"prompts": prompts_of, "model": model}, benchmark=name)
+            for arm, model in {VANILLA: base, **models}.items()
+        ]
 
 
 def key(node: Node, known: Known, hash_of: Callable[[Node], str]) -> str:
@@ -97,11 +110,11 @@ def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
     for level in levels(arms):
         for node in level:
             if STAGES[node.stage].draw:
-                source = node.config.prompts.model_dump(mode="json") if node.iteration else node.stage
+                source = node.config.prompts.model_dump(mode="json") if node.iteration else node.label
                 keys[node] = digest([source, first_prompt(node.config, node.iteration)])
                 continue
             # Which τ an iteration is held to follows from its episodes and settings: a stand-in tells as much.
-            known = Known(node.iteration, tau=0.0 if node.tau else None)
+            known = Known(node.iteration, 0.0 if node.tau else None, node.benchmark)
             keys[node] = at = key(node, known, hash_of)
-            found.setdefault(at, PlannedStage(node.stage, at, node.config, node.iteration)).arms.append(node.arm)
+            found.setdefault(at, PlannedStage(node.label, at, node.config, node.iteration)).arms.append(node.arm)
     return list(found.values())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from spa_ray.config.benchmark import benchmark_class
 from spa_ray.config.models import Config, evaluation_scoring
 from spa_ray.config.plugs import source_hash
 from spa_ray.config.rollout import Scoring
@@ -40,6 +41,7 @@ class Known:
 
     iteration: int = 1
     tau: float | None = None
+    benchmark: str = ""  # its name in `evaluation.benchmarks`
     chat: Mapping[str, Any] | None = None
 
 
@@ -141,4 +143,15 @@ def evaluate(config: Config, known: Known) -> dict[str, Any]:
         "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(evaluation_scoring(config)),
         "sampling": _plain(config.evaluation.sampling),
         "judge": [function, source_hash(function)] if function else None,
+    }
+
+
+def benchmark(config: Config, known: Known) -> dict[str, Any]:
+    section = config.evaluation.benchmarks[known.benchmark]
+    return {
+        "chat": _chat(config, known),
+        "seed": config.seed,
+        "engine": _engine(config),
+        "benchmark": _plain(section, "limit"),  # which prompts there are is an input
+        "protocol": [benchmark_class(section.benchmark).version, source_hash(section.benchmark)],
     }

@@ -26,7 +26,7 @@ from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.signal import SignalWatch
 from spa_ray.runs.work import Context, Work
 
-Draw = Callable[[PromptFiles, Config, int, Path], Any]  # writes one iteration's prompts to a file, returns their counts
+Draw = Callable[[PromptFiles, Config, keys.Known, Path], Any]  # writes prompts to a file, returns their counts
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,16 @@ def first_prompt(config: Config, iteration: int) -> int:
     return (iteration - 1) * (config.prompts.limit or 0) if config.iterations.prompts == "diff" else 0
 
 
-def _draw_prompts(files: PromptFiles, config: Config, iteration: int, out: Path) -> Any:
-    return files.write(config.prompts, out, skip=first_prompt(config, iteration))
+def _draw_prompts(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
+    return files.write(config.prompts, out, skip=first_prompt(config, known.iteration))
 
 
-def _draw_held_out(files: PromptFiles, config: Config, iteration: int, out: Path) -> Any:
+def _draw_held_out(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
     return files.write_held_out(config.evaluation, out)
+
+
+def _draw_benchmark(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
+    return files.write_benchmark(config.evaluation, known.benchmark, out)
 
 
 def run_prompts(works: Sequence[Work], context: Context) -> None:
@@ -162,12 +166,13 @@ def _check_pairs(work: Work) -> None:
 
 
 def run_evaluate(works: Sequence[Work], context: Context) -> None:
-    """Held-out prompts to scored answers, all models in one pass."""
+    """Held-out prompts to scored answers, or a benchmark's prompts to its plays, all models in one pass."""
     from spa_ray.runs.evaluate import evaluate
 
     for work in works:
         work.stage.begin(keys.attempt(work.config))
-    evaluate(works, context, on_progress=context.progress.counter("evaluate"))
+    counter = context.progress.counter(" ".join(filter(None, [works[0].stage.name, works[0].known.benchmark])))
+    evaluate(works, context, on_progress=counter)
 
 
 ROWS = (
@@ -182,7 +187,9 @@ ROWS = (
           rows=None),
     Stage("evaluate", evaluation.STAGE_VERSION, keys.evaluate, ("prompts", "model", "judge"), "episodes",
           run_evaluate),
+    Stage("benchprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_benchmark,
+          rows=None),
+    Stage("benchmark", evaluation.STAGE_VERSION, keys.benchmark, ("prompts", "model"), "episodes", run_evaluate),
 )  # fmt: skip
 STAGES = {row.name: row for row in ROWS}
-WORKING = tuple(row.name for row in ROWS if row.draw is None)  # those that compute something, in the order of work
-UNTIL = WORKING  # where `spa run --until` may end
+UNTIL = ("generate", "build", "train", "evaluate")  # where `spa run` may end; benchmarks are part of the evaluation

@@ -17,7 +17,7 @@ from spa_ray.data.files import AnyPath, is_file, parquet_dataset, read_json, wri
 from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.study import ORDERED, PairOrder, SeedRun, build_study, pair_order, study_markdown
-from spa_ray.runs.folder import RunFolder, StageFolder, open_run
+from spa_ray.runs.folder import EVALUATION, RunFolder, StageFolder, open_run
 from spa_ray.runs.inspect import run_configs
 
 Judge = Callable[[Sequence[dict[str, str]], str, str, str], float]
@@ -71,7 +71,7 @@ def write_study(run_dirs: Sequence[AnyPath], out: AnyPath) -> AnyPath:
 
 def _open(path: AnyPath) -> _Run:
     folder = open_run(path)
-    record = folder.path / "evaluation.json"
+    record = folder.path / EVALUATION
     if not is_file(record):
         raise InputError(f"{path}: not evaluated yet (no {record.name}); run it to its end first")
     run = _Run(folder, run_configs(folder), read_json(record)["stages"])
