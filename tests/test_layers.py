@@ -107,7 +107,7 @@ def test_every_module_is_in_a_room_of_the_design() -> None:
 
 def test_prompts_of_the_microworld_do_not_know_the_oracle() -> None:
     """Training reads its prompts through these modules; the oracle's verdict may not leak into them."""
-    for name in ("grammar", "prompts", "tokenizer"):
+    for name in ("grammar", "prompts", "utility"):
         module = f"spa_ray.microworld.{name}"
         assert not any(under(i, ["spa_ray.microworld.oracle"]) for i in imports(MODULES[module].read_text(), module))
 

@@ -1,4 +1,4 @@
-"""How well the embedded model judges and refines: `python -m spa_ray.microworld.judge_quality` prints JSON.
+"""How well the embedded model judges and refines: `python -m scripts.microworld.judge_quality` prints JSON.
 
 Comes in: the model folder; validation prompts only. Goes out: correlation and mean absolute error of its drawn scores
 against the oracle, for clear and confusing prompts, and the oracle means of its candidates and refined answers.
@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import correlation, mean
 from typing import Any
 
+from scripts.microworld.corpus import HELD_OUT_TOPICS, demo_config
 from spa_ray.config import arm_configs
 from spa_ray.engine import create_engine
 from spa_ray.generation.setup import Task, make_episodes
 from spa_ray.microworld import oracle
-from spa_ray.microworld.corpus import HELD_OUT_TOPICS, demo_config
 from spa_ray.microworld.prompts import facts, prompts
 
 
@@ -66,7 +66,7 @@ def quality(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--model", type=Path, default=Path("spa_ray/microworld/model"))
     parser.add_argument("--prompts", type=int, default=300)
     args = parser.parse_args()
     rows = asyncio.run(episodes(args.model, args.prompts))

@@ -1,4 +1,4 @@
-"""Pretrain the embedded model from scratch: `python -m spa_ray.microworld.pretrain --out DIR` (about an hour, 2 cores).
+"""Pretrain the embedded model from scratch: `python -m scripts.microworld.pretrain --out DIR` (about an hour, 2 cores).
 
 Comes in: a seed and a number of steps. Goes out: a model folder (safetensors, tokenizer, generation config, the
 training log). Loss on completions only, averaged per sequence (else the judge's single token drowns), in every step
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spa_ray.microworld import tokenizer as world_tokenizer
-from spa_ray.microworld.corpus import MAKERS, Example
+from scripts.microworld import tokenizer as world_tokenizer
+from scripts.microworld.corpus import MAKERS, Example
 
 MIXTURE = {"answer": 44, "judge": 60, "refine": 26, "utility": 6}  # sequences in a step
 CONTEXT = 512

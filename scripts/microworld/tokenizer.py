@@ -12,7 +12,7 @@ import re
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spa_ray.microworld.corpus import MAKERS, WORLD_SYSTEMS
+from scripts.microworld.corpus import MAKERS, WORLD_SYSTEMS
 from spa_ray.microworld.grammar import all_sentences
 from spa_ray.microworld.prompts import FAMILIES, draw
 
