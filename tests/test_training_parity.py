@@ -265,24 +265,24 @@ def our_run(job: TrainJob) -> list[dict[str, float]]:
 
 
 def pairs_in_order(job: TrainJob) -> tuple[TokenizedPairs, list[int]]:
-    """The token file of a job that ran, and its rows in the order of the steps; which step a pair is in depends on the
-    seed alone."""
-    from spa_ray.training.batches import order_pairs
+    """The token file of a job that ran, and its rows in the order of the steps."""
     from spa_ray.training.prepare import prepare
 
     prepared = prepare(job)
-    order = order_pairs(len(prepared.selection), seed=job.seed, batch_size=BATCH, epochs=1, max_steps=STEPS)
+    order = prepared.plan(job, packed=True).order
     assert (np.bincount(order.step) == BATCH).all()
     return prepared.data, prepared.selection.rows[order.pairs].tolist()
 
 
 @pytest.mark.engine
 @pytest.mark.long
+@pytest.mark.parametrize("order", ["pairs", "prompts"])
 def test_fifty_steps_of_simpo_follow_trls_loss_curve(
-    trl: SimpleNamespace, one_process: None, readable_table: Path, tmp_path: Path, tiny_model: Path
+    order: str, trl: SimpleNamespace, one_process: None, readable_table: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     """Every step's gradient is clipped here, on both sides."""
-    job = make_job(tmp_path, tiny_model, readable_table, method="spa_simpo", lr=1e-3, batch_size=BATCH, max_steps=STEPS)
+    steps = {"batch_size": BATCH, "max_steps": STEPS, "order": order}
+    job = make_job(tmp_path, tiny_model, readable_table, method="spa_simpo", lr=1e-3, **steps)
     log = our_run(job)
     data, rows = pairs_in_order(job)
     theirs, tokenized = trl_run(trl, job, [data.pair_id(row) for row in rows], tmp_path / "trl")
