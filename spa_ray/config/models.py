@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from spa_ray.config.benchmark import BenchmarkSection
 from spa_ray.config.endpoint import Endpoint
-from spa_ray.config.plugs import is_dotted
+from spa_ray.config.plugs import ENGINES, is_dotted
 from spa_ray.config.rollout import EvalSampling, Refine, Sampling, Scoring, TemplateKwargs
 from spa_ray.config.section import Section
 from spa_ray.config.training import Tracking, TrainSection, train_section
@@ -56,6 +56,11 @@ class Model(Section):
     )
     engine: str = Field("vllm", description="`vllm`, or the dotted path `module:factory` of another engine")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to vLLM's EngineArgs as they are")
+
+    @property
+    def own_engine(self) -> bool:
+        """Whether the engine is one of the user's own, which brings its tokenizer and reads `engine_kwargs` alone."""
+        return self.engine not in ENGINES
 
     @field_validator("date", mode="before")
     @classmethod

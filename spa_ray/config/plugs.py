@@ -27,6 +27,8 @@ METHODS = {
     "sft": "spa_ray.methods.sft:SFT",
 }
 
+ENGINES = {"vllm": "spa_ray.engine.vllm_engine:VLLMEngine"}  # whose sampling arguments and folders we know
+
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spa_ray.config.models import Generation, Model
-from spa_ray.config.plugs import load_dotted
+from spa_ray.config.plugs import ENGINES, load_plug
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, EngineStats, Request
 
 __all__ = ["Completion", "Engine", "EngineDeadError", "EngineStats", "Request", "create_engine"]
@@ -16,9 +16,7 @@ def create_engine(model: Model, folder: Path, limits: Generation | None = None, 
 
     Raises: InputError for a dotted path that leads nowhere or a model that the engine refuses.
     """
-    if model.engine == "vllm":
-        from spa_ray.engine.vllm_engine import VLLMEngine
-
-        return VLLMEngine(model, folder, limits, verbose=verbose)
-    factory = load_dotted(model.engine, where="model.engine")
-    return factory(model, folder, **model.engine_kwargs)
+    factory = load_plug(ENGINES, model.engine, where="model.engine")
+    if model.own_engine:
+        return factory(model, folder, **model.engine_kwargs)
+    return factory(model, folder, limits, verbose=verbose)

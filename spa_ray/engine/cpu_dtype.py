@@ -20,7 +20,7 @@ def with_dtype(config: Config, *, on_cpu: bool | None = None, flags: frozenset[s
     """The config with `model.dtype` decided, where it is `auto` and vLLM's engines here are those for processors."""
     model = config.model
     on_cpu = built_for_cpu() if on_cpu is None else on_cpu
-    if model.engine != "vllm" or model.dtype != "auto" or not on_cpu or config.resources.gpus_per_engine:
+    if model.own_engine or model.dtype != "auto" or not on_cpu or config.resources.gpus_per_engine:
         return config
     flags = processor_flags() if flags is None else flags
     if flags & FAST_BFLOAT16:

@@ -37,7 +37,7 @@ def executor_backend(model: Model) -> str | None:
 
 def check_placement(model: Model, resources: Resources) -> None:
     """Raises: InputError where one vLLM engine and `resources.gpus_per_engine` do not fit together."""
-    if model.engine != "vllm":
+    if model.own_engine:
         return
     for key, mend in ELSEWHERE.items():
         if key in model.engine_kwargs:

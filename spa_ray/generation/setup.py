@@ -65,7 +65,7 @@ def engine_chat(config: Config, task: Task, engine: Engine, model: Path) -> Chat
 
     Raises: InputError where vLLM reads text by another tokenizer than the model folder's.
     """
-    if config.model.engine != "vllm":
+    if config.model.own_engine:
         settings = ChatSettings.of(config.model, day=task.day)
         return Chat(engine.tokenizer, model=str(model), settings=settings)
     chat = open_chat(config.model, model, day=task.day)
@@ -146,7 +146,7 @@ def check_generation(config: Config, model: Path) -> None:
     compile_pattern(config.scoring.pattern)
     if config.evaluation.judge_kind == "function":
         load_judge(str(config.evaluation.judge))
-    if config.model.engine != "vllm":
+    if config.model.own_engine:
         return
     chat = open_chat(config.model, model)
     judge_labels(chat.with_kwargs(config.scoring.chat_template_kwargs), config.scoring)

@@ -110,7 +110,7 @@ class _Lookup:
 
     def _encoder(self) -> Encoder:
         folder = self.model.folder
-        if folder is None or self.first.model.engine != "vllm":
+        if folder is None or self.first.model.own_engine:
             why = "not on this machine" if folder is None else "the engine's own"
             self.notes.append(f"tokenizer of {self.model.path}: {why}; {CHARS_PER_TOKEN} characters a token assumed")
             return CharEncoder()

@@ -75,7 +75,7 @@ def context_length(config: Config, base: Path) -> int | None:
 
     Raises: InputError for whatever vLLM refuses of the model and its arguments.
     """
-    if config.model.engine != "vllm":
+    if config.model.own_engine:
         return config.model.max_model_len
     return _asked(config.model.model_dump_json(), base, file_hash(base / "config.json"))
 
@@ -97,7 +97,7 @@ class Lengths:
 
     def __init__(self, config: Config, base: Path) -> None:
         self.context = context_length(config, base)
-        self.chat = open_chat(config.model, base) if config.model.engine == "vllm" else None
+        self.chat = None if config.model.own_engine else open_chat(config.model, base)
 
     def warnings(self, config: Config) -> list[str]:
         """What the config leaves open that this model's template asks."""
@@ -140,7 +140,7 @@ def check_settings(config: Config, base: Path) -> None:
     check_model_folder(base)
     check_backends(config.tracking.backends)
     check_placement(config.model, config.resources)
-    if config.model.engine != "vllm":
+    if config.model.own_engine:
         load_dotted(config.model.engine, where="model.engine")
     context = context_length(config, base)
     for key, tokens in (
@@ -203,7 +203,7 @@ def check_evaluation(config: Config, base: Path) -> None:
     if isinstance(judge, Path) and judge != base:
         check_model_folder(judge)
         check_weights(judge, trust_remote_code=config.model.trust_remote_code, served_only=True)
-        if config.model.engine == "vllm":
+        if not config.model.own_engine:
             open_chat(config.model, judge)
     if len(load_objectives(eval_config(config))) < 2:
         raise InputError("evaluation.objectives: one given, two or more are needed, highest priority first")

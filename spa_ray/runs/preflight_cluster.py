@@ -200,7 +200,7 @@ def check_versions(config: Config, nodes: Iterable[Node], wanted: Iterable[Deman
 def _packages(config: Config, node: Node, wanted: Iterable[Demand]) -> list[str]:
     """What the work imports that Ray may place on the node."""
     able = {demand.what for demand in wanted if holds(node.resources, demand.bundle)}
-    engine = NEEDED["engine"] if "the engines" in able and config.model.engine == "vllm" else ()
+    engine = NEEDED["engine"] if "the engines" in able and not config.model.own_engine else ()
     return [*engine, *(NEEDED["train"] if "the training workers" in able else ())]
 
 

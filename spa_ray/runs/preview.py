@@ -53,7 +53,7 @@ def preview_prompts(
     config = with_dtype(config)
     arms = sharing(config, arms or {})
     model = fetch_model(config.model)
-    chat = open_chat(config.model, model) if config.model.engine == "vllm" else None
+    chat = None if config.model.own_engine else open_chat(config.model, model)
     notes = thinking_warnings(chat, config)
     facts = prompt_facts(config.prompts, notes, "prompts", prompt_check(chat, [config]))
     dropped = {"prompts": facts.dropped}

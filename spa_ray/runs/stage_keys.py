@@ -58,7 +58,7 @@ def _objectives(config: Config, names: tuple[str, ...] | None = None) -> list[di
 def _engine(config: Config) -> dict[str, Any]:
     """What of the model section changes answers (its path does not: the files' hash stands for it)."""
     engine = _plain(config.model, "path", "revision", "tensor_parallel_size", *CHAT_KEYS)
-    if config.model.engine == "vllm":
+    if not config.model.own_engine:
         given = engine["engine_kwargs"]
         engine["engine_kwargs"] = {k: v for k, v in given.items() if k not in NEUTRAL_ENGINE_ARGUMENTS}
     else:

@@ -23,7 +23,6 @@ from spa_ray.runs.folder import StageFolder
 from spa_ray.runs.hashing import digest, model_hash, stage_hash
 from spa_ray.runs.progress import train_counter
 from spa_ray.runs.prompt_files import PromptFiles
-from spa_ray.runs.signal import SignalWatch
 from spa_ray.runs.work import Context, Work
 
 Draw = Callable[[PromptFiles, Config, keys.Known, Path], Any]  # writes prompts to a file, returns their counts
@@ -86,6 +85,7 @@ def run_generate(works: Sequence[Work], context: Context) -> None:
     """Prompts to episodes, one pass for each work."""
     from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
+    from spa_ray.runs.signal import SignalWatch
 
     for work in works:
         started, episodes = time.time(), work.stage.folder / "episodes"
