@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from spa_ray.api import build, evaluate, generate, plan, run, train
     from spa_ray.config.benchmark import BenchmarkConfig
     from spa_ray.config.load import load_config
-    from spa_ray.engine.protocol import Completion, Engine, Request
+    from spa_ray.engine.protocol import Completion, Engine, EngineStats, Request
     from spa_ray.errors import InputError, RunError
     from spa_ray.generation.benchmark import Benchmark
     from spa_ray.generation.judging import Judge, Judgement
@@ -26,6 +26,7 @@ __all__ = [
     "BenchmarkConfig",
     "Completion",
     "Engine",
+    "EngineStats",
     "InputError",
     "Judge",
     "Judgement",
@@ -50,7 +51,7 @@ _HOMES = {
     "spa_ray.api": ("build", "evaluate", "generate", "plan", "run", "train"),
     "spa_ray.config.benchmark": ("BenchmarkConfig",),
     "spa_ray.config.load": ("load_config",),
-    "spa_ray.engine.protocol": ("Completion", "Engine", "Request"),
+    "spa_ray.engine.protocol": ("Completion", "Engine", "EngineStats", "Request"),
     "spa_ray.errors": ("InputError", "RunError"),
     "spa_ray.generation.benchmark": ("Benchmark",),
     "spa_ray.generation.judging": ("Judge", "Judgement"),

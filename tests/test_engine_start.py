@@ -62,10 +62,11 @@ def test_on_gpus_flashinfer_neither_tunes_nor_joins_sums_and_norms(gpus: int, mo
     assert "enforce_eager" not in arguments  # CUDA graphs stay
 
 
-def test_vllm_takes_our_arguments_for_several_gpus() -> None:
+def test_vllm_takes_our_arguments_for_several_gpus(tiny_model: Path) -> None:
     from vllm import EngineArgs
 
-    made = EngineArgs(model="m", compilation_config={"pass_config": {"fuse_allreduce_rms": False}})  # type: ignore[arg-type]
+    fused = {"pass_config": {"fuse_allreduce_rms": False}}
+    made = EngineArgs(model=str(tiny_model), compilation_config=fused)  # type: ignore[arg-type]
     assert made.compilation_config.pass_config.fuse_allreduce_rms is False
 
 

@@ -339,6 +339,11 @@ def test_the_last_word_of_an_engine_that_was_replaced_hides_no_other_failure() -
     assert "no progress for 9 s" in str(stage.explained(still, word))
     own = RayTaskError("MapBatches", f"traceback\nEngineDeadError: {word[1]}", RuntimeError(word[1]))
     assert str(stage.explained(own, word)) == f"generate: {word[1]}"
+    other = "endpoint http://x, model judge: the last 9 requests failed"
+    both = RayTaskError(
+        "MapBatches", f"traceback\nspa_ray.engine.openai.EndpointDeadError: {other}", RuntimeError(other)
+    )
+    assert str(stage.explained(both, word)) == f"generate: {other}"
 
 
 def test_an_error_without_an_actors_last_word_becomes_one_line() -> None:

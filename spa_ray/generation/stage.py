@@ -10,6 +10,7 @@ beyond one shard's ids and one shard's failed prompts.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ from spa_ray.generation.usage import Spent, Usage
 from spa_ray.logs import WorkerLog
 from spa_ray.objectives import load_objectives
 
+OWN_ERROR = re.compile(r"^(?:spa_ray\.[\w.]+\.)?(?:EngineDeadError|EndpointDeadError|RunError): (.+)$", re.MULTILINE)
 START_DEATHS = 2  # engine processes that may be killed at their start, one after the other, before the pass ends
 
 
@@ -338,12 +340,15 @@ def explained(error: BaseException, word: tuple[str, str] | None) -> Exception:
     """An actor's own last word where that is what ended the pass, else one line that says where to look.
 
     A word may be of an engine that was replaced since: an error that comes from a task (a full disk, say) or from
-    Ray Data's patience speaks for itself, unless it quotes the word.
+    Ray Data's patience speaks for itself, unless it quotes the word. Of two engines that end the pass together one has
+    the last word and the other one's error may arrive: that is a RunError too, and is quoted.
     """
     itself = isinstance(error, (ray.exceptions.RayTaskError, ExecutionTimeoutError))
     if word is not None and (not itself or word[1] in str(error)):
         kind, why = word
         return InputError(why) if kind == "input" else RunError(f"generate: {why}")
+    if own := OWN_ERROR.search(str(error)):
+        return RunError(f"generate: {own[1]}")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     what = lines[0] if isinstance(error, ExecutionTimeoutError) else lines[-1]
     return RunError(f"generate: {type(error).__name__}: {what}; --verbose shows the engine's log")
