@@ -179,3 +179,27 @@ def test_a_plan_counts_its_questions_for_every_model() -> None:
     found = [stage for stage in plan["stages"] if stage["stage"] == "benchmark:two"]
     assert [stage["arms"] for stage in found] == [["vanilla"], ["spa"], ["sft"]]
     assert [(stage["rows"], stage["requests"]) for stage in found] == [(3, 6)] * 3
+
+
+@pytest.mark.engine
+def test_spa_eval_plays_them_too_and_a_second_call_plays_nothing(
+    tmp_path: Path, tiny_model: Path, ray_session: None
+) -> None:
+    from spa_ray import evaluate
+
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    raw = {
+        "model": {"path": str(tiny_model), "engine": "spa_ray.engine.scripted:ScriptedEngine"},
+        "evaluation": {
+            "prompts": {"source": str(tmp_path / "p.jsonl")},
+            "judge": "self",
+            "benchmarks": {"two": {"benchmark": f"{HERE}:TwoTurns", "limit": 2}},
+        },
+    }
+    out = tmp_path / "out"
+    first = evaluate(tiny_model, config=raw, out=out)
+    assert first["benchmarks"]["two"]["measures"] == {"right": [0, 1]}
+    stamp = (out / "benchmarks" / "two" / "stage.json").stat().st_mtime_ns
+    assert json.loads((out / "benchmarks" / "two.json").read_text())["arms"]["model"]["n"] == 2
+    assert evaluate(tiny_model, config=raw, out=out) == first
+    assert (out / "benchmarks" / "two" / "stage.json").stat().st_mtime_ns == stamp

@@ -304,7 +304,7 @@ def _play(
             measured = benchmark_measures(
                 config.evaluation.benchmarks[name], out / "episodes", where=f"evaluation.benchmarks.{name}"
             )
-            write_json(out / f"{name}.json", {"benchmark": name, "arms": {"model": measured}})
+            write_json(out.with_name(f"{name}.json"), {"benchmark": name, "arms": {"model": measured}})
     return measured
 
 
