@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spa_ray.api import build, evaluate, generate, plan, run, train
+    from spa_ray.api import build, evaluate, generate, import_episodes, plan, run, train
     from spa_ray.config.benchmark import BenchmarkConfig
     from spa_ray.config.load import load_config
     from spa_ray.engine.protocol import Completion, Engine, EngineStats, Request
@@ -41,6 +41,7 @@ __all__ = [
     "denoise",
     "evaluate",
     "generate",
+    "import_episodes",
     "load_config",
     "plan",
     "run",
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "spa_ray.api": ("build", "evaluate", "generate", "plan", "run", "train"),
+    "spa_ray.api": ("build", "evaluate", "generate", "import_episodes", "plan", "run", "train"),
     "spa_ray.config.benchmark": ("BenchmarkConfig",),
     "spa_ray.config.load": ("load_config",),
     "spa_ray.engine.protocol": ("Completion", "Engine", "EngineStats", "Request"),

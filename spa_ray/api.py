@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
+from spa_ray.config.load import Override
 from spa_ray.data.files import AnyPath, as_path
+from spa_ray.data.hub import source_path
 from spa_ray.errors import InputError
 from spa_ray.runs import commands
 from spa_ray.runs.plan import make_plan
@@ -38,6 +40,14 @@ def generate(
     return commands.generate_stage(_first(config, overrides), out=as_path(out), verbose=verbose)
 
 
+def import_episodes(
+    source: str, *, out: str | AnyPath, config: AnyConfig | None = None, overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """`spa import`: a data set with answers and scores to `out/episodes/`."""
+    raw: AnyConfig = {"model": {"path": "none"}} if config is None else config
+    return commands.import_stage(_first(raw, [*overrides, ("episodes.source", source)]), out=as_path(out))
+
+
 def build(
     episodes: str | AnyPath, *, out: str | AnyPath, config: str | Path | None = None, overrides: Iterable[str] = (),
     verbose: bool = False,
@@ -51,7 +61,7 @@ def train(
     pairs: str | AnyPath, *, out: str | AnyPath, config: AnyConfig, overrides: Iterable[str] = (), verbose: bool = False
 ) -> dict[str, Any]:
     """`spa train`: pairs, those of `spa build` or your own, to the model folder `out`."""
-    return commands.train_stage(_first(config, overrides), pairs=as_path(pairs), out=as_path(out), verbose=verbose)
+    return commands.train_stage(_first(config, overrides), pairs=source_path(pairs), out=as_path(out), verbose=verbose)
 
 
 def evaluate(
@@ -61,7 +71,7 @@ def evaluate(
     return commands.evaluate_stage(_first(config, overrides), model=as_path(model), out=as_path(out), verbose=verbose)
 
 
-def _arms(config: AnyConfig, overrides: Iterable[str]) -> dict[str, Config]:
+def _arms(config: AnyConfig, overrides: Iterable[Override]) -> dict[str, Config]:
     if isinstance(config, str | Path):
         return load_config(config, overrides)
     if config and all(isinstance(arm, Config) for arm in config.values()):
@@ -71,5 +81,5 @@ def _arms(config: AnyConfig, overrides: Iterable[str]) -> dict[str, Config]:
     return arm_configs(config, overrides, where="config", stem="run")
 
 
-def _first(config: AnyConfig, overrides: Iterable[str]) -> Config:
+def _first(config: AnyConfig, overrides: Iterable[Override]) -> Config:
     return next(iter(_arms(config, overrides).values()))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from spa_ray.rollout.chat import Chat
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.runs.own_pairs import own_pairs_stage
 from spa_ray.training.own_pairs import answer_ids, end_ids, write_own_pairs
+from tests.fake_hub import Hub
 from tests.tiny_model import build_tiny_tokenizer
 
 HI = [{"role": "user", "content": "Hi?"}]
@@ -28,6 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "prompt in both": {"prompt": HI, "chosen": [*HI, YES], "rejected": [*HI, NO]},
     "text prompt in both": {"prompt": "Hi?", "chosen": [*HI, YES], "rejected": [*HI, NO]},
     "implicit prompt": {"chosen": [*HI, YES], "rejected": [*HI, NO]},
+    "HH-RLHF": {"chosen": "\n\nHuman: Hi?\n\nAssistant: yes", "rejected": "\n\nHuman: Hi?\n\nAssistant: no"},
     "messages and texts": {"prompt": HI, "chosen": "yes", "rejected": "no"},
 }
 
@@ -139,6 +144,49 @@ def test_a_bad_row_leaves_nothing_behind_that_the_mended_file_is_refused_for(tmp
     assert not (tmp_path / "out").exists()
     write(source, FORMS["text"])
     assert pq.read_table(stage() / "pairs.parquet").num_rows == 1
+
+
+def test_bad_rows_are_left_out_and_told_where_the_config_says_so(tmp_path: Path, tiny_model: Path) -> None:
+    raw = {"model": {"path": str(tiny_model)}, "prompts": {"on_bad_row": "skip"}}
+    config, told = arm_configs(raw, (), where="test", stem="test")["main"], list[str]()
+    source, chat = write(tmp_path / "p.jsonl", FORMS["text"], {"prompt": "Hi?"}), ChatSettings.of(config.model)
+    folder = own_pairs_stage(config, source, out=tmp_path / "o", model=tiny_model, chat=chat, say=told.append)
+    assert pq.read_table(str(folder)).num_rows == 1
+    assert told == [f"warning: pairs: 1 rows left out: malformed (the first: {source}:2: has no `chosen`; a pair has "
+                    "the columns prompt, chosen and rejected)"]  # fmt: skip
+
+
+FROM_A_HUB = """
+import sys
+from pathlib import Path
+import pyarrow.parquet as pq
+from spa_ray.config import arm_configs
+from spa_ray.rollout.settings import ChatSettings
+from spa_ray.runs.own_pairs import own_pairs_stage
+
+model, out, split = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+config = arm_configs({"model": {"path": str(model)}, "prompts": {"split": split}}, (), where="t", stem="t")["main"]
+chat = ChatSettings.of(config.model)
+print(*pq.read_table(own_pairs_stage(config, "hf://me/pairs", out=out, model=model, chat=chat))["prompt"].to_pylist())
+"""
+
+
+def test_pairs_of_a_hub_are_made_into_a_table_once(tmp_path: Path, tiny_model: Path) -> None:
+    rows = "".join(json.dumps(row) + "\n" for row in [FORMS["conversational"]] * 2).encode()
+
+    def made(url: str, split: str) -> subprocess.CompletedProcess[str]:
+        environment = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-c", FROM_A_HUB, str(tiny_model), str(tmp_path / "out"), split]
+        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+
+    table = tmp_path / "out" / "pairs" / "pairs.parquet"
+    with Hub({"me/pairs": {"train.jsonl": rows, "test.jsonl": rows}}) as hub:
+        first = made(hub.url, "train")
+        assert (first.returncode, first.stdout.splitlines()[-1:]) == (0, [f"{HI} {HI}"]), first.stderr
+        written = table.stat().st_mtime_ns
+        assert made(hub.url, "train").returncode == 0
+        assert table.stat().st_mtime_ns == written
+        assert "begun" in (other := made(hub.url, "test").stderr) or "finished with other settings" in other
 
 
 @pytest.mark.engine

@@ -95,6 +95,7 @@ UNCOVERED = {
     "model.revision": "the files' hash stands for it",
     "model.tensor_parallel_size": "changes rounding alone",
     "prompts": "their contents are an input",
+    "episodes": "their contents are an input",
     "evaluation.prompts": "their contents are an input",
     "evaluation.families": "their contents are an input",
     "evaluation.benchmarks": "each has a stage of its own: test_evaluation_benchmarks.py",

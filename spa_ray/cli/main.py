@@ -16,6 +16,7 @@ import typer
 
 from spa_ray.cli.guard import guarded, shows_unicode
 from spa_ray.data.files import as_path, local_path, out_path
+from spa_ray.data.hub import source_path
 from spa_ray.errors import InputError
 from spa_ray.logs import printable_json
 
@@ -39,7 +40,10 @@ Episodes = Annotated[Any, typer.Argument(parser=as_path, metavar="EPISODES", hel
 Pairs = Annotated[
     Any,
     typer.Argument(
-        parser=as_path, metavar="PAIRS", help="their folder, or pairs of your own in TRL's forms", show_default=False
+        parser=source_path,
+        metavar="PAIRS",
+        help="their folder, or pairs of your own in TRL's forms: file, folder or hf://owner/name",
+        show_default=False,
     ),
 ]
 Model = Annotated[Any, typer.Argument(parser=as_path, metavar="MODEL", help="its folder", show_default=False)]
@@ -171,6 +175,26 @@ def generate(
     """One stage: prompts to episodes."""
     changes: list[Override] = [*(overrides or []), ("prompts.source", prompts)]
     one_arm(config, changes, "generate_stage", as_json, out=out, verbose=verbose)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="answers with scores: file, folder or hf://owner/name", show_default=False)
+    ],
+    out: Out,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML config", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A data set with answers and scores to episodes (HelpSteer2, UltraFeedback, HH-RLHF, own JSONL)."""
+    from spa_ray.config import arm_configs, load_config
+    from spa_ray.runs.commands import import_stage
+
+    changes: list[Override] = [*(overrides or []), ("episodes.source", source)]
+    bare = {"model": {"path": "none"}}
+    arms = load_config(config, changes) if config else arm_configs(bare, changes, where="spa import", stem="import")
+    emit(import_stage(next(iter(arms.values())), out=out), as_json)
 
 
 @app.command()

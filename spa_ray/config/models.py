@@ -7,6 +7,7 @@ in `rollout`, training in `training`.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -101,6 +102,21 @@ class Prompts(Section):
         "error",
         description="of conversations that end with the assistant's turn (SFT data): refuse the row, or drop it",
     )
+
+
+class Episodes(Section):
+    """Answers with scores that a data set already holds, in the place of generation: docs/DATA.md.
+
+    With a source, `objectives` and `attributes` are one list, denoising is off and `pairs.delta` is `auto` by default.
+    """
+
+    source: str | None = Field(None, description="as `prompts.source`; null: episodes are generated")
+    attributes: tuple[str, ...] | None = Field(
+        None, min_length=1, description="names of scores to read, highest priority first; null: the `objectives`"
+    )
+    split: str | None = Field(None, description="as `prompts.split`")
+    limit: int | None = Field(None, ge=1, description="take the first N prompts")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip leaves such rows out and counts them")
 
 
 class Denoise(Section):
@@ -261,6 +277,7 @@ class Config(Section):
     constitution: str = Field("hhh", description="built-in name or YAML file")
     model: Model
     prompts: Prompts = Prompts()
+    episodes: Episodes = Episodes()
     sampling: Sampling = Sampling()
     scoring: Scoring = Scoring()
     refine: Refine = Refine()
@@ -273,14 +290,40 @@ class Config(Section):
     tracking: Tracking = Tracking()
     evaluation: Evaluation = Evaluation()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given_answers(cls, raw: Any) -> Any:
+        """The defaults that `episodes.source` brings."""
+        given = raw.get("episodes") if isinstance(raw, Mapping) else None
+        if not (isinstance(given, Mapping) and given.get("source")):
+            return raw
+        names = given.get("attributes") or raw.get("objectives")
+        same = (
+            {"episodes": {**given, "attributes": names}, "objectives": raw.get("objectives") or names} if names else {}
+        )
+        off = {section: {**keys, **(raw.get(section) or {})} for section, keys in GIVEN_ANSWERS.items()}
+        return {**raw, **same, **off}
+
+    def _check_given(self) -> None:
+        names, rule = self.episodes.attributes, self.denoise
+        if names is not None and names != self.objectives:
+            raise ValueError(f"episodes.attributes: {list(names)} are not the objectives {list(self.objectives)}")
+        if rule.consistency != "off" or rule.informativeness:
+            key = "informativeness" if rule.informativeness else "consistency"
+            raise ValueError(f"denoise.{key}: given answers (episodes.source) are not denoised; remove the key")
+        if self.iterations.count > 1:
+            raise ValueError("iterations.count: given answers (episodes.source) serve one iteration; remove the key")
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         k = len(self.objectives)
-        if k < 2:
+        if self.episodes.source:
+            self._check_given()
+        elif k < 2:
             raise ValueError(f"objectives: {k} given, two or more are needed, highest priority first")
         if len(set(self.objectives)) != k:
             raise ValueError("objectives: a name stands twice")
-        if self.sampling.n < k + 1:
+        if self.sampling.n < k + 1 and not self.episodes.source:
             raise ValueError(
                 f"sampling.n is {self.sampling.n}, at least {k + 1} (objectives + 1) are needed: "
                 f"{k} points are always perfectly correlated and no prompt would be kept"
@@ -306,6 +349,11 @@ def evaluation_scoring(config: Config) -> Scoring:
     mode = config.scoring.mode if endpoint is None else "regex"
     return config.scoring.model_copy(update={"judge": endpoint, "mode": mode})
 
+
+GIVEN_ANSWERS: dict[str, dict[str, Any]] = {
+    "denoise": {"consistency": "off", "informativeness": False},
+    "pairs": {"delta": "auto"},
+}
 
 PROFILES: dict[str, dict[str, Any]] = {
     "paper": {},

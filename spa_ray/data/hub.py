@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from spa_ray.data.containers import looks_like_file
 from spa_ray.data.deadline import within
+from spa_ray.data.files import AnyPath, as_path
 from spa_ray.data.folders import choose_split
 from spa_ray.errors import InputError, LateError
 
@@ -47,6 +48,11 @@ def address_of(source: str) -> str | None:
 
 def _is_remote(source: str) -> bool:
     return "://" in source and not source.startswith(("file://", "local://"))
+
+
+def source_path(text: str | AnyPath) -> str | AnyPath:
+    """A path, but a hub's address (`hf://…`) as it is."""
+    return str(text) if str(text).startswith(HUB) else as_path(text)
 
 
 def read_tables(address: str, split: str | None, where: str, notes: dict[str, None]) -> Iterator[tuple[str, Any]]:

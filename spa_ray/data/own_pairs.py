@@ -1,7 +1,8 @@
 """Preference pairs that a user already has, in the forms that TRL reads, as prompt, chosen and rejected answer.
 
-Columns `chosen` and `rejected`, as text or as messages; `prompt`, as text or as messages, or nothing where `chosen` and
-`rejected` are complete conversations; a number for each answer where there is one.
+Columns `chosen` and `rejected`, as text, as messages or as transcripts («Human: … Assistant: …», HH-RLHF's); `prompt`,
+as text or as messages, or nothing where `chosen` and `rejected` are complete conversations; a number for each answer
+where there is one.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from spa_ray.config.models import Prompts
-from spa_ray.data.forms import BadRowError, Message, as_messages, check_text, is_missing, take_messages
+from spa_ray.data.forms import (
+    TRANSCRIPT,
+    BadRowError,
+    Message,
+    as_messages,
+    check_text,
+    is_missing,
+    split_turns,
+    take_messages,
+)
+from spa_ray.data.prompts import PromptCounts
 from spa_ray.data.readers import Row, read_rows
-from spa_ray.errors import InputError
 
 SIDES = ("chosen", "rejected")
 # Names of the two answers' scores in public data sets (UltraFeedback as TRL and Argilla give it).
@@ -32,21 +42,27 @@ class OwnPair:
     scores: tuple[float, float] | None
 
 
-def read_own_pairs(source: str) -> Iterator[OwnPair]:
-    """The pairs of a file, a folder or a reader, in its order. Raises: InputError with file and line."""
-    for row in read_rows(Prompts(source=source), where="pairs"):
+def read_own_pairs(
+    source: str, *, split: str | None = None, on_bad_row: str = "error", counts: PromptCounts | None = None
+) -> Iterator[OwnPair]:
+    """The pairs of a file, a folder, a hub's data set or a reader, in its order. `counts` is told of rows left out.
+
+    Raises: InputError with file and line at a bad row, unless `on_bad_row` is skip.
+    """
+    counts = counts or PromptCounts()
+    for row in read_rows(Prompts(source=source, split=split), where="pairs", notes=counts.told):
         if row.blank:
             continue
         try:
             yield own_pair(row)
         except BadRowError as e:
-            raise InputError(f"{row.place}: {e}") from e
+            counts.refuse(row.place, e, on_bad_row)
 
 
 def own_pair(row: Row) -> OwnPair:
     """Raises: BadRowError."""
     if row.values is None:
-        raise BadRowError(str(row.problem))
+        raise BadRowError(str(row.problem), "unreadable")
     values = dict(row.values)
     for side in SIDES:
         if is_missing(values.get(side)):
@@ -63,7 +79,8 @@ def own_pair(row: Row) -> OwnPair:
 
 def _turns(value: Any, side: str) -> list[Message] | str:
     if isinstance(value, str):
-        return check_text(value, f"`{side}`")
+        is_transcript = TRANSCRIPT.match(value)
+        return split_turns(value, TRANSCRIPT, side) if is_transcript else check_text(value, f"`{side}`", "an answer")
     return as_messages(value, side, text_is_prompt=False, named=True)
 
 

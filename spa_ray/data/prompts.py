@@ -69,6 +69,18 @@ class PromptCounts:
             "left_out": self.left_out, "told": list(self.told),
         }  # fmt: skip
 
+    def refuse(
+        self, place: str, fault: BadRowError, on_bad_row: str, *, where: str = "prompts", counted: bool = True
+    ) -> None:
+        """A bad row: counted with `on_bad_row` skip. Raises: InputError otherwise."""
+        message = _brief(f"{place}: {fault}")
+        if on_bad_row == "error":
+            raise InputError(f"{message} (or leave such rows out with {where}.on_bad_row=skip)") from fault
+        if counted:
+            self.bad += 1
+            self.first_bad = self.first_bad or message
+            self.dropped.add(fault.reason, place, message.removeprefix(f"{place}: "))
+
     def notes(self, where: str = "prompts") -> list[str]:
         """One line for each file and column that was left out."""
         if not self.left_out:
@@ -94,7 +106,7 @@ def read_prompts(
     cannot be read.
     """
     counts = PromptCounts() if counts is None else counts
-    seen = _Seen()
+    seen = Seen()
     left = skip
     for row in read_rows(prompts, where=where, notes=counts.told):
         if row.blank:
@@ -109,13 +121,7 @@ def read_prompts(
                 _checked(prompt, check)
             new = seen.add(prompt)
         except BadRowError as e:
-            message = _brief(f"{row.place}: {e}")
-            if prompts.on_bad_row == "error":
-                raise InputError(f"{message} (or leave such rows out with prompts.on_bad_row=skip)") from e
-            if left == 0:
-                counts.bad += 1
-                counts.first_bad = counts.first_bad or message
-                counts.dropped.add(e.reason, row.place, message.removeprefix(f"{row.place}: "))
+            counts.refuse(row.place, e, prompts.on_bad_row, counted=left == 0)
             continue
         if left > 0:
             left -= new
@@ -176,7 +182,7 @@ def _brief(message: str) -> str:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """Which prompts came by: hashes, and under which id each came first."""
 
     owner: dict[str, bytes] = field(default_factory=dict)

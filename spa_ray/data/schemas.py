@@ -70,6 +70,16 @@ PAIRS = pa.schema(
 )
 
 
+def imported(objectives: Sequence[str]) -> pa.Schema:
+    """EPISODES whose answers a data set held already: nothing generated them."""
+    return EPISODES.with_metadata({"objectives": json.dumps(list(objectives)), "origin": "imported"})
+
+
+def is_imported(schema: pa.Schema) -> bool:
+    """Whether a table's answers, or those that its pairs were built from, were given."""
+    return bool((schema.metadata or {}).get(b"origin") == b"imported")
+
+
 def with_metadata(schema: pa.Schema, *, objectives: Sequence[str], model: str, config_hash: str) -> pa.Schema:
     """The schema with the run's facts in its metadata (DESIGN: objectives, model, config hash)."""
     return schema.with_metadata(

@@ -68,8 +68,8 @@ def denoise(episodes: pa.Table, config: Config, *, tau: float | None) -> pa.Tabl
       duplicate       another row of this table has the same prompt_id; the one without error, else of the latest
                       attempt, else the first stays. Rows of one prompt must therefore reach this function together.
       error           generation recorded one.
-      too_few_scores  fewer than objectives + 1 scored candidates, or no scored refined answer. It holds whatever the
-                      other rules are set to, `consistency: off` included, as DESIGN's funnel defines it.
+      too_few_scores  fewer than objectives + 1 scored candidates, or no scored refined answer; of given answers
+                      (`episodes.source`) fewer than 2. It holds whatever the other rules are set to.
       inconsistent    `strict`: the refined answer is not above every scored candidate on every objective; `primary_ge`:
                       it may tie on the first. Not a reason with `off` or `on_inconsistent: drop_refined`; with the
                       latter `build_pairs` leaves the refined answer out.
@@ -82,12 +82,14 @@ def denoise(episodes: pa.Table, config: Config, *, tau: float | None) -> pa.Tabl
     rule = config.denoise
     k = len(config.objectives)
     det = covariance_det(view.grid.values, view.candidates, ddof=rule.ddof)
+    count, given = view.candidates.sum(axis=0), config.episodes.source is not None
+    too_few = count < 2 if given else (count < k + 1) | ~view.scored_refined.any(axis=0)
     dropped_if_inconsistent = rule.on_inconsistent == "drop_prompt"
     with np.errstate(invalid="ignore"):
         failing = {
             "duplicate": _repeated(episodes),
             "error": pc.is_valid(episodes["error"]).to_numpy(),
-            "too_few_scores": (view.candidates.sum(axis=0) < k + 1) | ~view.scored_refined.any(axis=0),
+            "too_few_scores": too_few,
             "inconsistent": ~consistent(view, config) & dropped_if_inconsistent,
             "zero_det": (det <= 0) & rule.informativeness,
             "high_det": (det > (np.inf if tau is None else tau)) & rule.informativeness,

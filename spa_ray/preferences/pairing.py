@@ -68,6 +68,7 @@ def build_pairs(denoised: pa.Table, config: Config, *, delta: float | None = Non
       truncated       `reject`: an answer that was cut (finish_reason `length`) is not the chosen one; it may be the
                       rejected one. Answers of which nothing is known, as in imported tables, count as complete.
     Two answers with the same text or the same token ids are no pair, nor is an answer whose text or ids are empty.
+    Given answers (`episodes.source`) have no ids, null, until training cuts them into tokens.
     margin and gap are rounded to 10 decimals.
     With `denoise.on_inconsistent: drop_refined` an inconsistent prompt pairs its candidates only. Rows stand in the
     order of the prompts, then of chosen_index and rejected_index.
@@ -123,7 +124,8 @@ def _pairs_of(block: pa.Table, config: Config, delta: float, schema: pa.Schema) 
     answers = _Answers.of(block)
     view = view_episodes(block, config)
     kept = pc.fill_null(block["kept"], False).to_numpy()
-    usable = view.grid.scored & view.grid.scatter(answers.filled) & kept
+    filled = answers.filled(given=config.episodes.source is not None)
+    usable = view.grid.scored & view.grid.scatter(filled) & kept
     if config.denoise.on_inconsistent == "drop_refined":
         usable &= ~view.refined | consistent(view, config)
     scores = _rounded(view.grid.values, config.pairs.score_grid)
@@ -226,15 +228,15 @@ class _Answers:
             ids_count=list_lengths(ids),
         )
 
-    @property
-    def filled(self) -> Bools:
-        """(M,) true where neither the text nor the token ids are empty."""
-        return (self.text_bytes > 0) & (self.ids_count > 0)
+    def filled(self, *, given: bool) -> Bools:
+        """(M,) true where neither the text nor the token ids are empty; ids of `given` answers may be null."""
+        unknown = self.ids.is_null().to_numpy(zero_copy_only=False) & given
+        return (self.text_bytes > 0) & ((self.ids_count > 0) | unknown)
 
     def differ(self, left: Ints, right: Ints) -> Bools:
         """(P,) true where both the texts and the token ids of the two answers differ."""
         same = _same(self.text, self.text_bytes, left, right)
-        return ~(same | _same(_as_bytes(self.ids), self.ids_count, left, right))
+        return ~(same | (_same(_as_bytes(self.ids), self.ids_count, left, right) & (self.ids_count[left] > 0)))
 
     def bytes_of(self, row: Ints, left: Ints, right: Ints) -> Ints:
         """(P,) size of each pair's texts, token ids and prompt."""

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
+from spa_ray.config.load import Override
 from spa_ray.config.models import named_plugs
 from spa_ray.data.files import AnyPath, as_path, children, copy_file, is_file, is_local, kind, read_json, write_json
 from spa_ray.data.left_out import FILE as LEFT_OUT
 from spa_ray.data.left_out import write_list
 from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.node_cache import local_folder
+from spa_ray.data.schemas import is_imported
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
 from spa_ray.rollout.settings import ChatSettings
@@ -153,8 +155,29 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
     return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
 
 
+def import_stage(config: Config, *, out: AnyPath) -> dict[str, Any]:
+    """`spa import`: answers with scores to `out/episodes/`. The source is read and checked in any case."""
+    from spa_ray.data.given import write_episodes
+
+    progress = Progress()
+    with closing(progress), tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "episodes.parquet"
+        counts = write_episodes(config.episodes, fresh)
+        for line in counts.notes("episodes"):
+            progress.say(f"warning: {line}")
+        with claimed(out, "import", STAGES["import"].key(config, {"contents": file_hash(fresh)})) as stage:
+            for line in write_list({"episodes": counts.dropped}, stage.folder / LEFT_OUT):
+                progress.say(f"warning: {line}")
+            if not stage.done:
+                context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=False)
+                work = Work(stage, config, {"contents": fresh}, facts=counts.to_dict())
+                STAGES["import"].run([work], context)
+    print(f"{counts.rows:,} prompts, {counts.answers:,} answers; scores: {', '.join(counts.attributes)}")
+    return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
+
+
 def build_stage(
-    episodes: AnyPath, out: AnyPath, config: Path | None, overrides: Iterable[str], *, verbose: bool
+    episodes: AnyPath, out: AnyPath, config: Path | None, overrides: Iterable[Override], *, verbose: bool
 ) -> dict[str, Any]:
     """`spa build`: episodes to `out/pairs/` and `out/funnel.json`.
 
@@ -164,6 +187,8 @@ def build_stage(
 
     folder = inside(episodes, "episodes")
     data = open_episodes(folder)
+    if is_imported(data.schema):
+        overrides = [*overrides, ("episodes.source", str(folder))]
     arms = load_config(config, overrides) if config else _bare_config(data.schema, overrides)
     arm = next(iter(arms.values()))
     check_objectives(data.schema, arm)
@@ -191,7 +216,7 @@ def check_objectives(schema: Any, config: Config) -> None:
         raise InputError(f"objectives: the episodes hold {objectives_of(schema)}, the config {list(config.objectives)}")
 
 
-def _bare_config(schema: Any, overrides: Iterable[str]) -> dict[str, Config]:
+def _bare_config(schema: Any, overrides: Iterable[Override]) -> dict[str, Config]:
     from spa_ray.data.schemas import objectives_of
 
     try:
@@ -203,7 +228,7 @@ def _bare_config(schema: Any, overrides: Iterable[str]) -> dict[str, Config]:
     return arm_configs(raw, overrides, where="spa build", stem="build")
 
 
-def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) -> dict[str, Any]:
+def train_stage(config: Config, *, pairs: AnyPath | str, out: AnyPath, verbose: bool) -> dict[str, Any]:
     """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands.
 
     `pairs` is what `spa build` wrote, or a user's own in TRL's forms, which become a pairs table in `out.pairs/` first.
@@ -212,14 +237,18 @@ def train_stage(config: Config, *, pairs: AnyPath, out: AnyPath, verbose: bool) 
     from spa_ray.training.trackers import check_backends
 
     check_backends(config.tracking.backends)
-    folder, out, model = inside(pairs, "pairs"), as_path(out), fetch_model(config.model)
+    found = pairs if isinstance(pairs, str) else inside(pairs, "pairs")  # a text is a hub's address
+    out, model = as_path(out), fetch_model(config.model)
     work_folder = out.with_name(f"{out.name}.work")
-    day = first_day(work_folder, *islice((folder, *folder.parents), 5))  # the pairs' own run, where they are in one
+    above = () if isinstance(found, str) else (found, *found.parents)
+    day = first_day(work_folder, *islice(above, 5))  # the pairs' own run, where they are in one
     progress = Progress()
     context = _context(config, work_folder, progress, day, verbose=verbose)
-    if are_own(folder):
-        pairs_folder = out.with_name(f"{out.name}.pairs")
-        folder = own_pairs_stage(config, folder, out=pairs_folder, model=model, chat=context.chat)
+    if isinstance(found, str) or are_own(found):
+        own = out.with_name(f"{out.name}.pairs")
+        folder = own_pairs_stage(config, found, out=own, model=model, chat=context.chat, say=progress.say)
+    else:
+        folder = found
     known = Known(chat=context.chat.key(template_text(model)))
     address = STAGES["train"].key(config, {"pairs": parquet_hash(folder), "model": model_hash(model)}, known)
     with closing(progress), claimed(work_folder, "train", address) as stage:

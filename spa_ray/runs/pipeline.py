@@ -40,7 +40,7 @@ from spa_ray.runs.prompt_files import PromptFiles
 from spa_ray.runs.recipe import BASE, JUDGE, VANILLA, Node, key, levels
 from spa_ray.runs.shared_folder import check_shared
 from spa_ray.runs.stage_keys import Known
-from spa_ray.runs.stages import STAGES, UNTIL, Draw
+from spa_ray.runs.stages import ORDER, STAGES, UNTIL, Draw
 from spa_ray.runs.work import Context, Work
 
 LOG = Path("logs") / "driver.jsonl"
@@ -85,9 +85,10 @@ class Pipeline:
         with log or nullcontext():
             self.begin()
             for level in levels(self.arms):
-                self._level(level)
-                if level[0].stage == self.until != UNTIL[-1]:
+                first, at = level[0].iteration == 1, ORDER.index(level[0].stage)
+                if self.until != UNTIL[-1] and not (first and at <= ORDER.index(self.until)):
                     break
+                self._level(level)
             return self._end()
 
     def lock(self) -> RunLock:
@@ -206,7 +207,9 @@ class Pipeline:
         """Once, before the first stage that is not done yet: what Ray has against what the run asks for."""
         if not self._checked:
             stored = not (is_local(self.folder.path) and is_local(self.shared_base))
-            stages = UNTIL[: UNTIL.index(self.until) + 1]
+            stages = set(UNTIL[: UNTIL.index(self.until) + 1])
+            if all(config.episodes.source for config in self.arms.values()):
+                stages.discard("generate")
             check_cluster(self.config, stages=stages, say=self.progress.say, one_node=stored)
             if "train" in stages:
                 check_training_memory(self.arms, self.base, live_nodes())
@@ -225,7 +228,7 @@ class Pipeline:
             record = self.records.setdefault((node.arm, node.iteration), {"stages": {}})
             stage, found = STAGES[node.stage], self.stages[node]
             record["stages"][node.label] = found.folder.name
-            if finished and stage.draw is None:
+            if finished and stage.recorded:
                 record[stage.output] = str(found.folder / stage.output)
                 record |= {name: found.facts()[name] for name in stage.told}
             if node.iteration:

@@ -25,7 +25,7 @@ from spa_ray.runs.host import planned_host
 from spa_ray.runs.plan_folder import weights_checked
 from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
-from spa_ray.runs.plan_prompts import SAMPLED, PromptFacts, held_out_facts, prompt_facts
+from spa_ray.runs.plan_prompts import SAMPLED, PromptFacts, given_facts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_tokens import (
     ANSWER_SHARE,
     CHARS_PER_TOKEN,
@@ -117,13 +117,25 @@ class _Lookup:
         return open_chat(self.first.model, folder, estimate=True)
 
     def prompts(self, config: Config) -> PromptFacts:
-        key = ["prompts", config.prompts.model_dump(mode="json")]
+        key = ["prompts", config.model_dump(mode="json", include={"prompts", "episodes"})]
         return self._once(key, lambda: self._prompts(config))
 
     def _prompts(self, config: Config) -> PromptFacts:
-        facts = prompt_facts(config.prompts, self.notes, "prompts", self._check(config))
-        self.notes += lines({"prompts": facts.dropped})
+        if config.episodes.source:
+            facts = given_facts(config.episodes, self.notes)
+        else:
+            facts = prompt_facts(config.prompts, self.notes, "prompts", self._check(config))
+        self.notes += lines({"episodes" if config.episodes.source else "prompts": facts.dropped})
         return facts
+
+    def training(self, config: Config) -> cost.Training:
+        """Of the pairs that are to be expected; given answers are candidates, and none is refined."""
+        prompts = self.prompts(config)
+        if config.episodes.source:
+            sampling = config.sampling.model_copy(update={"n": max(2, round(prompts.answers))})
+            pairs = config.pairs.model_copy(update={"include": "candidates_only"})
+            config = config.model_copy(update={"sampling": sampling, "pairs": pairs})
+        return cost.training(config, self.model, prompts.count, self.tokens(config), self.devices)
 
     def held_out(self, config: Config) -> tuple[int, Work, Work]:
         """Rows, and the work of answering and of scoring them."""
@@ -157,7 +169,7 @@ class _Lookup:
 
     def tokens(self, config: Config) -> float:
         """Mean tokens of a rendered prompt."""
-        key = ["tokens", config.prompts.model_dump(mode="json")]
+        key = ["tokens", config.model_dump(mode="json", include={"prompts", "episodes"})]
         return self._once(key, lambda: mean_tokens(self.prompts(config).sample, self.encoder))
 
     def episode(self, config: Config, *, earlier: bool) -> Work:
@@ -196,6 +208,7 @@ class _Costs:
 
     def _stage(self, stage: PlannedStage) -> Plan:
         compute = {
+            "import": self._import,
             "generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate,
             "benchmark": self._benchmark,
         }  # fmt: skip
@@ -220,12 +233,14 @@ class _Costs:
         work = self.look.episode(stage.config, earlier=earlier).times(rows)
         return rows, work, cost.generate_seconds(work, self.look.model, on), on.engines * on.gpus_per_engine
 
+    def _import(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        return self._rows(stage), Work(), self._rows(stage) / cost.BUILD_ROWS_PER_SECOND, 0.0
+
     def _build(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         return self._rows(stage), Work(), cost.build_seconds(self._rows(stage)), 0.0
 
     def _train(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
-        config, on = stage.config, self.look.devices
-        job = cost.training(config, self.look.model, self._rows(stage), self.look.tokens(config), on)
+        on, job = self.look.devices, self.look.training(stage.config)
         return job.pairs, Work(), job.seconds, on.workers * on.gpus_per_worker
 
     def _evaluate(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
@@ -265,13 +280,14 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
     mine = [stage for stage in stages if name in stage["arms"]]
     first = {stage["stage"]: stage for stage in reversed(mine)}
     prompts, train, sampling = look.prompts(config), config.train, config.sampling.model_dump(mode="json")
-    job = cost.training(config, look.model, prompts.count, look.tokens(config), look.devices)
+    job = look.training(config)
     memory = cost.memory(config, look.model, look.devices, prompt_tokens=look.tokens(config))
     size = look.model.parameters
     warnings = [check_lr(train, size), check_movement(train, size, job.steps)]
-    generate = {key: first["generate"][key] for key in SUMMED[:4]}
+    answers = ["import"] if config.episodes.source else ["prompts", "generate"]
+    generate = {key: first[answers[-1]][key] for key in SUMMED[:4]}
     return {
-        "stages": ["prompts", "generate", "build", "train"] + (["evaluate"] if has_evaluation(config) else []),
+        "stages": [*answers, "build", "train"] + (["evaluate"] if has_evaluation(config) else []),
         "iterations": config.iterations.count,
         "prompts": {
             "source": prompts.source, "count": prompts.count, "tokens": round(look.tokens(config), 1),
@@ -291,7 +307,7 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
 
 def _on_judging(config: Config, look: _Lookup) -> list[str]:
     """A note where judging is slow on this scale. Raises: InputError where this tokenizer cannot judge on it."""
-    if not isinstance(look.encoder, Chat):
+    if not isinstance(look.encoder, Chat) or config.episodes.source:
         return []
     chat = look.encoder.with_kwargs(config.scoring.chat_template_kwargs)
     judge_labels(chat, config.scoring)

@@ -31,7 +31,8 @@ def _about(plan: Plan) -> Any:
     for source, prompts in {arm["prompts"]["source"]: arm["prompts"] for arm in plan["arms"].values()}.items():
         counted = " (not counted)" if prompts["estimated"] else ""
         table.add_row("prompts", f"{source}: {prompts['count']:,}{counted}, about {prompts['tokens']:g} tokens each")
-    for text in dict.fromkeys(_sampling(arm["sampling"]) for arm in plan["arms"].values()):
+    asking = [arm for arm in plan["arms"].values() if "generate" in arm["stages"]]
+    for text in dict.fromkeys(_sampling(arm["sampling"]) for arm in asking):
         table.add_row("sampling", text)
     table.add_row("requests a prompt", f"{first['generate']['requests_per_prompt']:g}")
     where = f"a GPU of {memory['gpu']:g} GiB" if memory["gpu"] else "a process"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from spa_ray.config.models import Evaluation, Prompts
+from spa_ray.config.models import Episodes, Evaluation, Prompts
 from spa_ray.data.containers import kind_of
 from spa_ray.data.folders import files_of
 from spa_ray.data.forms import Message
+from spa_ray.data.given import EpisodeCounts, read_episodes
 from spa_ray.data.hub import UnreachableError
 from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, read_prompts
@@ -38,6 +39,7 @@ class PromptFacts:
     count: int
     sample: list[list[Message]]
     estimated: bool
+    answers: float = 0.0  # per prompt, where they are given
     dropped: LeftOut = field(default_factory=LeftOut)
 
 
@@ -57,7 +59,27 @@ def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | 
     whole = len(read) < COUNTED or prompts.limit == COUNTED
     count = len(read) if whole else _beyond(prompts, notes, where)
     step = max(1, len(read) // SAMPLED)
-    return PromptFacts(str(prompts.source), count, _bounded(read[::step][:SAMPLED]), not whole, counts.dropped)
+    sample = _bounded(read[::step][:SAMPLED])
+    return PromptFacts(str(prompts.source), count, sample, not whole, dropped=counts.dropped)
+
+
+def given_facts(section: Episodes, notes: list[str]) -> PromptFacts:
+    """The prompts of given answers: reads at most COUNTED. Raises: InputError as `prompt_facts`."""
+    counts = EpisodeCounts()
+    as_prompts = Prompts(source=section.source, split=section.split, limit=section.limit)
+    try:
+        read = [row["messages"] for row in islice(read_episodes(section, counts), COUNTED)]
+    except UnreachableError as e:
+        return replace(_assumed(as_prompts, notes, str(e)), answers=2.0)
+    notes += counts.notes("episodes")
+    if not read:
+        raise InputError(f"episodes.source: {section.source}: no prompt with answers in it")
+    more = len(read) == COUNTED and section.limit != COUNTED
+    count = section.limit or COUNTED if more else len(read)
+    notes += [f"episodes: more than {COUNTED:,} prompts, which were not counted; {count:,} are planned for"] * more
+    sample = _bounded(read[:: max(1, len(read) // SAMPLED)][:SAMPLED])
+    answers = counts.answers / counts.rows
+    return PromptFacts(str(section.source), count, sample, more, answers=answers, dropped=counts.dropped)
 
 
 def _assumed(prompts: Prompts, notes: list[str], why: str) -> PromptFacts:

@@ -58,7 +58,10 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
             warnings += check_trainable(base, config.train, trust_remote_code=config.model.trust_remote_code)
         lengths = Lengths(first, base)
         warnings += lengths.warnings(first)
-        for config in {_prompts_key(c): c for c in arms.values()}.values():
+        for config in arms.values():
+            if config.episodes.source:
+                warnings += files.write_episodes(config.episodes, fresh).notes("episodes")
+        for config in {_prompts_key(c): c for c in arms.values() if not c.episodes.source}.values():
             for _ in each_prompts(config, fresh, warnings, files, lengths.check(arms.values())):
                 warnings += lengths.of_prompts(fresh, config)
         if has_evaluation(first):
@@ -142,10 +145,10 @@ def check_settings(config: Config, base: Path) -> None:
     check_placement(config.model, config.resources)
     if config.model.own_engine:
         load_dotted(config.model.engine, where="model.engine")
-    context = context_length(config, base)
+    context, generates = context_length(config, base), not config.episodes.source
     for key, tokens in (
-        ("sampling.max_tokens", config.sampling.max_tokens),
-        ("refine.max_tokens", config.refine.max_tokens),
+        ("sampling.max_tokens", config.sampling.max_tokens if generates else 0),
+        ("refine.max_tokens", config.refine.max_tokens if generates else 0),
         ("evaluation.sampling.max_tokens", config.evaluation.sampling.max_tokens if has_evaluation(config) else 0),
     ):
         if context is not None and tokens >= context:
@@ -153,7 +156,8 @@ def check_settings(config: Config, base: Path) -> None:
                 f"{key} is {tokens}, which leaves no room for a prompt in the context of {context}; lower it, or set "
                 "model.max_model_len"
             )
-    check_generation(config, base)
+    if generates:
+        check_generation(config, base)
 
 
 def _prompts_key(config: Config) -> str:

@@ -14,10 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spa_ray.config.models import Evaluation, Prompts
+from spa_ray.config.models import Episodes, Evaluation, Prompts
+from spa_ray.data.given import EpisodeCounts, write_episodes
 from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, write_prompts
 from spa_ray.data.schemas import PROMPTS
+from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import EvalPromptCounts, write_eval_prompts
 from spa_ray.generation.benchmark import benchmark_prompts
 
@@ -61,6 +63,15 @@ class PromptFiles:
 
         section, where = evaluation.benchmarks[name], f"evaluation.benchmarks.{name}"
         counts: PromptCounts = self._once(f"{where} {section.model_dump_json()}", out, write)
+        return counts
+
+    def write_episodes(self, section: Episodes, out: Path) -> EpisodeCounts:
+        """As `data.given.write_episodes`. Raises: InputError, also where no attribute is named."""
+        if section.attributes is None:
+            raise InputError("episodes.attributes: missing; name the scores to train on, highest priority first")
+        key = f"episodes {section.model_dump_json()}"
+        counts: EpisodeCounts = self._once(key, out, lambda file: write_episodes(section, file))
+        self.dropped[f"episodes ({section.source})"] = counts.dropped
         return counts
 
     def _once(self, key: str, out: Path, write: Callable[[Path], Any]) -> Any:

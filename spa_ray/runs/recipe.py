@@ -49,14 +49,16 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
     tau: dict[str, Node] = {}
     for iteration in range(1, max(config.iterations.count for config in arms.values()) + 1):
         active = {arm: config for arm, config in arms.items() if config.iterations.count >= iteration}
-        prompts = {arm: Node("prompts", arm, config, iteration) for arm, config in active.items()}
-        yield list(prompts.values())
-        for arm, config in active.items():
+        given = {arm: Node("import", arm, c, iteration) for arm, c in active.items() if c.episodes.source}
+        asked = {arm: config for arm, config in active.items() if arm not in given}
+        prompts = {arm: Node("prompts", arm, config, iteration) for arm, config in asked.items()}
+        for arm, config in asked.items():
             inputs = {"prompts": prompts[arm], "model": models[arm]}
             if config.iterations.reuse_refined and iteration > 1:
                 inputs["earlier"] = episodes[arm]
             episodes[arm] = Node("generate", arm, config, iteration, inputs)
-        yield [episodes[arm] for arm in active]
+        episodes |= given
+        yield from filter(None, ([*given.values()], [*prompts.values()], [episodes[arm] for arm in asked]))
         builds = {
             arm: Node("build", arm, config, iteration, {"episodes": episodes[arm]}, tau.get(arm))
             for arm, config in active.items()
@@ -110,11 +112,14 @@ def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
     for level in levels(arms):
         for node in level:
             if STAGES[node.stage].draw:
-                source = node.config.prompts.model_dump(mode="json") if node.iteration else node.label
-                keys[node] = digest([source, first_prompt(node.config, node.iteration)])
-                continue
-            # Which τ an iteration is held to follows from its episodes and settings: a stand-in tells as much.
-            known = Known(node.iteration, 0.0 if node.tau else None, node.benchmark)
-            keys[node] = at = key(node, known, hash_of)
-            found.setdefault(at, PlannedStage(node.label, at, node.config, node.iteration)).arms.append(node.arm)
+                sources = node.config.model_dump(mode="json", include={"prompts", "episodes"})
+                source = [sources, first_prompt(node.config, node.iteration)] if node.iteration else node.label
+                keys[node] = at = digest(source)
+            else:
+                # Which τ an iteration is held to follows from its episodes and settings: a stand-in tells as much.
+                known = Known(node.iteration, 0.0 if node.tau else None, node.benchmark)
+                keys[node] = at = key(node, known, hash_of)
+            if STAGES[node.stage].recorded:
+                planned = found.setdefault(at, PlannedStage(node.label, at, node.config, node.iteration))
+                planned.arms.append(node.arm)
     return list(found.values())

@@ -49,6 +49,11 @@ class Stage:
         settings = self.settings(config, known or keys.Known())
         return stage_hash(self.name, self.version, settings, [hashes[r] for r in self.inputs if r in hashes])
 
+    @property
+    def recorded(self) -> bool:
+        """Whether an arm's record and the plan name it: its output is a folder that users look into."""
+        return self.draw is None or self.output == "episodes"
+
     def output_hash(self, stage: StageFolder) -> str:
         """What the keys of later stages cover of the output: a model's files, of all else its own key."""
         if self.output != "model":
@@ -73,11 +78,23 @@ def _draw_benchmark(files: PromptFiles, config: Config, known: keys.Known, out: 
     return files.write_benchmark(config.evaluation, known.benchmark, out)
 
 
+def _draw_episodes(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
+    return files.write_episodes(config.episodes, out)
+
+
 def run_prompts(works: Sequence[Work], context: Context) -> None:
     """Each command draws its prompts anew, since a bad row must show at once; a file that is there stays."""
     for work in works:
         started = time.time()
         copy_file(work.input("contents"), work.stage.folder / "prompts.parquet")
+        context.finish(work, started)
+
+
+def run_import(works: Sequence[Work], context: Context) -> None:
+    """Given answers as episodes: no engine takes part."""
+    for work in works:
+        started = time.time()
+        copy_file(work.input("contents"), work.stage.folder / "episodes" / "episodes.parquet")
         context.finish(work, started)
 
 
@@ -177,6 +194,7 @@ def run_evaluate(works: Sequence[Work], context: Context) -> None:
 
 ROWS = (
     Stage("prompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_prompts, rows=None),
+    Stage("import", 1, keys.prompts, ("contents",), "episodes", run_import, draw=_draw_episodes, rows=None),
     Stage("generate", generation.STAGE_VERSION, keys.generate, ("prompts", "model", "earlier"), "episodes",
           run_generate),
     Stage("build", preferences.STAGE_VERSION, keys.build, ("episodes",), "pairs", run_build, told=("funnel",),
@@ -192,4 +210,5 @@ ROWS = (
     Stage("benchmark", evaluation.STAGE_VERSION, keys.benchmark, ("prompts", "model"), "episodes", run_evaluate),
 )  # fmt: skip
 STAGES = {row.name: row for row in ROWS}
+ORDER = tuple(STAGES)
 UNTIL = ("generate", "build", "train", "evaluate")  # where `spa run` may end; benchmarks are part of the evaluation

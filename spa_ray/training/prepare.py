@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from spa_ray.config.training import TRAIN_BYSTANDERS
@@ -24,6 +24,7 @@ from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
 from spa_ray.training.deal import Plan
 from spa_ray.training.job import TrainJob
 from spa_ray.training.method import check_section_of_method, method_of, method_source
+from spa_ray.training.own_pairs import end_ids
 from spa_ray.training.rope import long_factors
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from spa_ray.training.trainable import check_trainable
@@ -118,6 +119,7 @@ def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
             vocab_size=_vocab_size(job),
             max_length=job.train.max_length,
             gap=job.train.gap,
+            ends=cache(lambda: end_ids(job.model)),
         )
         partial = counts.with_suffix(".partial")
         partial.write_text(json.dumps(dropped))

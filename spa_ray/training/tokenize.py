@@ -2,7 +2,8 @@
 
 It reads pairs Parquet (DESIGN, pairs/) and writes an Arrow IPC file of `TOKENS`; pairs that are left out are counted.
 Prompts are rendered by `rollout.chat`, as generation rendered them. Responses are the generated ids, never re-tokenised
-text; no end token is added or taken away, and nothing is cut: a pair that is too long is dropped and counted.
+text; no end token is added or taken away, and nothing is cut: a pair that is too long is dropped and counted. Given
+answers, whose ids are null, are cut into tokens here (`own_pairs.answer_ids`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spa_ray.data.schemas import is_imported
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
+from spa_ray.training.own_pairs import answer_ids
 
 IDS = pa.list_(pa.int32())
 TOKENS = pa.schema(
@@ -37,6 +40,7 @@ TOKENS = pa.schema(
     ]
 )
 COLUMNS = ["pair_id", "prompt", "chosen_ids", "rejected_ids"]
+TEXTS = ["chosen", "rejected"]  # of given answers
 GAP_COLUMNS = {"abs_sum": ["gap"], "l1": ["margin"], "primary": ["chosen_scores", "rejected_scores"]}
 
 
@@ -57,8 +61,18 @@ def content_hash(pairs: Path) -> str:
     return hashlib.blake2b("".join(sorted(digests)).encode(), digest_size=16).hexdigest()
 
 
-def tokenize_pairs(pairs: Path, out: Path, chat: Chat, *, vocab_size: int, max_length: int, gap: str) -> dict[str, int]:
+def tokenize_pairs(
+    pairs: Path,
+    out: Path,
+    chat: Chat,
+    *,
+    vocab_size: int,
+    max_length: int,
+    gap: str,
+    ends: Callable[[], frozenset[int]] = frozenset,
+) -> dict[str, int]:
     """Write the token rows of all pairs that can be trained on; return the counts of those that cannot, by reason.
+    `ends` gives the model's end-of-sequence ids, for answers without ids.
 
     Reasons: `too_long` (prompt and a response exceed `max_length` tokens), `identical` (equal ids on both sides).
     Raises: InputError for a missing column, an empty response, an id outside the vocabulary, a gap that is not a
@@ -68,7 +82,7 @@ def tokenize_pairs(pairs: Path, out: Path, chat: Chat, *, vocab_size: int, max_l
     partial = out.with_name(out.name + ".partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, TOKENS) as writer:
         for file, batch in _batches(pairs, gap):
-            rows = _token_rows(file, batch, chat, vocab_size=vocab_size, max_length=max_length, dropped=dropped)
+            rows = _token_rows(file, batch, chat, ends, vocab_size=vocab_size, max_length=max_length, dropped=dropped)
             gaps = _gaps(file, batch, gap)
             for row in rows:
                 row["gap"] = gaps[row.pop("row")]
@@ -88,7 +102,8 @@ def _batches(pairs: Path, gap: str) -> Iterator[tuple[Path, pa.RecordBatch]]:
             missing = [c for c in columns if c not in source.schema_arrow.names]
             if missing:
                 raise InputError(f"{file}: column {missing[0]!r} is missing; `spa build` writes it (DESIGN, pairs/)")
-            for batch in source.iter_batches(batch_size=4096, columns=columns):
+            texts = TEXTS if is_imported(source.schema_arrow) else []
+            for batch in source.iter_batches(batch_size=4096, columns=columns + texts):
                 yield file, batch
 
 
@@ -96,6 +111,7 @@ def _token_rows(
     file: Path,
     batch: pa.RecordBatch,
     chat: Chat,
+    ends: Callable[[], frozenset[int]],
     *,
     vocab_size: int,
     max_length: int,
@@ -103,13 +119,14 @@ def _token_rows(
 ) -> list[dict[str, Any]]:
     rows = []
     last: tuple[Any, list[int], int] = (None, [], 0)  # a prompt's pairs are adjacent: it is rendered once
-    for i, pair in enumerate(batch.select(COLUMNS).to_pylist()):
+    for i, pair in enumerate(batch.select([n for n in (*COLUMNS, *TEXTS) if n in batch.schema.names]).to_pylist()):
         where = f"{file}: pair {pair['pair_id']!r}"
         if pair["prompt"] != last[0]:
             ids = _render(chat, pair["prompt"], where)
             last = (pair["prompt"], ids, _key(ids, []))
         prompt = last[1]
-        sides = {side: _checked_ids(pair[f"{side}_ids"], vocab_size, f"{where}: {side}_ids") for side in _SIDES}
+        given = {side: _ids(chat, pair, side, ends, where) for side in _SIDES}
+        sides = {side: _checked_ids(ids, vocab_size, f"{where}: {side}_ids") for side, ids in given.items()}
         if sides["chosen"] == sides["rejected"]:
             dropped["identical"] += 1
         elif len(prompt) + max(map(len, sides.values())) > max_length:
@@ -128,6 +145,18 @@ _SIDES = ("chosen", "rejected")
 def _render(chat: Chat, messages: list[dict[str, str]], where: str) -> list[int]:
     try:
         return chat.prompt_ids(messages)
+    except ValueError as e:
+        raise InputError(f"{where}: {e}") from e
+
+
+def _ids(
+    chat: Chat, pair: dict[str, Any], side: str, ends: Callable[[], frozenset[int]], where: str
+) -> list[int] | None:
+    ids: list[int] | None = pair[f"{side}_ids"]
+    if ids is not None or side not in pair:
+        return ids
+    try:
+        return answer_ids(chat, pair["prompt"], pair[side][0]["content"], ends())
     except ValueError as e:
         raise InputError(f"{where}: {e}") from e
 
