@@ -58,7 +58,7 @@ def test_every_shipped_config_is_planned(spa: Any, path: Path) -> None:
 
 
 def test_a_named_data_set_without_a_loader_is_refused_by_run(spa: Any, config: Any) -> None:
-    refused(spa("run", config(prompts={"source": "saferlhf"})), "saferlhf", "loader")
+    refused(spa("run", config(prompts={"source": "honeset"})), "honeset", "loader")
 
 
 def test_unknown_keys_name_the_nearest(spa: Any, config: Any) -> None:

@@ -283,10 +283,9 @@ def test_skipping_more_prompts_than_there_are_is_refused(tmp_path: Path) -> None
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["saferlhf", "wildguard", "honeset"])
-def test_a_named_data_set_has_no_loader_yet_and_says_so(name: str) -> None:
-    assert source_kind(Prompts(source=name)) == "named"
-    assert f"prompts.source: the named data set {name!r} has no loader yet" in refusal(name)
+def test_a_named_data_set_has_no_loader_yet_and_says_so() -> None:
+    assert source_kind(Prompts(source="honeset")) == "named"
+    assert "prompts.source: the named data set 'honeset' has no loader yet" in refusal("honeset")
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "data/nowhere.csv", "/nowhere/at/all"])

@@ -171,7 +171,7 @@ def test_the_source_and_the_keys_are_part_of_the_stage(tmp_path: Path, monkeypat
 def test_a_plan_counts_its_questions_for_every_model() -> None:
     raw = {
         "model": {"path": "org/some-8B"},
-        "prompts": {"source": "saferlhf", "limit": 10},
+        "prompts": {"source": "honeset", "limit": 10},
         "arms": {"spa": {}, "sft": {"train.method": "sft"}},
         "evaluation": {"benchmarks": {"two": {"benchmark": f"{HERE}:TwoTurns"}}},
     }

@@ -144,6 +144,8 @@ def test_attributes_are_chosen_and_ordered_and_prompts_limited(tmp_path: Path) -
     table, _ = read(put(tmp_path / "h.jsonl", *HELPSTEER2_ROWS), attributes=("verbosity", "helpfulness"), limit=1)
     assert objectives_of(table.schema) == ["verbosity", "helpfulness"]
     assert table["scores"].to_pylist() == [[[0.25, 0.75], [0.0, 0.25]]]
+    _, counts = read(put(tmp_path / "p.jsonl", ONE, {**ONE, "prompt": "r", "scores": {"x": 1, "y": 2}}))
+    assert counts.notes() == [f"episodes: {tmp_path / 'p.jsonl'}: scores that episodes.attributes leaves out: y"]
     told = refusal(put(tmp_path / "own.jsonl", *HELPSTEER2_ROWS), attributes=("helpful",))
     assert "has a score 'helpful'; they have coherence, complexity, correctness" in told
 
@@ -151,12 +153,15 @@ def test_attributes_are_chosen_and_ordered_and_prompts_limited(tmp_path: Path) -
 ONE = {"prompt": "q", "response": "a", "scores": {"x": 1}}
 BAD: dict[str, tuple[Any, str]] = {
     "no answers": ({"prompt": "q"}, "no answers with scores (columns: prompt); give `prompt` and `responses`"),
-    "no list": ({"prompt": "q", "responses": "a"}, "`responses` is not a list of {text, scores: {name: number}}"),
+    "no list": (
+        {"prompt": "q", "responses": "a"},
+        "`responses` is text; give a list of {text, scores: {name: number}}",
+    ),
     "no text": ({"prompt": "q", "responses": [{"scores": {}}]}, "`responses`[0].text is null; an answer is text"),
-    "no scores": ({"prompt": "q", "responses": [{"text": "a"}]}, "`scores` is null; give {name: number}"),
-    "text score": ({**ONE, "scores": {"x": "high"}}, "the score 'x' is text; a score is a number or null"),
-    "endless": ({**ONE, "scores": {"x": float("inf")}}, "the score 'x' is inf; a score is a finite number or null"),
-    "another name": ({**ONE, "prompt": "r", "scores": {"y": 1}}, "has a score 'y', the first row has none; name all"),
+    "no scores": ({"prompt": "q", "responses": [{"text": "a"}]}, "`responses`[0] is no answer; give {text, scores:"),
+    "text score": ({**ONE, "scores": {"x": "high"}}, "`x` is 'high'; a score is a finite number"),
+    "endless": ({**ONE, "scores": {"x": float("inf")}}, "`x` is inf; a score is a finite number"),
+    "no completions": ({**ULTRAFEEDBACK_ROW, "completions": ["a"]}, "`completions` are not UltraFeedback's (TypeError"),
     "beyond the scale": (rated("q", "a", 5, 0, 0, 0, 0), "helpfulness is 5; a rating is a number from 0 to 4"),
     "no rating": (
         {**ULTRAFEEDBACK_ROW, "completions": [completion("a", "good", "1", "1", "1")]},

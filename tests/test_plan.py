@@ -37,7 +37,7 @@ DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
 def configs(arms: dict[str, Any] | None = None, **raw: Any) -> dict[str, Config]:
-    small = {"model": {"path": "org/some-8B"}, "prompts": {"source": "saferlhf", "limit": 400}}
+    small = {"model": {"path": "org/some-8B"}, "prompts": {"source": "honeset", "limit": 400}}
     return arm_configs({**small, **raw, "arms": arms or {"main": {}}}, [], where="test", stem="test")
 
 
@@ -73,7 +73,7 @@ def test_a_second_iteration_is_shared_only_from_the_same_policy() -> None:
 
 
 def test_evaluation_is_of_vanilla_and_of_every_different_last_model() -> None:
-    held_out = {"prompts": {"source": "saferlhf", "limit": 50}}
+    held_out = {"prompts": {"source": "honeset", "limit": 50}}
     arms = configs({"spa": {}, "same": {}, "sft": {"train.method": "sft"}}, evaluation=held_out)
     evaluated = [arms for stage, _, arms in stages_of(arms) if stage == "evaluate"]
     assert evaluated == [["vanilla"], ["spa", "same"], ["sft"]]
@@ -305,7 +305,7 @@ def test_a_price_makes_costs_of_gpu_hours_and_changes_no_address() -> None:
 
 
 def test_the_total_is_the_stages_and_the_starts_of_the_workers() -> None:
-    plan = make_plan(configs({"a": {}, "b": {"iterations.count": 2}}, evaluation={"prompts": {"source": "saferlhf"}}))
+    plan = make_plan(configs({"a": {}, "b": {"iterations.count": 2}}, evaluation={"prompts": {"source": "honeset"}}))
     for key in SUMMED[:4]:
         assert plan["total"][key] == sum(stage[key] for stage in plan["stages"])
     starts = 2 * cost.GPU.group_start

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,7 +72,6 @@ _LIKELY = (
     "content",
     "sentence",
 )
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # HH-RLHF's
 OUR_COLUMNS = frozenset({"prompt", "messages", "prompt_id", "conversations", "conversation", "instruction", "input"})
 
 
@@ -285,17 +283,6 @@ def _content(value: Any, name: str) -> str:
             raise BadRowError(f"{name} holds {str(kind)!r} (part {number + 1}); only text is read, leave such rows out")
         texts.append(part["text"])
     return check_text("\n".join(texts), name)
-
-
-def split_turns(text: str, mark: re.Pattern[str], name: str) -> list[Message]:
-    """The turns of a text in which `mark`, whose group is the speaker, heads each; the first may go without (a user's).
-
-    Raises: BadRowError for an empty turn.
-    """
-    first, *rest = mark.split(text)
-    said = [*([("user", first)] if first.strip() else []), *zip(rest[::2], rest[1::2], strict=True)]
-    turns = [{"from": speaker, "value": words.strip()} for speaker, words in said]
-    return [_message(turn, number, f"`{name}`[{number}]") for number, turn in enumerate(turns)]
 
 
 def check_text(value: Any, name: str, what: str = "a prompt") -> str:

@@ -8,24 +8,17 @@ where there is one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from spa_ray.config.models import Prompts
-from spa_ray.data.forms import (
-    TRANSCRIPT,
-    BadRowError,
-    Message,
-    as_messages,
-    check_text,
-    is_missing,
-    split_turns,
-    take_messages,
-)
+from spa_ray.data.forms import BadRowError, Message, as_messages, check_text, is_missing, take_messages
 from spa_ray.data.prompts import PromptCounts
 from spa_ray.data.readers import Row, read_rows
 
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")  # HH-RLHF's
 SIDES = ("chosen", "rejected")
 # Names of the two answers' scores in public data sets (UltraFeedback as TRL and Argilla give it).
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
@@ -84,6 +77,17 @@ def _turns(value: Any, side: str) -> list[Message] | str:
     return as_messages(value, side, text_is_prompt=False, named=True)
 
 
+def split_turns(text: str, mark: re.Pattern[str], name: str) -> list[Message]:
+    """The turns of a text in which `mark`, whose group is the speaker, heads each; the first may go without (a user's).
+
+    Raises: BadRowError, for an empty turn as well.
+    """
+    first, *rest = mark.split(text)
+    said = [*([("user", first)] if first.strip() else []), *zip(rest[::2], rest[1::2], strict=True)]
+    turns = [{"from": speaker, "value": words.strip()} for speaker, words in said]
+    return as_messages(turns, name, text_is_prompt=False, named=True)
+
+
 def _common(chosen: list[Message] | str, rejected: list[Message] | str) -> list[Message]:
     """The prompt of two conversations that differ in their last answer."""
     if isinstance(chosen, str) or isinstance(rejected, str):
@@ -105,12 +109,13 @@ def _answer(turns: list[Message] | str, prompt: list[Message], side: str) -> str
 def _scores(values: MutableMapping[str, Any]) -> tuple[float, float] | None:
     for names in SCORES:
         if all(name in values for name in names):
-            given = [_number(values[name], name) for name in names]
+            given = [score_of(values[name], name) for name in names]
             return given[0], given[1]
     return None
 
 
-def _number(value: Any, name: str) -> float:
+def score_of(value: Any, name: str) -> float:
+    """Raises: BadRowError for what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRowError(f"`{name}` is {value!r}; a score is a finite number")
     return float(value)

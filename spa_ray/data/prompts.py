@@ -151,19 +151,27 @@ def write_prompts(
     Raises: InputError as `read_prompts` does, and when no prompt is left.
     """
     counts = PromptCounts()
-    rows = read_prompts(prompts, where=where, skip=skip, counts=counts, check=check)
+
+    def rows() -> Iterator[Prompt]:
+        yield from read_prompts(prompts, where=where, skip=skip, counts=counts, check=check)
+        if counts.rows == 0:
+            raise InputError(_nothing_left(prompts, counts, where, skip))
+
+    write_rows(rows(), PROMPTS, out)
+    return counts
+
+
+def write_rows(rows: Iterator[dict[str, Any]], schema: pa.Schema, out: Path, **options: Any) -> None:
+    """Write rows to one Parquet file, by rename; on an error of theirs nothing is left behind."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        with pq.ParquetWriter(part, PROMPTS) as writer:
+        with pq.ParquetWriter(part, schema, **options) as writer:
             while group := list(islice(rows, ROWS_PER_GROUP)):
-                writer.write_table(pa.Table.from_pylist(group, schema=PROMPTS))
-        if counts.rows == 0:
-            raise InputError(_nothing_left(prompts, counts, where, skip))
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    return counts
 
 
 def _nothing_left(prompts: Prompts, counts: PromptCounts, where: str, skip: int) -> str:

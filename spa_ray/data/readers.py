@@ -34,23 +34,7 @@ PARQUET_BATCH = 1024
 UNHOLDABLE = (ValueError, OverflowError, LookupError)
 CSV_CELL_LIMIT = 2**31 - 1  # the csv module's own limit, 131,072 characters, refuses long documents
 
-NAMED = frozenset(
-    {
-        "arena-hard",
-        "helpsteer2",
-        "hh-rlhf",
-        "honeset",
-        "mt-bench",
-        "pku-saferlhf",
-        "safetybench",
-        "saferlhf",
-        "trustllm",
-        "truthfulqa",
-        "ultrafeedback",
-        "wildguard",
-        "wildguardmix",
-    }
-)
+NAMED = ("honeset",)  # public, and on no hub: a plan may assume its prompts
 
 SourceKind = Literal["file", "folder", "reader", "datasets", "named"]
 
@@ -112,8 +96,8 @@ def read_rows(prompts: Prompts, *, where: str = "prompts", notes: dict[str, None
     path = Path(os.path.expanduser(source))
     if kind == "named":
         raise InputError(
-            f"{where}.source: the named data set {source!r} has no loader yet; give its hub id (owner/name), its rows "
-            "as a JSONL, JSON, CSV or Parquet file, or a reader (package.module:function)"
+            f"{where}.source: the named data set {source!r} has no loader yet; give its rows as a "
+            "JSONL, JSON, CSV or Parquet file, or a reader (package.module:function)"
         )
     if kind == "reader":
         yield from _rows_of_reader(source, prompts.split, where)

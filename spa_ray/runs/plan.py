@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Config
+from spa_ray.config.models import Config, Prompts
 from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
@@ -25,7 +25,7 @@ from spa_ray.runs.host import planned_host
 from spa_ray.runs.plan_folder import weights_checked
 from spa_ray.runs.plan_memory import refusal
 from spa_ray.runs.plan_model import ModelFacts, found_folder, model_facts
-from spa_ray.runs.plan_prompts import SAMPLED, PromptFacts, given_facts, held_out_facts, prompt_facts
+from spa_ray.runs.plan_prompts import SAMPLED, PromptFacts, held_out_facts, prompt_facts
 from spa_ray.runs.plan_tokens import (
     ANSWER_SHARE,
     CHARS_PER_TOKEN,
@@ -121,11 +121,12 @@ class _Lookup:
         return self._once(key, lambda: self._prompts(config))
 
     def _prompts(self, config: Config) -> PromptFacts:
+        where, prompts, given = "prompts", config.prompts, None
         if config.episodes.source:
-            facts = given_facts(config.episodes, self.notes)
-        else:
-            facts = prompt_facts(config.prompts, self.notes, "prompts", self._check(config))
-        self.notes += lines({"episodes" if config.episodes.source else "prompts": facts.dropped})
+            where, given = "episodes", config.episodes
+            prompts = Prompts(source=given.source, split=given.split, limit=given.limit)
+        facts = prompt_facts(prompts, self.notes, where, self._check(config), given)
+        self.notes += lines({where: facts.dropped})
         return facts
 
     def training(self, config: Config) -> cost.Training:

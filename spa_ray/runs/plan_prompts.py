@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from spa_ray.data.forms import Message
 from spa_ray.data.given import EpisodeCounts, read_episodes
 from spa_ray.data.hub import UnreachableError
 from spa_ray.data.left_out import LeftOut
-from spa_ray.data.prompts import Check, PromptCounts, read_prompts
+from spa_ray.data.prompts import Check, read_prompts
 from spa_ray.data.readers import source_kind
 from spa_ray.errors import InputError
 
@@ -43,12 +43,15 @@ class PromptFacts:
     dropped: LeftOut = field(default_factory=LeftOut)
 
 
-def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | None = None) -> PromptFacts:
-    """Reads at most COUNTED prompts. Raises: InputError for a source that is missing, or wrong within what is read."""
+def prompt_facts(
+    prompts: Prompts, notes: list[str], where: str, check: Check | None = None, given: Episodes | None = None
+) -> PromptFacts:
+    """Reads at most COUNTED prompts, those of `given` answers where there are any. Raises: InputError for a source that
+    is missing, or wrong within what is read."""
     if source_kind(prompts, where=where) == "named":
         return _assumed(prompts, notes, f"{where}: {prompts.source} has no loader here")
-    counts = PromptCounts()
-    rows = read_prompts(prompts, where=where, counts=counts, check=check)
+    counts = EpisodeCounts()
+    rows = read_episodes(given, counts) if given else read_prompts(prompts, where=where, counts=counts, check=check)
     try:
         read = [row["messages"] for row in islice(rows, COUNTED)]
     except UnreachableError as e:
@@ -60,26 +63,7 @@ def prompt_facts(prompts: Prompts, notes: list[str], where: str, check: Check | 
     count = len(read) if whole else _beyond(prompts, notes, where)
     step = max(1, len(read) // SAMPLED)
     sample = _bounded(read[::step][:SAMPLED])
-    return PromptFacts(str(prompts.source), count, sample, not whole, dropped=counts.dropped)
-
-
-def given_facts(section: Episodes, notes: list[str]) -> PromptFacts:
-    """The prompts of given answers: reads at most COUNTED. Raises: InputError as `prompt_facts`."""
-    counts = EpisodeCounts()
-    as_prompts = Prompts(source=section.source, split=section.split, limit=section.limit)
-    try:
-        read = [row["messages"] for row in islice(read_episodes(section, counts), COUNTED)]
-    except UnreachableError as e:
-        return replace(_assumed(as_prompts, notes, str(e)), answers=2.0)
-    notes += counts.notes("episodes")
-    if not read:
-        raise InputError(f"episodes.source: {section.source}: no prompt with answers in it")
-    more = len(read) == COUNTED and section.limit != COUNTED
-    count = section.limit or COUNTED if more else len(read)
-    notes += [f"episodes: more than {COUNTED:,} prompts, which were not counted; {count:,} are planned for"] * more
-    sample = _bounded(read[:: max(1, len(read) // SAMPLED)][:SAMPLED])
-    answers = counts.answers / counts.rows
-    return PromptFacts(str(section.source), count, sample, more, answers=answers, dropped=counts.dropped)
+    return PromptFacts(str(prompts.source), count, sample, not whole, counts.answers / len(read), counts.dropped)
 
 
 def _assumed(prompts: Prompts, notes: list[str], why: str) -> PromptFacts:

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ TOKENS = pa.schema(
 )
 COLUMNS = ["pair_id", "prompt", "chosen_ids", "rejected_ids"]
 TEXTS = ["chosen", "rejected"]  # of given answers
+Ends = Callable[[], frozenset[int]]
 GAP_COLUMNS = {"abs_sum": ["gap"], "l1": ["margin"], "primary": ["chosen_scores", "rejected_scores"]}
 
 
@@ -62,14 +64,7 @@ def content_hash(pairs: Path) -> str:
 
 
 def tokenize_pairs(
-    pairs: Path,
-    out: Path,
-    chat: Chat,
-    *,
-    vocab_size: int,
-    max_length: int,
-    gap: str,
-    ends: Callable[[], frozenset[int]] = frozenset,
+    pairs: Path, out: Path, chat: Chat, *, vocab_size: int, max_length: int, gap: str, ends: Ends = frozenset
 ) -> dict[str, int]:
     """Write the token rows of all pairs that can be trained on; return the counts of those that cannot, by reason.
     `ends` gives the model's end-of-sequence ids, for answers without ids.
@@ -111,7 +106,7 @@ def _token_rows(
     file: Path,
     batch: pa.RecordBatch,
     chat: Chat,
-    ends: Callable[[], frozenset[int]],
+    ends: Ends,
     *,
     vocab_size: int,
     max_length: int,
@@ -122,7 +117,7 @@ def _token_rows(
     for i, pair in enumerate(batch.select([n for n in (*COLUMNS, *TEXTS) if n in batch.schema.names]).to_pylist()):
         where = f"{file}: pair {pair['pair_id']!r}"
         if pair["prompt"] != last[0]:
-            ids = _render(chat, pair["prompt"], where)
+            ids = _rendered(where, partial(chat.prompt_ids, pair["prompt"]))
             last = (pair["prompt"], ids, _key(ids, []))
         prompt = last[1]
         given = {side: _ids(chat, pair, side, ends, where) for side in _SIDES}
@@ -142,23 +137,18 @@ def _token_rows(
 _SIDES = ("chosen", "rejected")
 
 
-def _render(chat: Chat, messages: list[dict[str, str]], where: str) -> list[int]:
+def _rendered(where: str, render: Callable[[], list[int]]) -> list[int]:
     try:
-        return chat.prompt_ids(messages)
+        return render()
     except ValueError as e:
         raise InputError(f"{where}: {e}") from e
 
 
-def _ids(
-    chat: Chat, pair: dict[str, Any], side: str, ends: Callable[[], frozenset[int]], where: str
-) -> list[int] | None:
+def _ids(chat: Chat, pair: dict[str, Any], side: str, ends: Ends, where: str) -> list[int] | None:
     ids: list[int] | None = pair[f"{side}_ids"]
     if ids is not None or side not in pair:
         return ids
-    try:
-        return answer_ids(chat, pair["prompt"], pair[side][0]["content"], ends())
-    except ValueError as e:
-        raise InputError(f"{where}: {e}") from e
+    return _rendered(where, lambda: answer_ids(chat, pair["prompt"], pair[side][0]["content"], ends()))
 
 
 def _checked_ids(ids: list[int] | None, vocab_size: int, where: str) -> list[int]:
