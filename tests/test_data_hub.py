@@ -173,6 +173,17 @@ def test_a_hub_that_may_not_be_asked_is_told_and_planned_for(tmp_path: Path) -> 
     assert "70 prompts of one sentence assumed" in told.stdout
 
 
+def test_without_a_hub_the_copy_in_the_cache_is_read_but_not_for_another_revision(tmp_path: Path) -> None:
+    fetch = [sys.executable, "-c", "import datasets; datasets.load_dataset('me/two')"]
+    with Hub(REPOSITORIES) as hub:
+        reached = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        subprocess.run(fetch, env={**os.environ, **reached}, capture_output=True, check=True)
+    sources = [{"source": f"hf://me/two{revision}", "split": "test"} for revision in ("", f"@{COMMIT}", "@main")]
+    copy, same, other = ask(sources, tmp_path, HF_HUB_OFFLINE="1")
+    assert copy["texts"] == same["texts"] == ["b"]
+    assert f"the hub cannot be asked for main, and its copy in the cache is {COMMIT}" in other["error"]
+
+
 def test_a_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
     monkeypatch.setattr(hub, "_splits", lambda address: never.wait())

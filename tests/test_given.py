@@ -24,6 +24,7 @@ from spa_ray.data.schemas import EPISODES, is_imported, objectives_of
 from spa_ray.errors import InputError
 from spa_ray.preferences import build_pairs, denoise
 from spa_ray.rollout.chat import Chat
+from spa_ray.runs.recipe import planned_stages
 from spa_ray.training.own_pairs import answer_ids
 from spa_ray.training.tokenize import tokenize_pairs
 from tests.fake_hub import Hub
@@ -219,6 +220,22 @@ def test_given_answers_bring_their_defaults() -> None:
 def test_what_given_answers_rule_out_is_refused(override: str, told: str) -> None:
     with pytest.raises(InputError, match=re.escape(told)):
         config(override)
+
+
+def test_arms_with_given_answers_stand_beside_arms_that_ask() -> None:
+    given = {"episodes.source": "s.jsonl", "episodes.attributes": ["harmless", "helpful"]}
+    arms = {"asks": {}, "given": given, "sft": {**given, "train.method": "sft"}}
+    raw = {"model": {"path": "m"}, "prompts": {"source": "p.jsonl"}, "arms": arms}
+    stages = planned_stages(arm_configs(raw, (), where="test", stem="test"))
+    assert [(stage.stage, stage.arms) for stage in stages] == [
+        ("import", ["given", "sft"]),
+        ("generate", ["asks"]),
+        ("build", ["asks"]),
+        ("build", ["given", "sft"]),
+        ("train", ["asks"]),
+        ("train", ["given"]),
+        ("train", ["sft"]),
+    ]
 
 
 # --- pairs and tokens -------------------------------------------------------------------------------------------------

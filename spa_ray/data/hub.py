@@ -93,7 +93,10 @@ def _builder(address: str) -> Any:
     if named is None:
         raise InputError(f"{address}: no data set's name; write hf://owner/name, hf://owner/name@REVISION/CONFIG")
     name, revision, config = named.groups()
-    return load_dataset_builder(name, config, revision=revision)
+    builder = load_dataset_builder(name, config, revision=revision)
+    if revision and "cache" in type(builder).__module__ and builder.hash != revision:  # whatever was fetched last
+        raise ConnectionError(f"the hub cannot be asked for {revision}, and its copy in the cache is {builder.hash}")
+    return builder
 
 
 def _asked(address: str, where: str, work: Callable[[], T]) -> T:
