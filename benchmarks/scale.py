@@ -200,7 +200,7 @@ def run_stage(args: argparse.Namespace, config: Config, prompts: Path, folder: P
     with watched(args.every) as watch:
         counts: PassCounts = generate(
             config,
-            Task(kind=args.task, judge="none" if args.task == "answer" else "self"),
+            Task(kind=args.task, scored=args.task != "answer"),
             prompts=prompts,
             out=folder / "episodes",
             checkpoint=folder / "checkpoint",

@@ -42,20 +42,25 @@ def render() -> str:
     """The whole document."""
     parts = [HEAD]
     for path, model in sections(Config, ""):
-        title = f"## `{path}`" if path else "## The run"
+        of_kind = f", kind `{kind}`" if (kind := tag(model)) else ""
+        title = f"## `{path}`{of_kind}" if path else "## The run"
         parts.append("\n\n".join(text for text in (title, first_paragraph(model), table(model)) if text) + "\n")
     parts.append(profiles())
     parts.append(method_defaults())
     return "\n".join(parts)
 
 
-def sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def sections(
+    model: type[BaseModel], path: str, told: dict[type[BaseModel], str] | None = None
+) -> Iterator[tuple[str, type[BaseModel]]]:
     """The model and those below it, each with its dotted path, in the order of the fields; each model once."""
+    told = {} if told is None else told
     yield path, model
     for name, info in model.model_fields.items():
-        below = section_of(info.annotation)
-        if below is not None and not is_known(below, model):
-            yield from sections(below, f"{path}.{name}".lstrip("."))
+        for below in sections_of(info.annotation):
+            if not is_known(below, model) and below not in told:
+                told.update({below: path} if tag(below) else {})
+                yield from sections(below, f"{path}.{name}".lstrip("."), told)
 
 
 def is_known(section: type[BaseModel], parent: type[BaseModel]) -> bool:
@@ -67,7 +72,19 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     """The config section inside a type (`Lora | None`, `dict[str, Prompts]`), if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := section_of(inner))), None)
+    return next(iter(sections_of(annotation)), None)
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """All config sections inside a type: several where a `kind` tells which."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in sections_of(inner)]
+
+
+def tag(section: type[BaseModel]) -> str:
+    """The `kind` of a section that has one."""
+    return get_args(section.model_fields["kind"].annotation)[0] if "kind" in section.model_fields else ""
 
 
 def table(model: type[BaseModel]) -> str:
@@ -90,7 +107,7 @@ def type_text(annotation: Any) -> str:
     if origin is Annotated:
         return type_text(inner[0])
     if origin in (Union, types.UnionType):
-        return " \\| ".join(type_text(part) for part in inner)
+        return " \\| ".join(dict.fromkeys(text for part in inner for text in type_text(part).split(" \\| ")))
     if origin is tuple:
         open_ended = len(inner) == 2 and inner[1] is Ellipsis
         return f"list of {type_text(inner[0])}" if open_ended else f"[{', '.join(map(type_text, inner))}]"

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from spa_ray.engine.protocol import Completion, Engine, EngineStats, Request
     from spa_ray.errors import InputError, RunError
     from spa_ray.generation.benchmark import Benchmark
-    from spa_ray.generation.judging import Judge, Judgement
+    from spa_ray.generation.function_judge import Judge
+    from spa_ray.generation.judging import Item, Judgement
     from spa_ray.methods.pairwise import PairwiseConfig, PairwiseMethod
     from spa_ray.preferences import build_pairs, denoise
     from spa_ray.training.method import LossInputs, Method
@@ -28,6 +29,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "InputError",
+    "Item",
     "Judge",
     "Judgement",
     "LossInputs",
@@ -55,7 +57,8 @@ _HOMES = {
     "spa_ray.engine.protocol": ("Completion", "Engine", "EngineStats", "Request"),
     "spa_ray.errors": ("InputError", "RunError"),
     "spa_ray.generation.benchmark": ("Benchmark",),
-    "spa_ray.generation.judging": ("Judge", "Judgement"),
+    "spa_ray.generation.function_judge": ("Judge",),
+    "spa_ray.generation.judging": ("Item", "Judgement"),
     "spa_ray.methods.pairwise": ("PairwiseConfig", "PairwiseMethod"),
     "spa_ray.preferences": ("build_pairs", "denoise"),
     "spa_ray.training.method": ("LossInputs", "Method"),

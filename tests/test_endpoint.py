@@ -20,7 +20,7 @@ from spa_ray.engine.limiter import WINDOW, Limiter
 from spa_ray.engine.openai import Answer, EndpointClient, EndpointDeadError, EndpointError
 from spa_ray.errors import InputError
 from spa_ray.generation.endpoint_judge import EndpointJudge, api_key, check_endpoint
-from spa_ray.generation.judging import Judgement
+from spa_ray.generation.judging import Item, Judgement
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.runs.stages import STAGES
@@ -233,8 +233,8 @@ def scored(fake: FakeEndpoint, **scoring: Any) -> tuple[Judgement, EndpointClien
     judge_it = EndpointJudge(client.ask, Templates(config, objectives), config.scoring)
     question = [{"role": "user", "content": "How?"}]
     return LOOP.run_until_complete(
-        judge_it.judge(question, "{}", "So.", objectives[0], lambda draw, attempt: draw)
-    ), client
+        judge_it.score(Item(question, "{}", "So.", objectives[:1], lambda _, draw, attempt: draw))
+    )[0], client
 
 
 @pytest.mark.parametrize("text", ["[[11]]", "[[0]]", "seven", "[[3]] or [[4]]", "", "[[7.5]]"])
@@ -326,7 +326,7 @@ def test_an_evaluation_may_have_an_endpoint_of_its_own() -> None:
 def test_an_endpoint_judges_by_free_text() -> None:
     raw = raw_config()
     raw["scoring"]["mode"] = "choice"
-    with pytest.raises(InputError, match=r"an endpoint judges by mode regex, not choice; set scoring\.mode=regex"):
+    with pytest.raises(InputError, match=r"kind endpoint is asked in mode regex, not choice; set scoring\.mode=regex"):
         generate_key(raw)
 
 

@@ -200,9 +200,9 @@ def test_a_judge_function_that_returns_anything_else_gives_no_score(
     import tests.scripted as place
 
     monkeypatch.setattr(place, "word_count", oddly(value))
-    config = scripted_config()
+    config = scripted_config(scoring={"judge": "tests.scripted:word_count"})
     engine = ScriptedEngine(config.model, WEIGHTS)
-    episodes = make_episodes(config, Task(judge="tests.scripted:word_count"), engine, WEIGHTS)
+    episodes = make_episodes(config, Task(), engine, WEIGHTS)
     row = asyncio.run(episodes.run(prompt()))
     pa.Table.from_pylist([row], schema=EPISODES).validate(full=True)
     assert row["error"] is None

@@ -97,7 +97,7 @@ def test_no_more_prompts_are_in_flight_than_allowed(tmp_path: Path) -> None:
 
 def test_answers_are_scored_row_by_row(tmp_path: Path) -> None:
     config = scripted_config()
-    answered = asyncio.run(actor(config, Task(kind="answer", judge="none"))(block("one?")))
+    answered = asyncio.run(actor(config, Task(kind="answer", scored=False))(block("one?")))
     scored = asyncio.run(actor(config, Task(kind="score"))(answered)).to_pylist()[0]
     assert all(score is not None for score in scored["scores"][0])
 
@@ -402,7 +402,7 @@ def test_a_system_text_leads_the_first_user_turn_even_behind_an_assistants() -> 
 
 def test_a_recipe_for_a_held_out_answer_reads_the_evaluations_own_settings() -> None:
     config = scripted_config(evaluation={"sampling": {"temperature": 0.3, "max_tokens": 7}})
-    episodes, _ = scripted_episodes(config, Task(kind="answer", judge="none"))
+    episodes, _ = scripted_episodes(config, Task(kind="answer", scored=False))
     recipe = episodes._recipe
     assert (recipe.n, recipe.refine, recipe.sample.temperature, recipe.sample.max_tokens) == (1, None, 0.3, 7)
 
@@ -415,7 +415,7 @@ def test_a_recipe_for_a_held_out_answer_reads_the_evaluations_own_settings() -> 
         ((3, 1), Task(kind="score"), "evaluate: 1 of 4 answers have no score, more than generation.max_error_fraction"),
         ((3, 1), Task(), None),
         ((4, 0), Task(kind="score"), None),
-        ((0, 4), Task(kind="answer", judge="none"), None),
+        ((0, 4), Task(kind="answer", scored=False), None),
     ],
 )
 def test_answers_that_nobody_could_score_end_the_stage(

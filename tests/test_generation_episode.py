@@ -142,14 +142,16 @@ def test_a_prompt_too_long_for_the_context_is_recorded_and_nothing_is_asked():
 
 
 @pytest.mark.parametrize(
-    ("task", "script", "message"),
+    ("scoring", "script", "message"),
     [
-        (Task(), {"refuse": "bread"}, "refused: scripted refusal"),
-        (Task(judge="tests.scripted:broken_judge"), {}, "internal: KeyError: 'harmless'"),
+        ({}, {"refuse": "bread"}, "refused: scripted refusal"),
+        ({"judge": "tests.scripted:broken_judge"}, {}, "internal: KeyError: 'harmless'"),
     ],
 )
-def test_whatever_is_wrong_with_a_row_is_its_error_and_not_raised(task: Task, script: dict[str, Any], message: str):
-    row = play(scripted_config(script), task=task)
+def test_whatever_is_wrong_with_a_row_is_its_error_and_not_raised(
+    scoring: dict[str, Any], script: dict[str, Any], message: str
+):
+    row = play(scripted_config(script, scoring=scoring))
     assert row["error"].startswith(message)
     assert row["responses"] == []
 
@@ -161,14 +163,14 @@ def test_the_engines_death_is_raised():
 
 def test_an_evaluation_is_one_answer_under_its_own_settings_without_refinement():
     config = scripted_config(evaluation={"sampling": {"max_tokens": 50, "temperature": 0.3}})
-    row = play(config, task=Task(kind="answer", judge="none"))
+    row = play(config, task=Task(kind="answer", scored=False))
     (answer,) = row["responses"]
     assert (answer["temperature"], answer["system"], answer["scores"]) == (0.3, None, [])
 
 
 def test_given_answers_are_scored_by_another_model_and_otherwise_left_alone():
     config = scripted_config()
-    answered = play(config, task=Task(kind="answer", judge="none"))
+    answered = play(config, task=Task(kind="answer", scored=False))
     episodes, engine = scripted_episodes(config, Task(kind="score"))
     asyncio.run(engine.load_weights(Path("judge")))
     scored = asyncio.run(episodes.score(answered))

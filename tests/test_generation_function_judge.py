@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spa_ray.config.judge import judge_section
 from spa_ray.errors import InputError
-from spa_ray.generation.function_judge import FunctionJudge, JudgeTimeoutError, number_of
-from spa_ray.generation.judging import Judgement
-from spa_ray.generation.setup import load_judge
+from spa_ray.generation.function_judge import FunctionJudge, JudgeTimeoutError, load_judge, number_of
+from spa_ray.generation.judging import Item, Judgement
 from spa_ray.objectives import Objective
 
 OBJECTIVE = Objective(name="harmless", principle="p", rubric="r")
@@ -25,7 +25,8 @@ def judge_of(function: Any, *, concurrency: int = 32, timeout_s: float = 30) -> 
 
 
 async def ask(judge: FunctionJudge, times: int = 1) -> list[Judgement]:
-    return await asyncio.gather(*(judge.judge([], "{}", "answer", OBJECTIVE, lambda d, a: 0) for _ in range(times)))
+    item = Item([], "{}", "answer", [OBJECTIVE], lambda *_: 0)
+    return [found for (found,) in await asyncio.gather(*(judge.score(item) for _ in range(times)))]
 
 
 def asked(function: Any) -> Judgement:
@@ -196,4 +197,4 @@ def three(messages: Any, meta: str, answer: str) -> float:
 
 def test_a_function_of_other_arguments_is_refused_before_anything_starts() -> None:
     with pytest.raises(InputError, match=r"three' cannot be called as judge\(messages, meta, response, objective\)"):
-        load_judge("tests.test_generation_function_judge:three")
+        load_judge(judge_section("tests.test_generation_function_judge:three"), where="scoring.judge")

@@ -15,8 +15,8 @@ from spa_ray.config.rollout import Scoring
 from spa_ray.engine.protocol import Completion, Request
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
-from spa_ray.generation.judging import Judgement, ModelJudge, Score, expected_score, read_pattern
-from spa_ray.generation.setup import Task, check_generation
+from spa_ray.generation.judging import Item, Judgement, ModelJudge, Score, expected_score, read_pattern
+from spa_ray.generation.setup import check_generation
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat
@@ -58,10 +58,8 @@ def judgement(answers: Sequence[Completion], **scoring: object) -> tuple[Judgeme
     engine = Saying(answers)
     judge = ModelJudge(engine, Chat(engine.tokenizer, model="m"), templates, Scoring(**scoring))
     question = [{"role": "user", "content": "?"}]
-    found = asyncio.run(
-        judge.judge(question, "{}", "!", templates.objectives[0], lambda draw, again: 10 * draw + again)
-    )
-    return found, engine
+    item = Item(question, "{}", "!", templates.objectives[:1], lambda _, draw, again: 10 * draw + again)
+    return asyncio.run(judge.score(item))[0], engine
 
 
 def said(text: str, reason: str = "stop") -> Completion:
@@ -158,6 +156,6 @@ def test_mistakes_that_need_no_engine_are_found_before_one_starts(sections: dict
         check_generation(scripted_config(**sections), WEIGHTS)
 
 
-def test_a_judge_that_is_neither_self_nor_a_function_is_refused() -> None:
-    with pytest.raises(InputError, match="neither `self` nor a dotted path"):
-        play(scripted_config(), task=Task(judge="somebody"))
+def test_a_model_folder_judges_no_generation() -> None:
+    with pytest.raises(InputError, match=r"judge: 'somebody' would take the policy's place; serve it as an endpoint"):
+        scripted_config(scoring={"judge": "somebody"})

@@ -24,7 +24,6 @@ from spa_ray.generation.judging import (
     read_number,
     read_pattern,
 )
-from spa_ray.generation.setup import Task
 from spa_ray.rollout.chat import Chat
 from tests.scripted import play, prompt, scripted_config, scripted_episodes
 from tests.tiny_model import build_tiny_tokenizer
@@ -167,7 +166,7 @@ def test_an_answer_too_long_for_the_judge_costs_that_answer_its_score_and_nothin
 
 
 def test_a_function_judges_by_its_dotted_path_and_what_is_no_number_is_no_score():
-    row = play(scripted_config(), task=Task(judge="tests.scripted:word_count"))
+    row = play(scripted_config(scoring={"judge": "tests.scripted:word_count"}))
     for response in row["responses"]:
         scorable = "moss" not in response["text"]
         expected = float(len(response["text"].split())) if scorable else None

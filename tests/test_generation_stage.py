@@ -180,8 +180,10 @@ def test_failures_that_may_pass_are_asked_again_in_parts_and_readers_take_the_la
     told[17], told[18] = {"never": True}, {"once": str(tmp_path / "failed")}
     meta = pa.array([json.dumps(one) for one in told])
     pq.write_table(table.set_column(2, "meta", meta), tmp_path / "prompts.parquet")
-    task = Task(kind="answer", judge="tests.scripted:flaky_judge")
+    task = Task(kind="answer")
     failing = config(max_attempts=2)
+    scoring = failing.scoring.model_copy(update={"judge": "tests.scripted:flaky_judge"})
+    failing = failing.model_copy(update={"scoring": scoring})
     counts = play(failing, tmp_path / "prompts.parquet", tmp_path, task=task, shard_rows=shard_rows)
     assert (counts.rows, counts.retried, counts.errors) == (PROMPT_COUNT, 2, 1)
     parts = {part: parquet_dataset(part_folder(tmp_path / "episodes", part)).to_table() for part in (0, 1)}
@@ -249,7 +251,7 @@ def test_rows_may_name_their_model_and_a_second_pass_scores_given_answers(prompt
         part = table.set_column(0, "prompt_id", ids)
         parts.append(part.append_column("model", pa.array([str(tmp_path / model)] * len(part))))
     pq.write_table(pa.concat_tables(parts), tmp_path / "rows.parquet")
-    task = Task(kind="answer", judge="none")
+    task = Task(kind="answer", scored=False)
     play(config(), tmp_path / "rows.parquet", tmp_path / "answers", task=task)
     play(config(), part_folder(tmp_path / "answers" / "episodes", 0), tmp_path / "scored", task=Task(kind="score"))
 

@@ -49,6 +49,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "scoring.prompt": ("Rate {{ answer }}", "GE"),
     "scoring.system": ("You judge.", "GE"),
     "scoring.layout": ("answer_first", "GE"),
+    "scoring.judge": ("spa_ray.microworld.oracle:judge", "G"),  # an endpoint's: test_endpoint.py
     "scoring.chat_template_kwargs": ({"enable_thinking": False}, "GE"),
     "refine.temperature": (0.9, "G"),
     "refine.top_p": (0.9, "G"),
@@ -101,7 +102,6 @@ UNCOVERED = {
     "evaluation.benchmarks": "each has a stage of its own: test_evaluation_benchmarks.py",
     "evaluation.bootstrap": "is read when the metrics are computed, by no stage",
     "scoring.pattern": "is read in mode regex alone",
-    "scoring.judge": "goes with mode regex alone: test_endpoint.py says which of its keys count",
     "generation": "how rows are asked and asked again",
     "iterations": "reach the stages as their inputs",
     "resources": "where the work runs",

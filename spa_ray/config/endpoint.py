@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from spa_ray.config.section import Section
+from spa_ray.config.section import JudgeSection, Section
 
 
 class Price(Section):
@@ -16,10 +16,12 @@ class Price(Section):
     output: float = Field(ge=0)
 
 
-class Endpoint(Section):
+class Endpoint(JudgeSection):
     """A judge behind an OpenAI-compatible API; it judges by `scoring.mode: regex`. Limits hold for all engines
     together. Keys come from the environment alone."""
 
+    reads_prompts: ClassVar[bool] = True
+    only_mode: ClassVar[str | None] = "regex"
     kind: Literal["endpoint"]
     base_url: str = Field(description="for example https://api.openai.com/v1")
     model: str = Field(min_length=1, description="the name that the endpoint knows it by")
@@ -40,3 +42,7 @@ class Endpoint(Section):
         if "@" in url.partition("://")[2].partition("/")[0]:
             raise ValueError("a URL in a config holds no user or key; name the key's variable in api_key_env")
         return url.rstrip("/")
+
+    def key(self) -> Any:
+        """Limits, prices and the like change no answer."""
+        return {"kind": self.kind, "base_url": self.base_url, "model": self.model}

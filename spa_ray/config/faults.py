@@ -47,6 +47,9 @@ def _path(loc: Sequence[str | int], root: type[Config]) -> list[str]:
     found: Any = root
     for part in loc:
         kinds = members(found)
+        if tagged := [kind for kind in kinds if is_section(kind) and part in tags(kind)]:
+            found = tagged[0]  # which member of a union of sections a fault is about
+            continue
         known = any(is_section(kind) and part in kind.model_fields for kind in kinds)
         holder = any(get_origin(kind) is dict for kind in kinds) and part != "[key]"
         entry = isinstance(part, int) and any(get_origin(kind) in (tuple, list) for kind in kinds)
@@ -56,6 +59,11 @@ def _path(loc: Sequence[str | int], root: type[Config]) -> list[str]:
             path.append(str(part))
             found = below(found, part)
     return path
+
+
+def tags(section: Any) -> tuple[Any, ...]:
+    """The values of the key that tells a section from others of a union."""
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
 
 
 def _one(fault: Mapping[str, Any], path: list[str], root: type[Config]) -> str:
@@ -69,7 +77,7 @@ def _one(fault: Mapping[str, Any], path: list[str], root: type[Config]) -> str:
     if kind == "union_tag_invalid":
         return f"{context['discriminator'].strip(chr(39))} is {context['tag']!r}; one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
-        return f"names no {context['discriminator'].strip(chr(39))}; give it one"
+        return f"{context['discriminator'].strip(chr(39))} is missing; give it one"
     taken = annotation_at(path, root)
     if fault["loc"] and fault["loc"][-1] == "[key]":
         known = [word for k in members(annotation_at(path[:-1], root)) for word in _key_words(k)]

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from spa_ray.config.benchmark import BenchmarkSection
-from spa_ray.config.endpoint import Endpoint
-from spa_ray.config.plugs import ENGINES, is_dotted
+from spa_ray.config.judge import JudgeKinds, judge_section
+from spa_ray.config.plugs import ENGINES
 from spa_ray.config.rollout import EvalSampling, Refine, Sampling, Scoring, TemplateKwargs
-from spa_ray.config.section import Section
+from spa_ray.config.section import JudgeSection, Section
 from spa_ray.config.training import Tracking, TrainSection, train_section
 
 # vLLM's ways of loading weights that read safetensors, or nothing.
@@ -232,17 +232,15 @@ class Resources(Section):
     price_per_gpu_hour: float | None = Field(None, ge=0, description="for plans, in any currency; null: no prices")
 
 
-JudgeKind = Literal["base", "self", "model", "function", "endpoint"]
-
-
 class Evaluation(Section):
     """Held-out prompts, answered once and scored by a judge that training never saw."""
 
     prompts: Prompts | None = Field(None, description="the main held-out set; null: no evaluation")
     families: dict[str, Prompts] = Field(default_factory=dict, description="further held-out sets, by name")
-    judge: str | Endpoint = Field(
+    judge: str | JudgeKinds = Field(
         "base",
-        description="`base` (the model before training), `self`, a model folder, `module:judge`, or an endpoint",
+        description="`base` (the model before training), `self`, a model folder, `module:judge`, or a section as"
+        " `scoring.judge` has",
     )
     objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
     sampling: EvalSampling = EvalSampling()
@@ -252,13 +250,8 @@ class Evaluation(Section):
     )
 
     @property
-    def judge_kind(self) -> JudgeKind:
-        """Which kind of judge `judge` names."""
-        if isinstance(self.judge, Endpoint):
-            return "endpoint"
-        if self.judge in ("base", "self"):
-            return "base" if self.judge == "base" else "self"
-        return "function" if is_dotted(self.judge) else "model"
+    def judged_by(self) -> JudgeSection:
+        return judge_section(self.judge)
 
 
 class Config(Section):
@@ -338,16 +331,19 @@ class Config(Section):
 
 def named_plugs(config: Config) -> list[str]:
     """What the config may name by dotted path and other machines import."""
-    judge = config.evaluation.judge
     benchmarks = [section.benchmark for section in config.evaluation.benchmarks.values()]
-    return [config.train.method, config.model.engine, *benchmarks, *([judge] if isinstance(judge, str) else [])]
+    judges = [*config.scoring.judged_by.plugs(), *config.evaluation.judged_by.plugs()]
+    return [config.train.method, config.model.engine, *benchmarks, *judges]
 
 
 def evaluation_scoring(config: Config) -> Scoring:
-    """How the evaluation's judge scores: as in generation, but by an endpoint of its own, or by none."""
-    endpoint = config.evaluation.judge if isinstance(config.evaluation.judge, Endpoint) else None
-    mode = config.scoring.mode if endpoint is None else "regex"
-    return config.scoring.model_copy(update={"judge": endpoint, "mode": mode})
+    """How the evaluation's judge scores: as in generation, but by that judge. One with a pass of its own scores there
+    as `self`."""
+    judge = config.evaluation.judged_by
+    mode = judge.only_mode or config.scoring.mode
+    return config.scoring.model_copy(
+        update={"judge": None if judge.own_pass else config.evaluation.judge, "mode": mode}
+    )
 
 
 GIVEN_ANSWERS: dict[str, dict[str, Any]] = {

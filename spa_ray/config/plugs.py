@@ -29,6 +29,16 @@ METHODS = {
 
 ENGINES = {"vllm": "spa_ray.engine.vllm_engine:VLLMEngine"}  # whose sampling arguments and folders we know
 
+# By kind of `config.judge`'s sections: a class with `of(section, parts)`, and `check(section, where)` before a run.
+JUDGES = {
+    "self": "spa_ray.generation.judging:ModelJudge",
+    "base": "spa_ray.generation.judging:ModelJudge",
+    "model": "spa_ray.generation.judging:ModelJudge",
+    "function": "spa_ray.generation.function_judge:FunctionJudge",
+    "reward": "spa_ray.generation.reward_judge:RewardJudge",
+    "endpoint": "spa_ray.generation.endpoint_judge:EndpointJudge",
+}
+
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from spa_ray.config.endpoint import Endpoint
-from spa_ray.config.section import Section
+from spa_ray.config.judge import JudgeKinds, judge_section
+from spa_ray.config.section import JudgeSection, Section
 
 # What renders a conversation, and is no variable of a chat template's.
 RENDERER_ARGUMENTS = frozenset(
@@ -113,7 +113,9 @@ class Scoring(Section):
     system: str | None = None
     pattern: str = Field(r"\[\[(\d+)\]\]", description="mode regex: its first group is the score")
     chat_template_kwargs: TemplateKwargs | None = Field(None, description="of the judge's prompts; null: the model's")
-    judge: Endpoint | None = Field(None, description="null: the policy itself")
+    judge: str | JudgeKinds | None = Field(
+        None, description="null: the policy itself; else `module:judge` or a section"
+    )
 
     @field_validator("scale")
     @classmethod
@@ -123,10 +125,22 @@ class Scoring(Section):
         return scale
 
     @model_validator(mode="after")
-    def _an_endpoint_writes_free_text(self) -> Scoring:
-        if self.judge is not None and self.mode != "regex":
-            raise ValueError(f"an endpoint judges by mode regex, not {self.mode}; set scoring.mode=regex")
+    def _fits_its_judge(self) -> Scoring:
+        judge = self.judged_by
+        if judge.own_pass:
+            raise ValueError(
+                f"judge: {self.judge!r} would take the policy's place; serve it as an endpoint, or give module:judge"
+            )
+        if judge.only_mode not in (None, self.mode):
+            raise ValueError(
+                f"a judge of kind {judge.kind} is asked in mode {judge.only_mode}, not {self.mode}; set "
+                f"scoring.mode={judge.only_mode}"
+            )
         return self
+
+    @property
+    def judged_by(self) -> JudgeSection:
+        return judge_section(self.judge)
 
 
 class Refine(Decoding):

@@ -1,6 +1,8 @@
-"""The base of every section of a config."""
+"""The base of every section of a config, and of the sections of judges."""
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -9,3 +11,21 @@ class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class JudgeSection(Section):
+    """What all kinds of judges say of themselves: nothing else in the package asks for a judge's kind."""
+
+    kind: str
+    asks_engine: ClassVar[bool] = False  # whether judging is work of the engine that answers, or of one of its kind
+    own_pass: ClassVar[bool] = False  # whether it is a model that takes the policy's place, in a pass of its own
+    reads_prompts: ClassVar[bool] = False  # whether it is asked by `scoring`'s prompts
+    only_mode: ClassVar[str | None] = None  # the `scoring.mode` that it can be asked in
+
+    def plugs(self) -> list[str]:
+        """Dotted paths of the user's own code."""
+        return []
+
+    def key(self) -> Any:
+        """What a stage's key covers of it; None where the rest of the key says it all."""
+        return None

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.rollout import Scoring
-from spa_ray.engine.openai import Answer
+from spa_ray.engine.openai import Answer, EndpointClient
 from spa_ray.errors import InputError
 from spa_ray.generation.judging import (
     Asked,
+    Item,
     Judgement,
-    Message,
+    Parts,
     Reading,
-    SeedOf,
     Truncated,
     compile_pattern,
     judgement,
     read_pattern,
+    together,
 )
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import Objective
@@ -34,12 +35,22 @@ class EndpointJudge:
         self._ask, self._templates, self._scoring = ask, templates, scoring
         self._pattern = compile_pattern(scoring.pattern)
 
-    async def judge(
-        self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
-    ) -> Judgement:
-        scoring = self._scoring
-        system = self._templates.score_system(messages, answer, objective)
-        user = {"role": "user", "content": self._templates.score(messages, answer, objective)}
+    @classmethod
+    def of(cls, section: Endpoint, parts: Parts) -> EndpointJudge:
+        ask = parts.ask or EndpointClient(section, api_key(section)).ask
+        return cls(ask, parts.templates, parts.config.scoring)
+
+    @staticmethod
+    def check(section: Endpoint, where: str) -> None:
+        """It is asked for its models when a pass begins."""
+
+    async def score(self, item: Item) -> list[Judgement]:
+        return await together([self._judge(item, objective) for objective in item.objectives])
+
+    async def _judge(self, item: Item, objective: Objective) -> Judgement:
+        scoring, asked = self._scoring, (item.messages, item.response, objective)
+        system = self._templates.score_system(*asked)
+        user = {"role": "user", "content": self._templates.score(*asked)}
         prompt = [user] if system is None else [{"role": "system", "content": system}, user]
 
         async def ask(draw: int, attempt: int) -> Asked:
@@ -47,7 +58,7 @@ class EndpointJudge:
                 prompt,
                 max_tokens=scoring.max_tokens,
                 temperature=scoring.temperature,
-                seed=seed_of(draw, attempt),
+                seed=item.seed_of(objective.name, draw, attempt),
                 draw=draw,
                 attempt=attempt,
             )

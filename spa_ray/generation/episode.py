@@ -13,12 +13,12 @@ import asyncio
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from spa_ray.config.rollout import Decoding
 from spa_ray.engine.openai import EndpointDeadError
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
-from spa_ray.generation.judging import Judge, Judgement
+from spa_ray.generation.judging import Item, Judgement, Scorer, together
 from spa_ray.generation.seeds import seed_for
 from spa_ray.generation.templates import Templates
 from spa_ray.logs import printable
@@ -26,7 +26,6 @@ from spa_ray.objectives import Objective
 from spa_ray.rollout.chat import Chat
 
 Row = dict[str, Any]
-T = TypeVar("T")
 
 
 UNFINISHED = "truncated: the answer was cut within its thinking, before it began"
@@ -112,7 +111,7 @@ class Episodes:
         engine: Engine,
         chat: Chat,
         templates: Templates,
-        judge: Judge | None,
+        judge: Scorer | None,
         recipe: Recipe,
         *,
         refine_chat: Chat | None = None,
@@ -164,7 +163,7 @@ class _Episode:
         settled: list[Coroutine[Any, Any, Response]] = [self._candidate(i, ids, drawn) for i, ids in enumerate(prompts)]
         if earlier is not None:
             settled.append(self._scored(Response(recipe.n, "candidate", earlier, None, 0.0, 0)))
-        self.responses = await _together(settled)
+        self.responses = await together(settled)
         if recipe.refine is not None:
             await self._refine(recipe.refine)
 
@@ -209,7 +208,7 @@ class _Episode:
         return completion
 
     async def score_all(self) -> None:
-        await _together([self._scored(response) for response in self.responses])
+        await together([self._scored(response) for response in self.responses])
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -220,12 +219,8 @@ class _Episode:
         if response.unfinished:
             response.judgements = [Judgement(None, [None], UNFINISHED, "", None) for _ in self.recipe.objectives]
             return response
-        response.judgements = await _together(
-            [
-                judge.judge(self.messages, self.meta, text, o, partial(self._judge_seed, response.index, o.name))
-                for o in self.recipe.objectives
-            ]
-        )
+        seed_of = partial(self._judge_seed, response.index)
+        response.judgements = await judge.score(Item(self.messages, self.meta, text, self.recipe.objectives, seed_of))
         self.prompt_tokens += sum(j.prompt_tokens for j in response.judgements)
         self.generated_tokens += sum(j.generated_tokens for j in response.judgements)
         return response
@@ -297,17 +292,6 @@ async def error_of(work: Awaitable[None]) -> str | None:
     except Exception as e:  # noqa: BLE001 one row's failure (a user's judge or template, say) must not end the pass
         return f"internal: {type(e).__name__}: {e}"
     return None
-
-
-async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; at the first failure the others are cancelled, so that none outlives its episode."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _given(response: Mapping[str, Any]) -> Response:

@@ -12,14 +12,16 @@ import json
 import math
 import numbers
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from functools import partial
 from typing import Any
 
+from spa_ray.config.judge import Function
+from spa_ray.config.plugs import load_dotted
 from spa_ray.errors import InputError
-from spa_ray.generation.judging import Judgement, Message, SeedOf
+from spa_ray.generation.judging import Item, Judgement, Parts, together
 from spa_ray.logs import printable
 from spa_ray.objectives import Objective
 
@@ -44,16 +46,56 @@ class FunctionJudge:
         self._calls = Calls(function, name, concurrency=concurrency, timeout_s=timeout_s)
         self._name, self._scale = name, scale
 
-    async def judge(
-        self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
-    ) -> Judgement:
-        value = await self._calls.call(messages, meta, answer, objective.name)
+    @classmethod
+    def of(cls, section: Function, parts: Parts) -> FunctionJudge | ClassJudge:
+        found, limits = load_judge(section, where="judge"), parts.config.generation
+        bounds: Any = {"concurrency": limits.judge_concurrency, "timeout_s": limits.judge_timeout_s}
+        kind = ClassJudge if isinstance(found, Judge) else cls
+        return kind(found, section.name, parts.config.scoring.scale, **bounds)
+
+    @staticmethod
+    def check(section: Function, where: str) -> None:
+        """Raises: InputError for a dotted path that leads to no judge."""
+        load_judge(section, where=where)
+
+    async def score(self, item: Item) -> list[Judgement]:
+        return await together([self._judge(item, objective) for objective in item.objectives])
+
+    async def _judge(self, item: Item, objective: Objective) -> Judgement:
+        return self.read(await self._calls.call(item.messages, item.meta, item.response, objective.name))
+
+    def read(self, value: Any) -> Judgement:
+        """A returned value as a judgement."""
         number, (low, high) = number_of(value), self._scale
         if number is None or not low <= number <= high:  # NaN is on no scale
             what = "" if number is not None else f"a {type(value).__name__}, "
             why = f"parse_failure: {self._name} returned {what}{shown(value)}; a number on the scale [{low}, {high}]"
             return Judgement(None, [None], f"{why} is needed", shown(value), None)
         return Judgement(float(number), [float(number)], "ok", json.dumps(number), None)
+
+
+class Judge:
+    """A judge as a class: derive from it and give `judge: {kind: function, name: my_file:MyJudge, config: {..}}`, whose
+    `config` are its constructor's keyword arguments."""
+
+    async def score(self, item: Item) -> Mapping[str, float]:
+        """A number on the scale for each of the item's objectives, by name. May be a plain method as well."""
+        raise NotImplementedError
+
+
+class ClassJudge(FunctionJudge):
+    """A `Judge` of the user's own, asked once for all objectives of an answer."""
+
+    def __init__(self, judge: Judge, name: str, scale: Sequence[int], *, concurrency: int, timeout_s: float) -> None:
+        super().__init__(judge.score, name, scale, concurrency=concurrency, timeout_s=timeout_s)
+
+    async def score(self, item: Item) -> list[Judgement]:
+        scores = await self._calls.call(item)
+        if not isinstance(scores, Mapping):
+            raise TypeError(
+                f"{self._name} returned a {type(scores).__name__}; a mapping of objective to number is needed"
+            )
+        return [self.read(scores.get(objective.name)) for objective in item.objectives]
 
 
 class Calls:
@@ -170,6 +212,24 @@ def shown(value: Any) -> str:
     except Exception as e:  # noqa: BLE001 a class of the user's
         text = f"a value without text ({type(e).__name__})"
     return printable(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")
+
+
+def load_judge(section: Function, *, where: str) -> Any:
+    """The function, or an instance of the class, that a section names.
+
+    Raises: InputError when there is none, it is neither, or it does not take a judge's arguments.
+    """
+    found = load_dotted(section.name, where=where)
+    if isinstance(found, type) and issubclass(found, Judge):
+        try:
+            return found(**section.config)
+        except TypeError as e:
+            raise InputError(f"{where}: {section.name}: {e}; `config` holds its constructor's arguments") from e
+    if not callable(found) or section.config:
+        what = "takes no config" if section.config else "a judge is a function, or a class derived from spa_ray.Judge"
+        raise InputError(f"{where}: {section.name!r} is a {type(found).__name__}; {what}")
+    check_signature(found, where=f"{where}: {section.name!r}")
+    return found
 
 
 def check_signature(function: Any, *, where: str) -> None:

@@ -6,14 +6,17 @@ Never: several answers in one judge prompt, a default score.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
+from spa_ray.config.models import Config
 from spa_ray.config.rollout import Scoring
+from spa_ray.config.section import JudgeSection
 from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
 from spa_ray.generation.templates import Templates
@@ -24,7 +27,8 @@ from spa_ray.rollout.labels import Labels, labels_of
 Message = Mapping[str, str]
 OFF_SCALE_LIMIT = 0.5  # median mass off the scale above which a judge's expected scores mean little
 SLACK = 1e-3  # by which rounding may leave a probability, or its logarithm, above its bound
-SeedOf = Callable[[int, int], int]  # (draw, attempt) -> seed
+SeedOf = Callable[[str, int, int], int]  # (objective, draw, attempt) -> seed
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,45 @@ async def judgement(ask: Callable[[int, int], Awaitable[Asked]], *, draws: int, 
     return Judgement(mean, values, "ok", text, off_scale, prompt_tokens, generated_tokens)
 
 
-class Judge(Protocol):
-    async def judge(
-        self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
-    ) -> Judgement: ...
+@dataclass(frozen=True)
+class Item:
+    """What is judged: a response to `messages`, on each objective. `meta` is JSON, the prompt's other columns."""
+
+    messages: Sequence[Message]
+    meta: str
+    response: str
+    objectives: Sequence[Objective]
+    seed_of: SeedOf
+
+
+class Scorer(Protocol):
+    """A judge as an episode asks it. A judgement that failed says so in its status; what is raised fails the prompt."""
+
+    async def score(self, item: Item) -> list[Judgement]:
+        """One judgement for each of the item's objectives."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a judge may be made of. `ask` reaches an endpoint through the process that asks for all engines."""
+
+    config: Config
+    engine: Engine
+    chat: Chat
+    templates: Templates
+    ask: Callable[..., Awaitable[Any]] | None = None
+
+
+async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; at the first failure the others are cancelled, so that none outlives its episode."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class ModelJudge:
@@ -176,12 +215,22 @@ class ModelJudge:
         self._tries = 1 if expected or scoring.temperature == 0 else 1 + scoring.retries
         self._max_tokens = 1 if expected else scoring.max_tokens
 
-    async def judge(
-        self, messages: Sequence[Message], meta: str, answer: str, objective: Objective, seed_of: SeedOf
-    ) -> Judgement:
+    @classmethod
+    def of(cls, section: JudgeSection, parts: Parts) -> ModelJudge:
+        scoring = parts.config.scoring
+        return cls(parts.engine, parts.chat.with_kwargs(scoring.chat_template_kwargs), parts.templates, scoring)
+
+    @staticmethod
+    def check(section: JudgeSection, where: str) -> None:
+        """What its prompts need is checked with the config's templates."""
+
+    async def score(self, item: Item) -> list[Judgement]:
+        return await together([self._judge(item, objective) for objective in item.objectives])
+
+    async def _judge(self, item: Item, objective: Objective) -> Judgement:
+        asked = item.messages, item.response, objective
         prompt = self._chat.prompt_ids(
-            [{"role": "user", "content": self._templates.score(messages, answer, objective)}],
-            self._templates.score_system(messages, answer, objective),
+            [{"role": "user", "content": self._templates.score(*asked)}], self._templates.score_system(*asked)
         )
         prompt += self._labels.prefix if self._labels is not None else ()
         room = self._engine.max_model_len - len(prompt)
@@ -190,7 +239,7 @@ class ModelJudge:
             return Judgement(None, [None], why, "", None)
 
         async def ask(draw: int, attempt: int) -> Asked:
-            completion = await self._engine.generate(self._request(prompt, seed_of(draw, attempt)))
+            completion = await self._engine.generate(self._request(prompt, item.seed_of(objective.name, draw, attempt)))
             return Asked(self._read(completion), completion.text, len(prompt), len(completion.token_ids))
 
         return await judgement(ask, draws=self._draws, tries=self._tries)

@@ -5,23 +5,20 @@ Comes in: a config and a model folder. Goes out: `Episodes`. Never: Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Literal
 
 from spa_ray.config.models import Config
-from spa_ray.config.plugs import is_dotted, load_dotted
+from spa_ray.config.plugs import JUDGES, load_dotted
 from spa_ray.engine.checked import CheckedEngine
-from spa_ray.engine.openai import EndpointClient
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
 from spa_ray.generation.benchmark import Plays
-from spa_ray.generation.endpoint_judge import Ask, EndpointJudge, api_key
+from spa_ray.generation.endpoint_judge import Ask
 from spa_ray.generation.episode import Draw, Episodes, Recipe
-from spa_ray.generation.function_judge import FunctionJudge, check_signature
-from spa_ray.generation.judging import Judge, ModelJudge, compile_pattern, judge_labels
+from spa_ray.generation.judging import Parts, Scorer, compile_pattern, judge_labels
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat, open_chat
@@ -33,13 +30,13 @@ class Task:
     """What a pass does with a row: a whole SPA episode; one answer to a held-out prompt; scores for given answers; or
     the play of a prompt of the benchmark that `benchmark` names in `evaluation.benchmarks`.
 
-    `judge`: `self` for the engine's own model, the dotted path of a function, or `none` (answers without scores).
+    `scored`: whether answers get scores, by the judge that `scoring.judge` names.
     `day`: what chat templates see as today where `model.date` is null; null: today.
     """
 
     kind: Literal["episode", "answer", "score", "play"] = "episode"
     iteration: int = 1
-    judge: str = "self"
+    scored: bool = True
     day: date | None = None
     benchmark: str = ""
 
@@ -79,36 +76,15 @@ def engine_chat(config: Config, task: Task, engine: Engine, model: Path) -> Chat
 
 def make_judge(
     config: Config, task: Task, engine: Engine, chat: Chat, templates: Templates, ask: Ask | None = None
-) -> Judge | None:
-    if task.judge == "none":
+) -> Scorer | None:
+    """The judge that `config.scoring` names; None where answers stay without scores."""
+    if not task.scored:
         return None
-    if task.judge == "self" and (endpoint := config.scoring.judge) is not None:
-        ask = ask or EndpointClient(endpoint, api_key(endpoint)).ask
-        return EndpointJudge(ask, templates, config.scoring)
-    if task.judge == "self":
-        return ModelJudge(engine, chat.with_kwargs(config.scoring.chat_template_kwargs), templates, config.scoring)
-    if not is_dotted(task.judge):
-        raise InputError(f"evaluation.judge: {task.judge!r} is neither `self` nor a dotted path module:function")
-    limits = config.generation
-    return FunctionJudge(
-        load_judge(task.judge),
-        task.judge,
-        config.scoring.scale,
-        concurrency=limits.judge_concurrency,
-        timeout_s=limits.judge_timeout_s,
+    section = config.scoring.judged_by
+    found: Scorer = load_dotted(JUDGES[section.kind], where="judge").of(
+        section, Parts(config, engine, chat, templates, ask)
     )
-
-
-def load_judge(dotted: str) -> Callable[..., float]:
-    """The judge function that `evaluation.judge` names.
-
-    Raises: InputError when there is none, it is no function, or it does not take a judge's four arguments.
-    """
-    function = load_dotted(dotted, where="evaluation.judge")
-    if not callable(function):
-        raise InputError(f"evaluation.judge: {dotted!r} is a {type(function).__name__}; a judge is a function")
-    check_signature(function, where=f"evaluation.judge: {dotted!r}")
-    return function
+    return found
 
 
 def recipe(config: Config, task: Task) -> Recipe:
@@ -144,10 +120,12 @@ def check_generation(config: Config, model: Path) -> None:
     """
     Templates(config, load_objectives(config))
     compile_pattern(config.scoring.pattern)
-    if config.evaluation.judge_kind == "function":
-        load_judge(str(config.evaluation.judge))
+    for where in ("scoring", "evaluation"):
+        section = getattr(config, where).judged_by
+        load_dotted(JUDGES[section.kind], where=where).check(section, f"{where}.judge")
     if config.model.own_engine:
         return
     chat = open_chat(config.model, model)
-    judge_labels(chat.with_kwargs(config.scoring.chat_template_kwargs), config.scoring)
+    if config.scoring.judged_by.asks_engine:
+        judge_labels(chat.with_kwargs(config.scoring.chat_template_kwargs), config.scoring)
     chat.with_kwargs(config.refine.chat_template_kwargs)

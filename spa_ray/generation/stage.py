@@ -28,6 +28,7 @@ from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
+from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
@@ -114,15 +115,16 @@ def generate(
     usage = Usage(checkpoint / "usage")
     gpus = engine_resources(config.model, config.resources, cluster_gpus=_cluster_gpus()).get("num_gpus", 0.0)
     cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
-    endpoint = config.scoring.judge if task.judge == "self" else None
+    judge = config.scoring.judged_by
+    endpoint = judge if task.scored and isinstance(judge, Endpoint) else None
     with (
         Token.left(checkpoint) as token,
-        served(endpoint, kept_answers(out.parent)) as judge,
+        served(endpoint, kept_answers(out.parent)) as line,
         followed(lambda: finished_rows(out), total, on_progress, usage) as ledger,
     ):
         source = prompts
         for part in range(config.generation.max_attempts):
-            work = Pass(config, task, model, earlier, part, observe, verbose, log, token, cores, judge)
+            work = Pass(config, task, model, earlier, part, observe, verbose, log, token, cores, line)
             pieces = shards(source, checkpoint / f"shards-{part}", shard_rows)
             again = checkpoint / f"retry-{part + 1}"
             failed = 0
@@ -136,7 +138,7 @@ def generate(
             if not failed:
                 break
             source = again
-        account = judge.account() if judge else None
+        account = line.account() if line else None
     counts = replace(count_rows(out, usage.total()), judge=account)
     _check_counts(counts, total, config, out, task)
     return counts
@@ -276,7 +278,7 @@ def _check_counts(counts: PassCounts, total: int, config: Config, out: AnyPath, 
             f"{name}: {counts.errors} of {total} prompts failed, more than generation.max_error_fraction "
             f"{limit:g} allows; the first: {counts.first_error}; raise the key to go on without them, {again}"
         )
-    if task.judge == "none" or not counts.unscored:
+    if not task.scored or not counts.unscored:
         return
     if counts.unscored + counts.errors == total:
         raise RunError(

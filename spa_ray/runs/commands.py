@@ -280,7 +280,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     check_model_folder(model)
     check_settings(config, model)
     check_evaluation(config, model)
-    base = fetch_model(config.model) if config.evaluation.judge_kind == "base" else model
+    base = fetch_model(config.model) if config.evaluation.judge == "base" else model
     judge = judge_folder(config, base)
     progress = Progress()
     with closing(progress), tempfile.TemporaryDirectory() as scratch:

@@ -46,10 +46,9 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     folder = context.passes / f"pass-{name}"
     rows = folder / "prompts.parquet"
     write_rows(first.input("prompts"), works, rows)
-    function = config.evaluation.judge if config.evaluation.judge_kind == "function" else "self"
-    task = Task(kind="answer", judge="none" if judge else str(function), day=context.day)
+    task = Task(kind="answer", scored=judge is None, day=context.day)
     if benchmark:
-        task = Task(kind="play", judge="none", day=context.day, benchmark=benchmark)
+        task = Task(kind="play", scored=False, day=context.day, benchmark=benchmark)
     shared: dict[str, Any] = {"config_hash": name, "verbose": context.verbose, "on_progress": on_progress}
     answers = folder / "answers"
     passes = [

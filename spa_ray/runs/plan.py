@@ -149,7 +149,7 @@ class _Lookup:
         found = held_out_facts(config.evaluation, self.notes, self._check(None))
         self.notes += lines({where: facts.dropped for where, facts in found.items()})
         for facts in found.values():
-            judged = config.evaluation.judge_kind not in ("function", "endpoint")
+            judged = config.evaluation.judged_by.asks_engine
             answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
             rows += facts.count
             answers, scores = answers + answer.times(facts.count), scores + score.times(facts.count)
@@ -248,7 +248,7 @@ class _Costs:
         """One model's part of the pass, or of the two passes, over all models."""
         config = eval_config(stage.config)
         rows, answers, scores = self.look.held_out(config)
-        return self._share(rows, [answers, scores], 2 if config.evaluation.judge_kind in ("base", "model") else 1)
+        return self._share(rows, [answers, scores], 1 + config.evaluation.judged_by.own_pass)
 
     def _benchmark(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         rows, work = self.look.benchmark(stage.config, stage.stage.partition(":")[2])

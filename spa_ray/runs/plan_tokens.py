@@ -98,8 +98,10 @@ class _Counter:
         self.work += Work(1.0, len(ids), self.cache.computed(ids), generated)
 
     def score(self, messages: Sequence[Message], answer: str) -> None:
-        """The answer's judgement on every objective."""
+        """The answer's judgement on every objective, where the engine is asked for it."""
         scoring = self.config.scoring
+        if not scoring.judged_by.asks_engine:
+            return
         for objective in self.objectives:
             user = {"role": "user", "content": self.templates.score(messages, answer, objective)}
             ids = self.encoder.prompt_ids([user], self.templates.score_system(messages, answer, objective))

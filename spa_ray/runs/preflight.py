@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.endpoint import Endpoint
+from spa_ray.config.judge import Folder
 from spa_ray.config.models import Config, Model, evaluation_scoring
 from spa_ray.config.plugs import load_dotted
 from spa_ray.data.files import AnyPath, as_path, is_file
@@ -218,12 +218,12 @@ def judge_folder(config: Config, base: AnyPath) -> AnyPath | None:
 
     Raises: InputError for a judge that is neither known, nor a dotted path, nor a model folder.
     """
-    judge, kind = config.evaluation.judge, config.evaluation.judge_kind
-    if isinstance(judge, Endpoint) or kind in ("function", "self"):
+    judge = config.evaluation.judged_by
+    if not judge.own_pass:
         return None
-    folder = base if kind == "base" else as_path(judge)
+    folder = as_path(judge.path) if isinstance(judge, Folder) else base
     if not is_file(folder / "config.json"):
         raise InputError(
-            f"evaluation.judge: {judge!r} is not `base`, `self`, a dotted path module:function or a model folder"
+            f"evaluation.judge: {str(folder)!r} is not `base`, `self`, a dotted path module:judge or a model folder"
         )
     return folder

@@ -75,12 +75,15 @@ def _scoring(scoring: Scoring) -> dict[str, Any]:
         unread |= {"draws", "retries", "max_tokens"}
     elif scoring.temperature == 0:  # asked again, the judge says the same
         unread |= {"retries"}
-    if scoring.judge is None:
-        unread |= {"judge"}
-    plain = _plain(scoring, *unread)
-    if "judge" in plain:  # limits, prices and the like change no answer
-        plain["judge"] = {key: plain["judge"][key] for key in ("kind", "base_url", "model")}
-    return plain
+    if not scoring.judged_by.reads_prompts:
+        return {"scale": list(scoring.scale)}
+    return _plain(scoring, *unread, "judge")
+
+
+def _judged(scoring: Scoring) -> dict[str, Any]:
+    """The scoring and what its judge adds."""
+    judge = scoring.judged_by.key()
+    return {**_scoring(scoring), **({} if judge is None else {"judge": judge})}
 
 
 def attempt(config: Config) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def generate(config: Config, known: Known) -> dict[str, Any]:
         "iteration": known.iteration,
         "objectives": _objectives(config),
         "engine": _engine(config),
-        "scoring": _scoring(config.scoring),
+        "scoring": _judged(config.scoring),
         **{name: _plain(getattr(config, name)) for name in ("sampling", "refine")},
     }
 
@@ -134,15 +137,17 @@ def train(config: Config, known: Known) -> dict[str, Any]:
 
 
 def evaluate(config: Config, known: Known) -> dict[str, Any]:
-    function = str(config.evaluation.judge) if config.evaluation.judge_kind == "function" else None
+    scoring = evaluation_scoring(config)
+    # As it was written before generation could have such judges: beside the scoring, not in it.
+    beside = None if scoring.judged_by.reads_prompts else scoring.judged_by.key()
     return {
         "chat": _chat(config, known),
         "seed": config.seed,
         "objectives": _objectives(config, config.evaluation.objectives),
         "engine": _engine(config),
-        "scoring": {"scale": list(config.scoring.scale)} if function else _scoring(evaluation_scoring(config)),
+        "scoring": _scoring(scoring) if beside else _judged(scoring),
         "sampling": _plain(config.evaluation.sampling),
-        "judge": [function, source_hash(function)] if function else None,
+        "judge": beside,
     }
 
 

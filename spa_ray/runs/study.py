@@ -101,8 +101,8 @@ def _read(run: _Run) -> SeedRun:
     arms = {name: folder for name, folder in run.stages.items() if name != "evalprompts"}
     answers = {arm: read_answers(run.stage(folder) / "episodes") for arm, folder in arms.items()}
     orders: dict[str, PairOrder] = {}
-    if run.config.evaluation.judge_kind == "function":
-        judge = load_dotted(str(run.config.evaluation.judge), where="evaluation.judge")
+    for name in run.config.evaluation.judged_by.plugs():
+        judge = load_dotted(name, where="evaluation.judge")
         score = _Scorer(judge, run.config.objectives)
         orders = {arm: pair_order(_judged(run, arm, score)) for arm in ORDERED if arm in run.configs}
     return SeedRun(run.config.seed, answers, orders)
