@@ -324,7 +324,7 @@ def test_a_hubs_answers_are_imported(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("ray_session")
-def test_the_pages_commands_run(tmp_path: Path, spa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_commands_run(tmp_path: Path, tiny_model: Path, spa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     results = []
@@ -336,6 +336,14 @@ def test_the_pages_commands_run(tmp_path: Path, spa: Any, monkeypatch: pytest.Mo
     funnel = results[1]["funnel"]
     assert (funnel["prompts"], funnel["kept"], funnel["pairs"]) == (3, 3, 3)
     assert pq.read_table(results[1]["pairs"])["gap"].to_pylist() == [5.0, 10.0, 5.0]
+    train = {"method": "spa", "dtype": "float32", "batch_size": 3, "max_length": 128, "lr": 1e-4}
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": {"path": str(tiny_model)}, "train": train}))
+    command = re.search(r"`spa (train given-pairs .*?)`", PAGE)
+    assert command
+    status, out, err = spa(*shlex.split(command[1]), "--json")
+    assert status == 0, err
+    assert (last(out)["pairs"], last(out)["steps"]) == (3, 1)
+    assert not (tmp_path / "model.pairs").exists()
 
 
 @pytest.mark.engine

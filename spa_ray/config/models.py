@@ -298,12 +298,12 @@ class Config(Section):
         return {**raw, **same, **off}
 
     def _check_given(self) -> None:
-        names, rule = self.episodes.attributes, self.denoise
+        names = self.episodes.attributes
         if names is not None and names != self.objectives:
             raise ValueError(f"episodes.attributes: {list(names)} are not the objectives {list(self.objectives)}")
-        if rule.consistency != "off" or rule.informativeness:
-            key = "informativeness" if rule.informativeness else "consistency"
-            raise ValueError(f"denoise.{key}: given answers (episodes.source) are not denoised; remove the key")
+        for key, off in GIVEN_ANSWERS["denoise"].items():
+            if getattr(self.denoise, key) != off:
+                raise ValueError(f"denoise.{key}: given answers (episodes.source) are not denoised; remove the key")
         if self.iterations.count > 1:
             raise ValueError("iterations.count: given answers (episodes.source) serve one iteration; remove the key")
 
