@@ -75,7 +75,8 @@ def test_judges_in_files_are_sent_to_other_machines() -> None:
 
 def test_a_plan_asks_no_engine_for_what_a_function_scores() -> None:
     def requests(**scoring: Any) -> float:
-        raw = {"model": {"path": "org/some-8B"}, "prompts": {"source": "hf://org/saferlhf", "limit": 10}, "scoring": scoring}
+        prompts = {"source": "hf://org/saferlhf", "limit": 10}
+        raw = {"model": {"path": "org/some-8B"}, "prompts": prompts, "scoring": scoring}
         plan = make_plan(arm_configs(raw, [], where="test", stem="test"))
         found: float = plan["stages"][0]["requests"]
         return found
