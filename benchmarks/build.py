@@ -24,8 +24,8 @@ from pyarrow.fs import LocalFileSystem
 
 from spa_ray.config.models import Config, Model
 from spa_ray.data.schemas import EPISODES, with_metadata
+from spa_ray.pipeline.build_files import pair_task, plan_tasks
 from spa_ray.preferences import Funnel, build_pairs, denoise, resolve_tau
-from spa_ray.runs.build_files import pair_task, plan_tasks
 
 KEPT = 0.2
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz      ", dtype=np.uint8)

@@ -46,7 +46,7 @@ SIDES: dict[str, Callable[[Work, int], Run]] = {
 def prepare(args: argparse.Namespace, folder: Path) -> Work:
     from spa_ray.config import load_config
     from spa_ray.data.prompts import write_prompts
-    from spa_ray.runs.models import fetch_model
+    from spa_ray.pipeline.models import fetch_model
 
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the sides without Ray, which gives an actor as many as CPUs
     cpus = f"resources.cpus_per_engine={args.threads}"

@@ -272,7 +272,7 @@ def run_pass(work: Work, concurrency: int) -> Run:
 
     from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
-    from spa_ray.runs.cluster import connected
+    from spa_ray.pipeline.cluster import connected
 
     folder = work.scratch / f"pass-{time.time_ns()}"
     config = timed(work.config, folder / "times", concurrency)

@@ -30,12 +30,12 @@ from scaling_model import Law, Phase, engine_rate, episode
 
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Config
-from spa_ray.data.files import parquet_files
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.generation.ledger import Ledger
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import PassCounts, generate
-from spa_ray.runs.cluster import quiet_ray_data
+from spa_ray.pipeline.cluster import quiet_ray_data
+from spa_ray.storage.files import parquet_files
 
 BATCH = 100_000
 STEADY = (0.2, 0.95)  # of the prompts: where slopes and rates are taken

@@ -303,8 +303,8 @@ def training(name: str, **train: Any) -> Callable[[Path, Size], Facts]:
 def planned_gib(job: Any) -> float:
     """What the planner says that this job holds on a GPU at its peak."""
     from spa_ray.config.models import Model, Resources
-    from spa_ray.runs.plan_memory import training_memory
-    from spa_ray.runs.plan_model import model_facts
+    from spa_ray.pipeline.plan_memory import training_memory
+    from spa_ray.pipeline.plan_model import model_facts
 
     facts = model_facts(Model(path=str(job.model)), [])
     return round(training_memory(job.train, facts, Resources()).total / 2**30, 3)

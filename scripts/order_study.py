@@ -24,20 +24,20 @@ import numpy as np
 from spa_ray.cli.demo import demo_config, of_seed, run_locked
 from spa_ray.config import Config, arm_configs
 from spa_ray.config.models import Prompts
-from spa_ray.data.files import AnyPath, read_json, write_json
 from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.prompts import MAIN_FAMILY, write_eval_prompts
 from spa_ray.evaluation.tables import Answers, arm_metrics, plain_means
 from spa_ray.microworld.prompts import street
+from spa_ray.pipeline.cluster import connected
+from spa_ray.pipeline.evaluate import evaluate
+from spa_ray.pipeline.first_day import first_day
+from spa_ray.pipeline.preflight import judge_folder
+from spa_ray.pipeline.progress import Progress
+from spa_ray.pipeline.run import Pipeline
+from spa_ray.pipeline.work import Context, Work
 from spa_ray.rollout.settings import ChatSettings
-from spa_ray.runs.cluster import connected
-from spa_ray.runs.evaluate import evaluate
-from spa_ray.runs.first_day import first_day
-from spa_ray.runs.folder import RunFolder
-from spa_ray.runs.pipeline import Pipeline
-from spa_ray.runs.preflight import judge_folder
-from spa_ray.runs.progress import Progress
-from spa_ray.runs.work import Context, Work
+from spa_ray.storage.files import AnyPath, read_json, write_json
+from spa_ray.storage.folder import RunFolder
 
 METHODS: dict[str, dict[str, Any]] = {"spa": {}, "spa_robust": {"profile": "robust"}}
 ORDERS: dict[str, dict[str, Any]] = {

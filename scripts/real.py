@@ -23,7 +23,7 @@ from typing import Any
 from alike import Alike, compare_greedy
 
 from spa_ray.logs.noise import hush
-from spa_ray.runs.examples import before_after, print_examples
+from spa_ray.pipeline.examples import before_after, print_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 SPA = str(Path(sys.executable).parent / "spa")

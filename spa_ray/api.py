@@ -12,11 +12,11 @@ from typing import Any
 
 from spa_ray.config import Config, arm_configs, load_config
 from spa_ray.config.load import Override
-from spa_ray.data.files import AnyPath, as_path
 from spa_ray.data.hub import source_path
 from spa_ray.errors import InputError
-from spa_ray.runs import commands
-from spa_ray.runs.plan import make_plan
+from spa_ray.pipeline import commands
+from spa_ray.pipeline.plan import make_plan
+from spa_ray.storage.files import AnyPath, as_path
 
 AnyConfig = str | Path | Mapping[str, Any]
 

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 
 from spa_ray.config import arm_configs
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.files import parquet_dataset
 from spa_ray.data.schemas import canonical
 from spa_ray.generation.episode import Episodes
 from spa_ray.generation.ledger import SUSPECT_TRIES
+from spa_ray.storage.files import parquet_dataset
 from tests.chaos_scene import SUSPECT, Scene, config_of
 from tests.scripted import scripted_episodes
 

@@ -39,7 +39,7 @@ def other_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray for every test that needs one."""
-    from spa_ray.runs.cluster import connected
+    from spa_ray.pipeline.cluster import connected
 
     with connected(verbose=False):
         yield

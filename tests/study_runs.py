@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from spa_ray.config import arm_configs
 from spa_ray.data.schemas import EPISODES, PAIRS
-from spa_ray.runs.folder import RunFolder, StageFolder, write_json
-from spa_ray.runs.manifest import write_run_config
+from spa_ray.pipeline.manifest import write_run_config
+from spa_ray.storage.folder import RunFolder, StageFolder, write_json
 
 OBJECTIVES = ("harmless", "helpful")
 CATEGORY = {"a": "harmful", "b": "benign", "c": "benign"}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from spa_ray.config import load_config
-from spa_ray.runs.commands import run_config
+from spa_ray.pipeline.commands import run_config
 from tests.mistral_model import build_mistral_like
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]

@@ -206,7 +206,7 @@ def test_an_interrupted_command_says_how_to_go_on(spa: Any, config: Any, monkeyp
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spa_ray.runs.commands.run_config", interrupted)
+    monkeypatch.setattr("spa_ray.pipeline.commands.run_config", interrupted)
     status, _, err = spa("run", config())
     assert status == 130
     assert "run the same command again" in err

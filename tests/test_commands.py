@@ -10,10 +10,10 @@ import yaml
 
 from spa_ray.cli.demo import demo_config
 from spa_ray.config import load_config
-from spa_ray.data.files import read_json
 from spa_ray.errors import InputError
-from spa_ray.runs.commands import build_stage, evaluate_stage, generate_stage, train_stage
-from spa_ray.runs.preview import preview_prompts
+from spa_ray.pipeline.commands import build_stage, evaluate_stage, generate_stage, train_stage
+from spa_ray.pipeline.preview import preview_prompts
+from spa_ray.storage.files import read_json
 
 pytestmark = pytest.mark.engine
 

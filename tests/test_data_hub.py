@@ -164,7 +164,7 @@ def test_a_hub_that_may_not_be_asked_is_told_and_planned_for(tmp_path: Path) -> 
     (found,) = ask([{"source": "hf://me/tiny"}], tmp_path, HF_HUB_OFFLINE="1")
     assert "Couldn't reach 'me/tiny' on the Hub (OfflineModeIsEnabled)" in found["error"]
     code = (
-        "from spa_ray.config.models import Prompts; from spa_ray.runs.plan_prompts import prompt_facts\n"
+        "from spa_ray.config.models import Prompts; from spa_ray.pipeline.plan_prompts import prompt_facts\n"
         "notes = []; print(prompt_facts(Prompts(source='me/tiny', limit=70), notes, 'prompts').count, *notes)"
     )
     run = [sys.executable, "-c", code]

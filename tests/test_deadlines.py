@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from spa_ray.config.models import Model
-from spa_ray.data.deadline import within
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.preview import preview
-from spa_ray.runs import models
+from spa_ray.pipeline import models
+from spa_ray.storage.deadline import within
 from tests.scripted import WEIGHTS, prompt, scripted_config
 
 
@@ -55,7 +55,7 @@ LATE = """
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from spa_ray.cli.guard import guarded
-from spa_ray.data.deadline import within
+from spa_ray.storage.deadline import within
 
 def fetch():  # as huggingface_hub does: Python waits for such threads when it ends
     with ThreadPoolExecutor(1) as pool:

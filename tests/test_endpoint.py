@@ -23,7 +23,7 @@ from spa_ray.generation.endpoint_judge import EndpointJudge, api_key, check_endp
 from spa_ray.generation.judging import Item, Judgement
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
-from spa_ray.runs.stages import STAGES
+from spa_ray.pipeline.stages import STAGES
 from tests.fake_endpoint import FakeEndpoint, completion, running
 
 LOOP = asyncio.new_event_loop()  # a client lives on one

@@ -20,9 +20,9 @@ import yaml
 from spa_ray.cli.demo import demo_config
 from spa_ray.config.endpoint import Endpoint
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.files import read_json
 from spa_ray.engine.openai import EndpointClient, EndpointDeadError
 from spa_ray.engine.vllm_start import ENVIRONMENT
+from spa_ray.storage.files import read_json
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 

@@ -19,7 +19,7 @@ from spa_ray.engine.protocol import Request
 from spa_ray.engine.vllm_requests import before_stop, sampling_params, special_tokens
 from spa_ray.engine.vllm_start import check_engine, engine_arguments, reason, start_error
 from spa_ray.errors import InputError
-from spa_ray.runs.plan_model import context_of, text_settings
+from spa_ray.pipeline.plan_model import context_of, text_settings
 from tests.tiny_model import build_tiny_tokenizer
 
 FOLDER = Path("models/m")

@@ -20,10 +20,10 @@ from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
 from spa_ray.evaluation.benchmarks import benchmark_measures
 from spa_ray.generation.benchmark import Ask, Benchmark, Plays, benchmark_prompts
+from spa_ray.pipeline.plan import make_plan
+from spa_ray.pipeline.stage_keys import Known
+from spa_ray.pipeline.stages import STAGES
 from spa_ray.rollout.chat import Chat
-from spa_ray.runs.plan import make_plan
-from spa_ray.runs.stage_keys import Known
-from spa_ray.runs.stages import STAGES
 from tests.scripted import scripted_config, scripted_episodes
 
 UTILITY = "spa_ray.microworld.utility:Utility"

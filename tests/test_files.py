@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spa_ray.data import files
-from spa_ray.data.files import AnyPath, arrow_filesystem, as_path, children, create_text, delete_tree, files_under
-from spa_ray.data.node_cache import CACHE, local_folder
-from spa_ray.data.token import Token
 from spa_ray.errors import InputError
-from spa_ray.runs.folder import RunFolder, StageFolder, check_claim, claim
-from spa_ray.runs.hashing import folder_hash, parquet_hash
+from spa_ray.storage import files
+from spa_ray.storage.files import AnyPath, arrow_filesystem, as_path, children, create_text, delete_tree, files_under
+from spa_ray.storage.folder import RunFolder, StageFolder, check_claim, claim
+from spa_ray.storage.hashing import folder_hash, parquet_hash
+from spa_ray.storage.node_cache import CACHE, local_folder
+from spa_ray.storage.token import Token
 from tests.s3_server import BUCKET, s3_server
 
 

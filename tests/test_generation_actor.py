@@ -16,7 +16,6 @@ from ray.data import DataContext
 from upath import UPath
 
 from spa_ray.config.models import Config
-from spa_ray.data.node_cache import FETCH_SECONDS
 from spa_ray.data.schemas import EPISODES, PROMPTS
 from spa_ray.engine import Completion, EngineDeadError
 from spa_ray.errors import InputError, RunError
@@ -27,6 +26,7 @@ from spa_ray.generation.ledger import FRUITLESS_STARTS, SUSPECT_TRIES, Ledger
 from spa_ray.generation.setup import Task, check_generation
 from spa_ray.generation.stage import count_rows
 from spa_ray.generation.usage import Spent
+from spa_ray.storage.node_cache import FETCH_SECONDS
 from tests.scripted import WEIGHTS, play, prompt, scripted_config, scripted_episodes
 from tests.tiny_model import build_tiny_tokenizer
 

@@ -28,7 +28,7 @@ REQUESTS = 5 + 10 + 1 + 2  # samples, their scores, the refinement and its score
 DRIVER = """
 import sys
 from pathlib import Path
-from spa_ray.runs.cluster import connected
+from spa_ray.pipeline.cluster import connected
 from tests.test_generation_resume import run, slow
 folder = Path(sys.argv[1])
 with connected(verbose=False):

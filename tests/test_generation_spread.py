@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder, part_folder
-from spa_ray.data.files import parquet_dataset
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.engine.scripted import ScriptedEngine
 from spa_ray.generation.pool import blocks_in_engine, layout
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import generate
+from spa_ray.storage.files import parquet_dataset
 from tests.scripted import WEIGHTS, scripted_config
 
 

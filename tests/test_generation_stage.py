@@ -15,13 +15,13 @@ import pytest
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder, part_folder
-from spa_ray.data.files import parquet_dataset
 from spa_ray.data.schemas import EPISODES, PROMPTS, canonical, objectives_of
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.ledger import SUSPECT_TRIES
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import PassCounts, count_rows, generate
 from spa_ray.generation.usage import Spent
+from spa_ray.storage.files import parquet_dataset
 from tests.scripted import WEIGHTS, scripted_config, scripted_episodes
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_session")]

@@ -22,9 +22,9 @@ from spa_ray.config.models import Episodes
 from spa_ray.data.given import HELPSTEER2, ULTRAFEEDBACK, EpisodeCounts, write_episodes
 from spa_ray.data.schemas import EPISODES, is_imported, objectives_of
 from spa_ray.errors import InputError
+from spa_ray.pipeline.recipe import planned_stages
 from spa_ray.preferences import build_pairs, denoise
 from spa_ray.rollout.chat import Chat
-from spa_ray.runs.recipe import planned_stages
 from spa_ray.training.own_pairs import answer_ids
 from spa_ray.training.tokenize import tokenize_pairs
 from tests.fake_hub import Hub

@@ -12,8 +12,8 @@ import pytest
 from spa_ray.config import load_config
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
-from spa_ray.runs.init import Machine, config_text
-from spa_ray.runs.plan import make_plan
+from spa_ray.pipeline.init import Machine, config_text
+from spa_ray.pipeline.plan import make_plan
 from tests.mistral_model import build_mistral_like
 from tests.tiny_model import CHAT_TEMPLATE, build_tiny_tokenizer
 

@@ -18,8 +18,8 @@ from spa_ray.generation.judging import Item, Judgement
 from spa_ray.generation.reward_judge import RewardJudge
 from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import Objective
-from spa_ray.runs.plan import make_plan
-from spa_ray.runs.stages import STAGES
+from spa_ray.pipeline.plan import make_plan
+from spa_ray.pipeline.stages import STAGES
 from tests.scripted import WEIGHTS, play, scripted_config
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"

@@ -17,8 +17,8 @@ from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.errors import RunError
 from spa_ray.generation.stage import count_rows
 from spa_ray.generation.usage import Spent
-from spa_ray.runs import commands
-from spa_ray.runs.progress import Progress
+from spa_ray.pipeline import commands
+from spa_ray.pipeline.progress import Progress
 from tests.scripted import prompt
 
 ROWS = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": " "}, {"prompt": "b"}, {"prompt": None}, {"prompt": 7}, {"q": "c"}]
@@ -88,7 +88,7 @@ def test_generate_and_eval_say_it_and_list_the_rows(
 
 def test_a_run_says_it_before_it_begins(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from spa_ray.config import load_config
-    from spa_ray.runs.pipeline import Pipeline
+    from spa_ray.pipeline.run import Pipeline
 
     pipeline = Pipeline(load_config(config, ["evaluation.prompts=null"]), progress=Progress())
     pipeline.check()
@@ -122,7 +122,7 @@ def test_nothing_is_said_where_nothing_is_left_out(spa: Any, config: Path, tmp_p
 def test_errors_of_a_stage_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from spa_ray.data.schemas import EPISODES
     from spa_ray.generation.episode import error_row
-    from spa_ray.runs.evaluate import write_table
+    from spa_ray.pipeline.evaluate import write_table
 
     errors = [None, "prompt_too_long: 9 tokens", "timeout: none", "prompt_too_long: 8 tokens"]
     rows = [error_row(prompt(f"p{at}"), error, 0) for at, error in enumerate(errors)]

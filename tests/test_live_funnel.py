@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
+from spa_ray.pipeline.progress import Progress
 from spa_ray.preferences import LIVE_CLASSES, denoise, live_reason, live_reasons
-from spa_ray.runs.progress import Progress
 from tests.preferences_tables import cases, make_config, make_episodes, make_row
 
 GOOD = [(1, 2), (3, 4), (5, 5), (2, 7), (8, 1)]

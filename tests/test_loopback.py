@@ -11,7 +11,7 @@ import pytest
 
 LISTENING = """
 import json, psutil, ray
-from spa_ray.runs.cluster import connected
+from spa_ray.pipeline.cluster import connected
 with connected(verbose=False):
     ray.get(ray.remote(lambda: 1).remote(), timeout=120)
     here = psutil.Process()

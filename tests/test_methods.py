@@ -15,8 +15,8 @@ from spa_ray.config import load_config
 from spa_ray.config.plugs import METHODS, to_ship
 from spa_ray.config.training import method_class, train_section
 from spa_ray.errors import InputError
-from spa_ray.runs.plan import make_plan
-from spa_ray.runs.recipe import planned_stages
+from spa_ray.pipeline.plan import make_plan
+from spa_ray.pipeline.recipe import planned_stages
 from spa_ray.training.loop import run_job
 from spa_ray.training.prepare import fingerprint
 from tests.training_support import make_job, pair_rows, write_pairs

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from spa_ray.config.models import Model
-from spa_ray.data import node_cache
-from spa_ray.data.model_folder import check_model_folder
 from spa_ray.errors import InputError
-from spa_ray.runs.models import fetch_model, local_model
+from spa_ray.pipeline.models import fetch_model, local_model
+from spa_ray.storage import node_cache
+from spa_ray.storage.model_folder import check_model_folder
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Change = Callable[[Path], object]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from upath import UPath
 
-from spa_ray.data import node_cache
-from spa_ray.data.node_cache import HUB_FILES, HUB_UNREAD, local_folder
-from spa_ray.runs.models import is_hub_id
+from spa_ray.pipeline.models import is_hub_id
+from spa_ray.storage import node_cache
+from spa_ray.storage.node_cache import HUB_FILES, HUB_UNREAD, local_folder
 
 
 def test_an_interrupted_fetch_keeps_its_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

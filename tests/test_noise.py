@@ -94,7 +94,7 @@ def test_a_librarys_warning_is_ignored(module: str, recwarn: pytest.WarningsReco
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("module", ["spa_ray.runs.plan", "my_judge", "torchless"])
+@pytest.mark.parametrize("module", ["spa_ray.pipeline.plan", "my_judge", "torchless"])
 def test_another_modules_warning_is_shown(module: str, recwarn: pytest.WarningsRecorder) -> None:
     import warnings
 

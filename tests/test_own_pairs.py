@@ -17,9 +17,9 @@ from spa_ray.config import arm_configs
 from spa_ray.data.own_pairs import SCORES, OwnPair, read_own_pairs
 from spa_ray.data.schemas import PAIRS
 from spa_ray.errors import InputError
+from spa_ray.pipeline.own_pairs import own_pairs_stage
 from spa_ray.rollout.chat import Chat
 from spa_ray.rollout.settings import ChatSettings
-from spa_ray.runs.own_pairs import own_pairs_stage
 from spa_ray.training.own_pairs import answer_ids, end_ids, write_own_pairs
 from tests.fake_hub import Hub
 from tests.tiny_model import build_tiny_tokenizer
@@ -162,7 +162,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from spa_ray.config import arm_configs
 from spa_ray.rollout.settings import ChatSettings
-from spa_ray.runs.own_pairs import own_pairs_stage
+from spa_ray.pipeline.own_pairs import own_pairs_stage
 
 model, out, split = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 config = arm_configs({"model": {"path": str(model)}, "prompts": {"split": split}}, (), where="t", stem="t")["main"]

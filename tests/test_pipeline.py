@@ -15,10 +15,10 @@ from spa_ray.cli.demo import demo_config
 from spa_ray.config import arm_configs
 from spa_ray.data.schemas import EPISODES, PAIRS, objectives_of
 from spa_ray.errors import InputError
-from spa_ray.runs.commands import run_config
-from spa_ray.runs.folder import open_run
-from spa_ray.runs.inspect import story
-from spa_ray.runs.plan_compare import compare_run
+from spa_ray.pipeline.commands import run_config
+from spa_ray.pipeline.inspect import story
+from spa_ray.pipeline.plan_compare import compare_run
+from spa_ray.storage.folder import open_run
 
 pytestmark = pytest.mark.engine
 

@@ -21,15 +21,15 @@ from spa_ray.config.models import Config
 from spa_ray.engine import cpu_dtype
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
+from spa_ray.pipeline import plan_cost as cost
+from spa_ray.pipeline.plan import SUMMED, make_plan
+from spa_ray.pipeline.plan_compare import compare_run
+from spa_ray.pipeline.plan_model import ModelFacts, context_of, engine_dtype, kv_values, model_facts
+from spa_ray.pipeline.plan_prompts import COUNTED, prompt_facts
+from spa_ray.pipeline.plan_tokens import BLOCK, CharEncoder, Work, _Cache, answer_work, episode_work
+from spa_ray.pipeline.recipe import planned_stages
+from spa_ray.pipeline.stages import STAGES
 from spa_ray.rollout.chat import Chat
-from spa_ray.runs import plan_cost as cost
-from spa_ray.runs.plan import SUMMED, make_plan
-from spa_ray.runs.plan_compare import compare_run
-from spa_ray.runs.plan_model import ModelFacts, context_of, engine_dtype, kv_values, model_facts
-from spa_ray.runs.plan_prompts import COUNTED, prompt_facts
-from spa_ray.runs.plan_tokens import BLOCK, CharEncoder, Work, _Cache, answer_work, episode_work
-from spa_ray.runs.recipe import planned_stages
-from spa_ray.runs.stages import STAGES
 from tests.scripted import prompt, scripted_config, scripted_episodes
 
 LLAMA_8B = ModelFacts("m", 8.03e9, "bfloat16", 16.06e9, 131_072.0, 8, 8192, False)
@@ -344,7 +344,7 @@ def test_a_large_source_is_counted_by_its_own_word_or_said_not_to_be(
 
 def test_planning_imports_no_engine_and_no_cluster() -> None:
     code = (
-        "import sys; from spa_ray.config import load_config; from spa_ray.runs.plan import make_plan;"
+        "import sys; from spa_ray.config import load_config; from spa_ray.pipeline.plan import make_plan;"
         f"plan = make_plan(load_config({str(DEMO)!r}));"
         "print(plan['total']['requests'], sorted({'ray', 'vllm', 'torch', 'deepspeed'} & set(sys.modules)))"
     )

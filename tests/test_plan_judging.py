@@ -9,7 +9,7 @@ import pytest
 
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
-from spa_ray.runs.plan import make_plan
+from spa_ray.pipeline.plan import make_plan
 
 
 def notes(

@@ -16,14 +16,11 @@ from packaging.requirements import Requirement
 
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Config, Prompts
-from spa_ray.data.model_folder import check_model_folder
 from spa_ray.data.prompts import write_prompts
 from spa_ray.errors import InputError, RunError
-from spa_ray.rollout.chat import Chat
-from spa_ray.rollout.tokenizer import load_tokenizer
-from spa_ray.runs import preflight_cluster
-from spa_ray.runs.manifest import versions
-from spa_ray.runs.placement import (
+from spa_ray.pipeline import preflight_cluster
+from spa_ray.pipeline.manifest import versions
+from spa_ray.pipeline.placement import (
     Cluster,
     Demand,
     Node,
@@ -36,10 +33,13 @@ from spa_ray.runs.placement import (
     judge,
     refuse,
 )
-from spa_ray.runs.preflight import check_run
-from spa_ray.runs.preflight_cluster import check_cluster, live_nodes, monitor_file, types_of, wait_for
-from spa_ray.runs.preflight_files import context_warning, disk_warning, find_too_long
-from spa_ray.runs.versions import SUPPORTED, compare, untested
+from spa_ray.pipeline.preflight import check_run
+from spa_ray.pipeline.preflight_cluster import check_cluster, live_nodes, monitor_file, types_of, wait_for
+from spa_ray.pipeline.preflight_files import context_warning, disk_warning, find_too_long
+from spa_ray.pipeline.versions import SUPPORTED, compare, untested
+from spa_ray.rollout.chat import Chat
+from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.storage.model_folder import check_model_folder
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 

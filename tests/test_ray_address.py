@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from spa_ray.errors import InputError
-from spa_ray.runs import ray_address
-from spa_ray.runs.ray_address import check_address, named_address, short_folder
+from spa_ray.pipeline import ray_address
+from spa_ray.pipeline.ray_address import check_address, named_address, short_folder
 
 
 def closed_port() -> int:
@@ -99,8 +99,8 @@ def test_a_local_ray_starts_under_a_long_temporary_folder_and_can_be_found_by_it
     long.mkdir()
     script = """
 import ray
-from spa_ray.runs.cluster import connected
-from spa_ray.runs.ray_address import check_address
+from spa_ray.pipeline.cluster import connected
+from spa_ray.pipeline.ray_address import check_address
 with connected(verbose=False):
     assert ray.get(ray.remote(lambda: 7).remote(), timeout=60) == 7
     check_address(ray.get_runtime_context().gcs_address)

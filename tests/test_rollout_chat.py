@@ -20,13 +20,13 @@ from spa_ray.errors import InputError
 from spa_ray.generation.judging import judge_labels, off_scale_warning
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
+from spa_ray.pipeline.preflight import check_run, thinking_warnings
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.rollout.labels import labels_of
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.thinking import unsaid
 from spa_ray.rollout.tokenizer import load_tokenizer
-from spa_ray.runs.preflight import check_run, thinking_warnings
 from spa_ray.training.dataset import TokenizedPairs
 from spa_ray.training.method import method_of
 from spa_ray.training.prepare import _chat

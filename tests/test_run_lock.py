@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from spa_ray.data.files import AnyPath, as_path, children, read_json, write_json, write_text
 from spa_ray.errors import InputError, RunError
-from spa_ray.runs.lock import WORD, Claim, RunLock
+from spa_ray.storage.files import AnyPath, as_path, children, read_json, write_json, write_text
+from spa_ray.storage.lock import WORD, Claim, RunLock
 from tests.s3_server import BUCKET, s3_server
 
 QUICK: dict[str, Any] = {"beat": 0.1, "deadline": 1.0}

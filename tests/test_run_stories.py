@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from spa_ray.config.models import Evaluation, Prompts
 from spa_ray.data.readers import Row
-from spa_ray.runs.examples import RULE, Example, median_and_worst, print_examples
-from spa_ray.runs.inspect import print_story
-from spa_ray.runs.prompt_files import PromptFiles
+from spa_ray.pipeline.examples import RULE, Example, median_and_worst, print_examples
+from spa_ray.pipeline.inspect import print_story
+from spa_ray.pipeline.prompt_files import PromptFiles
 
 
 def chapter(text: str, *, kept: bool, iteration: int = 1) -> dict[str, Any]:

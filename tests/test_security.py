@@ -22,16 +22,16 @@ from spa_ray.cli.guard import fail
 from spa_ray.cli.main import emit
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Model
-from spa_ray.data.model_folder import check_model_folder
-from spa_ray.data.weights import check_safetensors
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
-from spa_ray.runs.examples import Example, print_examples
-from spa_ray.runs.folder import RunFolder
-from spa_ray.runs.inspect import print_story, run_configs
-from spa_ray.runs.manifest import write_manifest, write_run_config
-from spa_ray.runs.progress import Progress
+from spa_ray.pipeline.examples import Example, print_examples
+from spa_ray.pipeline.inspect import print_story, run_configs
+from spa_ray.pipeline.manifest import write_manifest, write_run_config
+from spa_ray.pipeline.progress import Progress
+from spa_ray.storage.folder import RunFolder
+from spa_ray.storage.model_folder import check_model_folder
+from spa_ray.storage.weights import check_safetensors
 from spa_ray.training import hashes
 from tests.scripted import scripted_config
 
@@ -288,7 +288,7 @@ def test_examples_and_progress_show_escapes_as_they_are(capsys: pytest.CaptureFi
 def test_a_preview_shows_escapes_as_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
 ) -> None:
-    from spa_ray.runs import preview
+    from spa_ray.pipeline import preview
 
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": HOSTILE}) + "\n")
     monkeypatch.setattr(preview, "fetch_model", lambda model: tiny_model)
@@ -324,7 +324,7 @@ def test_a_runs_config_and_manifest_hold_no_secret(tmp_path: Path, monkeypatch: 
 
 
 def test_a_stored_name_cannot_lead_out_of_the_folder_that_it_is_copied_to(tmp_path: Path) -> None:
-    from spa_ray.data.files import copy_files
+    from spa_ray.storage.files import copy_files
 
     (tmp_path / "from").mkdir()
     (tmp_path / "outside").write_text("mine")

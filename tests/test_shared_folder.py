@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from spa_ray.data.files import children
+from spa_ray.storage.files import children
 from tests.s3_server import BUCKET, s3_server
 
 pytestmark = pytest.mark.engine
@@ -24,9 +24,9 @@ DRIVER = """
 import json, os, subprocess, sys, time
 import ray
 from ray.cluster_utils import Cluster
-from spa_ray.data.files import as_path
+from spa_ray.storage.files import as_path
 from spa_ray.errors import InputError
-from spa_ray.runs.shared_folder import check_shared
+from spa_ray.storage.shared_folder import check_shared
 
 hidden, *folders = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

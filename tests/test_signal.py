@@ -18,14 +18,14 @@ import pytest
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Config
 from spa_ray.config.training import Train
-from spa_ray.data.files import read_json
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.evaluation.signal import Sample, judge_signal, optimizer_steps, wilson
-from spa_ray.runs.pipeline import Pipeline
-from spa_ray.runs.preview import sharing
-from spa_ray.runs.progress import Progress
-from spa_ray.runs.recipe import levels
-from spa_ray.runs.signal import SAMPLE, SignalWatch, read_sample, signal_lines
+from spa_ray.pipeline.preview import sharing
+from spa_ray.pipeline.progress import Progress
+from spa_ray.pipeline.recipe import levels
+from spa_ray.pipeline.run import Pipeline
+from spa_ray.pipeline.signal import SAMPLE, SignalWatch, read_sample, signal_lines
+from spa_ray.storage.files import read_json
 from spa_ray.training.batches import order_pairs
 from tests.preferences_tables import Row, make_config, make_episodes, make_row
 from tests.scripted import WEIGHTS, prompt, scripted_config

@@ -12,10 +12,10 @@ import pytest
 from pydantic import BaseModel
 
 from spa_ray.config import Config, load_config
-from spa_ray.runs.folder import StageFolder
-from spa_ray.runs.hashing import model_hash
-from spa_ray.runs.stage_keys import NEUTRAL_ENGINE_ARGUMENTS, attempt
-from spa_ray.runs.stages import STAGES, UNTIL
+from spa_ray.pipeline.stage_keys import NEUTRAL_ENGINE_ARGUMENTS, attempt
+from spa_ray.pipeline.stages import STAGES, UNTIL
+from spa_ray.storage.folder import StageFolder
+from spa_ray.storage.hashing import model_hash
 
 # Key -> another value than the base's, and the stages whose keys cover it. A new key of the config has to join.
 TABLE: dict[str, tuple[Any, str]] = {

@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.files import AnyPath, as_path, children, files_under, parquet_dataset, read_json
-from spa_ray.data.node_cache import CACHE
 from spa_ray.data.schemas import canonical
-from spa_ray.runs.folder import open_run
+from spa_ray.storage.files import AnyPath, as_path, children, files_under, parquet_dataset, read_json
+from spa_ray.storage.folder import open_run
+from spa_ray.storage.node_cache import CACHE
 from tests.s3_server import BUCKET, s3_server
 
 pytestmark = pytest.mark.engine

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from spa_ray.config import arm_configs
 from spa_ray.config.training import Train
 from spa_ray.errors import InputError, RunError
-from spa_ray.runs import plan_folder
-from spa_ray.runs.plan import make_plan
-from spa_ray.runs.plan_folder import _kept, _place
+from spa_ray.pipeline import plan_folder
+from spa_ray.pipeline.plan import make_plan
+from spa_ray.pipeline.plan_folder import _kept, _place
 from spa_ray.training.folder import check_weights
 from spa_ray.training.trainable import check_trainable
 from tests.families.table import FAMILIES
@@ -238,7 +238,7 @@ def test_a_plan_says_it(tiny_model: Path, tmp_path: Path) -> None:
 def ask(folder: Path, cache: Path, interpreter: str = sys.executable) -> subprocess.CompletedProcess[str]:
     """The verdict in a process without torch, which asks `interpreter`."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom spa_ray.runs.plan_folder import weights_checked\n"
+        "import sys\nfrom pathlib import Path\nfrom spa_ray.pipeline.plan_folder import weights_checked\n"
         "sys.executable = sys.argv[2]\n"
         "try:\n    with weights_checked(Path(sys.argv[1]), trust_remote_code=False) as notes:\n"
         "        print(notes())\n"

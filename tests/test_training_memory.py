@@ -15,13 +15,13 @@ from spa_ray.config import load_config
 from spa_ray.config.models import Resources
 from spa_ray.config.training import Lora, Train
 from spa_ray.errors import InputError
-from spa_ray.runs import host as host_module
-from spa_ray.runs import plan_cost as cost
-from spa_ray.runs.host import Host, largest_host, planned_host
-from spa_ray.runs.placement import Node
-from spa_ray.runs.plan_memory import model_shape, refusal
-from spa_ray.runs.plan_model import ModelFacts
-from spa_ray.runs.preflight_memory import check_training_memory
+from spa_ray.pipeline import host as host_module
+from spa_ray.pipeline import plan_cost as cost
+from spa_ray.pipeline.host import Host, largest_host, planned_host
+from spa_ray.pipeline.placement import Node
+from spa_ray.pipeline.plan_memory import model_shape, refusal
+from spa_ray.pipeline.plan_model import ModelFacts
+from spa_ray.pipeline.preflight_memory import check_training_memory
 from spa_ray.training.attention import use_attention
 from spa_ray.training.forward import ResponseLogps
 from spa_ray.training.guards import HALF_STEP, check_lr, check_movement, movement

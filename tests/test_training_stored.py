@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from spa_ray.config.training import Train
-from spa_ray.data.files import AnyPath, as_path, children, copy_files, files_under, read_json, write_text
-from spa_ray.data.node_cache import CACHE
+from spa_ray.storage.files import AnyPath, as_path, children, copy_files, files_under, read_json, write_text
+from spa_ray.storage.node_cache import CACHE
 from spa_ray.training.hashes import hash_files, record_of, write_record
 from spa_ray.training.job import TrainJob, TrainResult, write_job
 from spa_ray.training.stored import LOG, Mirror, StoredJob, newest, pull, push, train_job

@@ -14,8 +14,8 @@ import pytest
 from spa_ray.config import load_config
 from spa_ray.config.training import TRAIN_BYSTANDERS, Tracking
 from spa_ray.errors import InputError
-from spa_ray.runs.progress import train_counter
-from spa_ray.runs.stages import STAGES
+from spa_ray.pipeline.progress import train_counter
+from spa_ray.pipeline.stages import STAGES
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.trackers import Trackers, check_backends, curves, open_trackers, run_id

@@ -101,7 +101,7 @@ def test_a_pattern_of_complete_names_is_known_where_the_file_leaves_the_first_pa
 
 def test_preflight_and_training_both_ask(tiny_model: Path, tmp_path: Path) -> None:
     from spa_ray.config import arm_configs
-    from spa_ray.runs.preflight import check_run
+    from spa_ray.pipeline.preflight import check_run
     from spa_ray.training.prepare import _tokenize
     from tests.training_support import make_job
 

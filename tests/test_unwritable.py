@@ -13,13 +13,13 @@ import pytest
 
 from spa_ray.cli.guard import guarded
 from spa_ray.cli.main import app
-from spa_ray.data import node_cache
-from spa_ray.data.files import check_writable, out_path
-from spa_ray.data.node_cache import local_folder
 from spa_ray.engine.vllm_start import own_environment, prepare_environment
 from spa_ray.errors import InputError
-from spa_ray.runs.cluster import connected
-from spa_ray.runs.lock import RunLock
+from spa_ray.pipeline.cluster import connected
+from spa_ray.storage import node_cache
+from spa_ray.storage.files import check_writable, out_path
+from spa_ray.storage.lock import RunLock
+from spa_ray.storage.node_cache import local_folder
 
 NOWHERE = Path("/proc/none")  # no user can make a folder here
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"

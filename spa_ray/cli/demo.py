@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from spa_ray.config import Config, arm_configs
-from spa_ray.data.files import as_path, read_json
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import MAIN_FAMILY
-from spa_ray.runs.commands import print_funnel, print_metrics
-from spa_ray.runs.examples import before_after, print_examples
-from spa_ray.runs.study import write_study
+from spa_ray.pipeline.commands import print_funnel, print_metrics
+from spa_ray.pipeline.examples import before_after, print_examples
+from spa_ray.pipeline.study import write_study
+from spa_ray.storage.files import as_path, read_json
 
 if TYPE_CHECKING:
-    from spa_ray.runs.pipeline import Pipeline
+    from spa_ray.pipeline.run import Pipeline
 
 WORLD = "spa_ray.microworld"
 
 
 def run_demo(overrides: list[str], *, full: bool, seeds: int, verbose: bool) -> dict[str, Any]:
     """Run the demo, once a seed. Returns: the object that `spa demo --json` ends with."""
-    from spa_ray.runs.cluster import connected
-    from spa_ray.runs.pipeline import Pipeline
-    from spa_ray.runs.progress import Progress
+    from spa_ray.pipeline.cluster import connected
+    from spa_ray.pipeline.progress import Progress
+    from spa_ray.pipeline.run import Pipeline
 
     started = time.time()
     raw = demo_config(full=full)

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import typer
 
-from spa_ray.data.files import client_error
 from spa_ray.errors import InputError, LateError, RunError
 from spa_ray.logs import hush, printable, redact
+from spa_ray.storage.files import client_error
 
 INTERRUPTED = 130
 LONGEST_REASON = 400  # characters of an unexpected error's own text

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spa_ray.cli.guard import guarded, shows_unicode
-from spa_ray.data.files import as_path, local_path, out_path
 from spa_ray.data.hub import source_path
 from spa_ray.errors import InputError
 from spa_ray.logs import printable_json
+from spa_ray.storage.files import as_path, local_path, out_path
 
 if TYPE_CHECKING:
     from spa_ray.config.load import Override
@@ -88,7 +88,7 @@ def run(
 ) -> None:
     """The whole pipeline; run it again to resume."""
     from spa_ray.config import load_config
-    from spa_ray.runs.commands import run_config
+    from spa_ray.pipeline.commands import run_config
 
     emit(run_config(load_config(config, overrides or []), until=until, verbose=verbose), as_json)
 
@@ -110,7 +110,7 @@ def preview(
 ) -> None:
     """A few prompts with every rendered prompt and judge answer, and the health of the judge's signal."""
     from spa_ray.config import load_config
-    from spa_ray.runs.preview import preview_prompts
+    from spa_ray.pipeline.preview import preview_prompts
 
     arms = load_config(config, overrides or [])
     arm = next(iter(arms.values()))
@@ -128,18 +128,18 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What would happen: stages, requests, tokens, memory, time, GPU-hours, cost. Starts nothing."""
-    from spa_ray.runs.plan_print import print_comparison, print_plan
+    from spa_ray.pipeline.plan_print import print_comparison, print_plan
 
     if (config is None) == (compare is None):
         raise InputError("spa plan: give a CONFIG, or --compare and a run folder")
     if compare is not None:
-        from spa_ray.runs.plan_compare import compare_run
+        from spa_ray.pipeline.plan_compare import compare_run
 
         result = compare_run(compare)
         print_comparison(result)
     else:
         from spa_ray.config import load_config
-        from spa_ray.runs.plan import check_price, make_plan
+        from spa_ray.pipeline.plan import check_price, make_plan
 
         result = make_plan(load_config(str(config), overrides or []), price=check_price(price))
         print_plan(result)
@@ -158,7 +158,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented config that fits the model and this machine."""
-    from spa_ray.runs.init import init as write_config
+    from spa_ray.pipeline.init import init as write_config
 
     emit(write_config(model, prompts, out), as_json)
 
@@ -189,7 +189,7 @@ def import_(
 ) -> None:
     """A data set with answers and scores to episodes (HelpSteer2, UltraFeedback, HH-RLHF, own JSONL)."""
     from spa_ray.config import arm_configs, load_config
-    from spa_ray.runs.commands import import_stage
+    from spa_ray.pipeline.commands import import_stage
 
     changes: list[Override] = [*(overrides or []), ("episodes.source", source)]
     bare = {"model": {"path": "none"}}
@@ -209,7 +209,7 @@ def build(
     verbose: Verbose = False,
 ) -> None:
     """One stage: episodes to pairs; prints the funnel."""
-    from spa_ray.runs.commands import build_stage
+    from spa_ray.pipeline.commands import build_stage
 
     emit(build_stage(episodes, out, config, overrides or [], verbose=verbose), as_json)
 
@@ -293,7 +293,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """One prompt's whole story: candidates, scores, filters, pairs, weights."""
-    from spa_ray.runs.inspect import print_story, story
+    from spa_ray.pipeline.inspect import print_story, story
 
     result = story(run_dir, prompt_id)
     print_story(result)
@@ -306,7 +306,7 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Delete the stages of a run that no arm refers to any more."""
-    from spa_ray.runs.commands import clean_run
+    from spa_ray.pipeline.commands import clean_run
 
     emit(clean_run(run_dir), as_json)
 
@@ -322,7 +322,7 @@ def schema(as_json: AsJson = False) -> None:
 def one_arm(config: Path, overrides: Sequence[Override] | None, command: str, as_json: bool, **options: Any) -> None:
     """Run a one-stage command of `runs.commands` with the config's first arm."""
     from spa_ray.config import load_config
-    from spa_ray.runs import commands
+    from spa_ray.pipeline import commands
 
     arms = load_config(config, overrides or [])
     action: Callable[..., dict[str, Any]] = getattr(commands, command)

@@ -17,8 +17,8 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from spa_ray.data.files import AnyPath, arrow_filesystem, parquet_sizes
 from spa_ray.errors import InputError
+from spa_ray.storage.files import AnyPath, arrow_filesystem, parquet_sizes
 
 PART = "part"
 PARTITIONING = pds.partitioning(pa.schema([(PART, pa.int32())]), flavor="hive")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spa_ray.data.containers import looks_like_file
-from spa_ray.data.deadline import within
-from spa_ray.data.files import AnyPath, as_path
 from spa_ray.data.folders import choose_split
 from spa_ray.errors import InputError, LateError
+from spa_ray.storage.deadline import within
+from spa_ray.storage.files import AnyPath, as_path
 
 HUB = "hf://"
 _HUB_SET = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/([\w.-]+))?")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spa_ray.data.files import AnyPath, write_text
+from spa_ray.storage.files import AnyPath, write_text
 
 FILE = "left_out.jsonl"
 LISTED = 10_000  # rows of one source that are listed at most; all are counted

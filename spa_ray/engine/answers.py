@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any, Protocol
 
-from spa_ray.data.files import AnyPath, is_file, make_folder, read_json, write_json
+from spa_ray.storage.files import AnyPath, is_file, make_folder, read_json, write_json
 
 
 class Answers(Protocol):

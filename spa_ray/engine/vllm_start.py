@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Model
-from spa_ray.data.files import check_writable
 from spa_ray.engine.placement import engine_world, executor_backend
 from spa_ray.errors import InputError
+from spa_ray.storage.files import check_writable
 
 CPU_KV_GIB = "2"
 

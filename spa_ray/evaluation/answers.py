@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.files import AnyPath
 from spa_ray.evaluation.refusals import is_refusal
 from spa_ray.evaluation.repetition import repetition
 from spa_ray.evaluation.tables import Answers
+from spa_ray.storage.files import AnyPath
 
 
 @dataclass(frozen=True)

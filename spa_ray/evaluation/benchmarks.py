@@ -7,9 +7,9 @@ from typing import Any
 
 from spa_ray.config.benchmark import BenchmarkConfig
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.files import AnyPath
 from spa_ray.errors import InputError
 from spa_ray.generation.benchmark import make_benchmark
+from spa_ray.storage.files import AnyPath
 
 
 def benchmark_measures(section: BenchmarkConfig, episodes: AnyPath, *, where: str) -> dict[str, Any]:

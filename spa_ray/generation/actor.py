@@ -25,10 +25,7 @@ import ray
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.files import AnyPath, as_path
-from spa_ray.data.node_cache import FETCH_SECONDS, local_folder
 from spa_ray.data.schemas import EPISODES
-from spa_ray.data.token import Token
 from spa_ray.engine import Completion, Engine, EngineDeadError, create_engine
 from spa_ray.engine.openai import EndpointDeadError
 from spa_ray.errors import InputError
@@ -40,6 +37,9 @@ from spa_ray.generation.ledger import FRUITLESS_STARTS, SUSPECT_TRIES, crowd
 from spa_ray.generation.metrics import EngineMetrics
 from spa_ray.generation.setup import Task, make_episodes
 from spa_ray.logs import WorkerLog
+from spa_ray.storage.files import AnyPath, as_path
+from spa_ray.storage.node_cache import FETCH_SECONDS, local_folder
+from spa_ray.storage.token import Token
 
 LOGGER = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from spa_ray.data.episodes import FORMAT, READ_OPTIONS, UNSOUND, damaged, unreadable
-from spa_ray.data.files import AnyPath, arrow_filesystem, parquet_files, write_bytes
+from spa_ray.storage.files import AnyPath, arrow_filesystem, parquet_files, write_bytes
 
 ID = "prompt_id"
 PENDING = ".pending"

@@ -11,10 +11,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spa_ray.config.endpoint import Endpoint
-from spa_ray.data.files import AnyPath
 from spa_ray.engine.answers import open_answers
 from spa_ray.engine.openai import Answer, EndpointClient, EndpointDeadError, EndpointError
 from spa_ray.generation.endpoint_judge import api_key, check_endpoint
+from spa_ray.storage.files import AnyPath
 
 ACCOUNT_SECONDS = 60.0
 ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (EndpointDeadError, EndpointError, ValueError)}

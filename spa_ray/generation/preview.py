@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.data.deadline import within
 from spa_ray.engine import Completion, Engine, EngineStats, Request, create_engine
 from spa_ray.generation.episode import error_row
 from spa_ray.generation.setup import Task, check_generation, make_episodes
+from spa_ray.storage.deadline import within
 
 FIRST = 4  # prompts after which there are first figures
 Shown = dict[str, Any]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
-from spa_ray.data.files import AnyPath, copy_file, kind, parquet_dataset
+from spa_ray.storage.files import AnyPath, copy_file, kind, parquet_dataset
 
 SHARD_ROWS = 1_000_000
 GROUP_ROWS = 16_384  # rows of a row group; a reader of prompts holds a few of them

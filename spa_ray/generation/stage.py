@@ -31,11 +31,8 @@ from ray.data.exceptions import ExecutionTimeoutError
 from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
-from spa_ray.data.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
 from spa_ray.data.left_out import ErrorKinds, add_errors
-from spa_ray.data.node_cache import FETCH_SECONDS, may_be_fetched
 from spa_ray.data.schemas import EPISODES, with_metadata
-from spa_ray.data.token import Token
 from spa_ray.engine.placement import engine_resources, takes_all_cores
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.actor import EpisodeActor, Observe, Pass
@@ -49,6 +46,9 @@ from spa_ray.generation.shards import SHARD_ROWS, shards
 from spa_ray.generation.usage import Spent, Usage
 from spa_ray.logs import WorkerLog
 from spa_ray.objectives import load_objectives
+from spa_ray.storage.files import AnyPath, arrow_filesystem, kind, make_folder, parquet_dataset, write_bytes
+from spa_ray.storage.node_cache import FETCH_SECONDS, may_be_fetched
+from spa_ray.storage.token import Token
 
 OWN_ERROR = re.compile(r"^(?:spa_ray\.[\w.]+\.)?(?:EngineDeadError|EndpointDeadError|RunError): (.+)$", re.MULTILINE)
 START_DEATHS = 2  # engine processes that may be killed at their start, one after the other, before the pass ends

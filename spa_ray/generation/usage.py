@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 
-from spa_ray.data.files import AnyPath, children, read_json, write_json
 from spa_ray.generation.ledger import Counts
+from spa_ray.storage.files import AnyPath, children, read_json, write_json
 
 NOTE_SECONDS = 30.0
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spa_ray.data.pointers import check_pointers
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
+from spa_ray.storage.pointers import check_pointers
 
 FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 

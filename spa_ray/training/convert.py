@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spa_ray.data.model_folder import check_model_folder
 from spa_ray.errors import InputError, RunError
+from spa_ray.storage.model_folder import check_model_folder
 from spa_ray.training import hashes
 from spa_ray.training.checkpoint import META, TAG, newest, read_meta
 from spa_ray.training.export import POLICY, aside, merge_adapter, save_complete, write_model

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spa_ray.data.model_folder import read_config, stamp
-from spa_ray.data.weights import Header, read_header, tensors, weight_files
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
+from spa_ray.storage.model_folder import read_config, stamp
+from spa_ray.storage.weights import Header, read_header, tensors, weight_files
 
 # What a folder is that transformers does not load as a causal language model, by the tables that name its type.
 KINDS = (

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from spa_ray.data.files import AnyPath, files_under
 from spa_ray.errors import RunError
+from spa_ray.storage.files import AnyPath, files_under
 
 SAFE_ONLY, UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.training import Tracking, Train, train_section
-from spa_ray.data.files import AnyPath, as_path
 from spa_ray.errors import InputError
 from spa_ray.rollout.settings import ChatSettings
+from spa_ray.storage.files import AnyPath, as_path
 
 Progress = Callable[[dict[str, Any]], None]
 JOB = "job.json"  # in the work folder, for `spa export`

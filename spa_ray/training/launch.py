@@ -17,7 +17,9 @@ from typing import Any
 
 from spa_ray.config.gpus import gpus_wanted
 from spa_ray.config.models import Resources
-from spa_ray.data.files import (
+from spa_ray.errors import InputError, RunError
+from spa_ray.logs import WorkerLog, level_of
+from spa_ray.storage.files import (
     STORAGE_VARIABLES,
     AnyPath,
     arrow_filesystem,
@@ -28,8 +30,6 @@ from spa_ray.data.files import (
     read_json,
     write_json,
 )
-from spa_ray.errors import InputError, RunError
-from spa_ray.logs import WorkerLog, level_of
 from spa_ray.training.job import Progress, TrainJob, TrainResult
 from spa_ray.training.relief import is_out_of_memory, out_of_memory
 from spa_ray.training.stored import LOOK_EVERY, StoredJob, run_stored

@@ -13,11 +13,11 @@ from functools import cache, partial
 from pathlib import Path
 
 from spa_ray.config.training import TRAIN_BYSTANDERS
-from spa_ray.data.model_folder import check_model_folder
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat, chat_of
 from spa_ray.rollout.settings import ChatSettings, today
 from spa_ray.rollout.tokenizer import load_tokenizer
+from spa_ray.storage.model_folder import check_model_folder
 from spa_ray.training import comm
 from spa_ray.training.batches import Order, order_pairs, step_weights
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs

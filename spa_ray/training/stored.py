@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.training import Tracking, Train
-from spa_ray.data.files import (
+from spa_ray.errors import RunError
+from spa_ray.rollout.settings import ChatSettings
+from spa_ray.storage.files import (
     AnyPath,
     as_path,
     children,
@@ -30,9 +32,7 @@ from spa_ray.data.files import (
     read_json,
     write_json,
 )
-from spa_ray.data.node_cache import cache_root, local_folder
-from spa_ray.errors import RunError
-from spa_ray.rollout.settings import ChatSettings
+from spa_ray.storage.node_cache import cache_root, local_folder
 from spa_ray.training.hashes import record_of
 from spa_ray.training.job import TrainJob, TrainResult
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.training import Lora, Train
-from spa_ray.data.model_folder import read_config
-from spa_ray.data.weights import read_header, tensors, weight_files
 from spa_ray.errors import InputError
+from spa_ray.storage.model_folder import read_config
+from spa_ray.storage.weights import read_header, tensors, weight_files
 
 ALL_LINEAR = "all-linear"
 TIED = {"lm_head", "embed_tokens", "wte", "embed_in", "embed_out", "word_embeddings"}  # the two ends that may be tied

@@ -1,0 +1,385 @@
+"""What each command does, between the command line and the stages.
+
+Comes in: arm configs and paths. Goes out: JSON-like results (DESIGN, «Command line»). Never: argument parsing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from spa_ray.config import Config, arm_configs, load_config
+from spa_ray.config.load import Override
+from spa_ray.config.models import named_plugs
+from spa_ray.data.left_out import FILE as LEFT_OUT
+from spa_ray.data.left_out import write_list
+from spa_ray.data.schemas import is_imported
+from spa_ray.engine.cpu_dtype import with_dtype
+from spa_ray.errors import InputError
+from spa_ray.pipeline.cluster import connected
+from spa_ray.pipeline.first_day import FILE as FIRST_DAY
+from spa_ray.pipeline.first_day import first_day, record_first_day
+from spa_ray.pipeline.models import fetch_model, shared_model
+from spa_ray.pipeline.own_pairs import are_own, own_pairs_stage
+from spa_ray.pipeline.preflight_cluster import check_cluster, live_nodes
+from spa_ray.pipeline.preflight_memory import check_training_memory
+from spa_ray.pipeline.progress import Progress
+from spa_ray.pipeline.recipe import VANILLA
+from spa_ray.pipeline.run import Pipeline
+from spa_ray.pipeline.stage_keys import Known
+from spa_ray.pipeline.stages import STAGES, UNTIL
+from spa_ray.pipeline.work import Context, Work
+from spa_ray.rollout.settings import ChatSettings
+from spa_ray.rollout.template import template_text
+from spa_ray.storage.claimed import claimed
+from spa_ray.storage.files import AnyPath, as_path, children, copy_file, is_file, is_local, kind, read_json, write_json
+from spa_ray.storage.folder import CLAIM, MARKER, StageFolder, open_run
+from spa_ray.storage.hashing import file_hash, model_hash, parquet_hash
+from spa_ray.storage.lock import RunLock
+from spa_ray.storage.model_folder import check_model_folder
+from spa_ray.storage.node_cache import local_folder
+from spa_ray.storage.shared_folder import check_shared
+
+
+def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[str, Any]:
+    """`spa run`: the whole pipeline. Prints where the run lies and, once evaluated, its table."""
+    progress = Progress()
+    pipeline = Pipeline(arms, progress=progress, until=until, verbose=verbose)
+    pipeline.check()
+    plugs = [name for config in arms.values() for name in named_plugs(config)]
+    try:
+        with pipeline.lock(), connected(verbose=verbose, plugs=plugs):
+            result = pipeline.run()
+    finally:
+        progress.close()
+    print_result(result)
+    metrics = pipeline.folder.path / "metrics.json"
+    if until == UNTIL[-1] and is_file(metrics):
+        print_metrics(read_json(metrics))
+    evaluated = {VANILLA: result.get(VANILLA, {}), **result["arms"]}
+    print_benchmarks({arm: found["benchmarks"] for arm, found in evaluated.items() if "benchmarks" in found})
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    for name, arm in result["arms"].items():
+        for number, iteration in enumerate(arm["iterations"], 1):
+            if "funnel" in iteration:
+                print_funnel(iteration["funnel"], f"{name}, iteration {number}")
+    print(f"run folder: {result['run_dir']}")
+
+
+def print_funnel(funnel: dict[str, Any], title: str) -> None:
+    """The funnel as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "prompts", title=f"funnel: {title}", title_justify="left")
+    table.add_row("in", str(funnel["prompts"]))
+    for reason, count in funnel["dropped"].items():
+        table.add_row(f"− {reason}", str(count))
+    table.add_row("kept", str(funnel["kept"]))
+    table.add_section()
+    for label, counts in (("chosen", funnel["pairs_by_kind"]), ("decided by", funnel["pairs_by_decided_by"])):
+        for name, count in counts.items():
+            table.add_row(f"pairs, {label} {name}", str(count))
+    table.add_row("pairs", str(funnel["pairs"]))
+    table.add_row("of them dead (gap 0)", str(funnel["dead_pairs"]))
+    if funnel.get("truncated_pairs"):
+        table.add_row("− pairs, the chosen answer was cut", str(funnel["truncated_pairs"]))
+    Console().print(table)
+
+
+def clean_run(run_dir: AnyPath) -> dict[str, Any]:
+    """`spa clean`: delete the stages that no arm refers to."""
+    run = open_run(run_dir)
+    with RunLock(run.path):
+        deleted = [str(path) for path in run.clean()]
+    for path in deleted:
+        print(f"deleted {path}")
+    return {"deleted": deleted}
+
+
+def _context(config: Config, folder: AnyPath, progress: Progress, day: date, *, verbose: bool) -> Context:
+    return Context(progress, verbose, day, ChatSettings.of(config.model, day=day), folder, folder)
+
+
+def _do(
+    name: str, work: Work, context: Context, *, one_node: bool = False, before: Callable[[], None] | None = None
+) -> None:
+    """Run one stage in the folder that the user named, on Ray. `before` is called once Ray is there."""
+    with connected(verbose=context.verbose, plugs=named_plugs(work.config)):
+        check_shared(work.stage.folder)
+        if name != "build":
+            check_cluster(
+                work.config, stages=[name.replace("benchmark", "evaluate")], say=context.progress.say, one_node=one_node
+            )
+        if before:
+            before()
+        STAGES[name].run([work], context)
+
+
+def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, Any]:
+    """`spa generate`: prompts to `out/episodes/`."""
+    from spa_ray.data.prompts import write_prompts
+    from spa_ray.pipeline.preflight import Lengths, check_settings
+
+    config = with_dtype(config)
+    model = fetch_model(config.model)
+    check_settings(config, model)
+    progress = Progress()
+    with closing(progress), tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "prompts.parquet"
+        lengths = Lengths(config, model)
+        counts = write_prompts(config.prompts, fresh, check=lengths.check([config]))
+        for line in [*lengths.warnings(config), *counts.notes(), *lengths.of_prompts(fresh, config)]:
+            progress.say(f"warning: {line}")
+        context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)
+        hashes = {"prompts": file_hash(fresh), "model": model_hash(model)}
+        known = Known(chat=context.chat.key(template_text(model)))
+        with claimed(out, "generate", STAGES["generate"].key(config, hashes, known)) as stage:
+            for line in write_list({"prompts": counts.dropped}, stage.folder / LEFT_OUT):
+                progress.say(f"warning: {line}")
+            if not stage.done:
+                record_first_day(stage.folder, context.day)
+                copy_file(fresh, stage.folder / "prompts.parquet")
+                inputs = {"prompts": stage.folder / "prompts.parquet", "model": shared_model(config.model, model)}
+                _do("generate", Work(stage, config, inputs, known), context)
+            progress.say_errors("generate", stage.facts(), stage.folder / "episodes")
+    return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
+
+
+def import_stage(config: Config, *, out: AnyPath) -> dict[str, Any]:
+    """`spa import`: answers with scores to `out/episodes/`. The source is read and checked in any case."""
+    from spa_ray.data.given import write_episodes
+
+    progress = Progress()
+    with closing(progress), tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "episodes.parquet"
+        counts = write_episodes(config.episodes, fresh)
+        for line in counts.notes("episodes"):
+            progress.say(f"warning: {line}")
+        with claimed(out, "import", STAGES["import"].key(config, {"contents": file_hash(fresh)})) as stage:
+            for line in write_list({"episodes": counts.dropped}, stage.folder / LEFT_OUT):
+                progress.say(f"warning: {line}")
+            if not stage.done:
+                context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=False)
+                work = Work(stage, config, {"contents": fresh}, facts=counts.to_dict())
+                STAGES["import"].run([work], context)
+    print(f"{counts.rows:,} prompts, {counts.answers:,} answers; scores: {', '.join(counts.attributes)}")
+    return {"episodes": str(stage.folder / "episodes"), **stage.facts()}
+
+
+def build_stage(
+    episodes: AnyPath, out: AnyPath, config: Path | None, overrides: Iterable[Override], *, verbose: bool
+) -> dict[str, Any]:
+    """`spa build`: episodes to `out/pairs/` and `out/funnel.json`.
+
+    Without a config the objectives are read off the episodes' own metadata.
+    """
+    from spa_ray.pipeline.build import open_episodes
+
+    folder = inside(episodes, "episodes")
+    data = open_episodes(folder)
+    if is_imported(data.schema):
+        overrides = [*overrides, ("episodes.source", str(folder))]
+    arms = load_config(config, overrides) if config else _bare_config(data.schema, overrides)
+    arm = next(iter(arms.values()))
+    check_objectives(data.schema, arm)
+    progress = Progress()
+    with (
+        closing(progress),
+        claimed(out, "build", STAGES["build"].key(arm, {"episodes": parquet_hash(folder)})) as stage,
+    ):
+        if not stage.done:
+            day = first_day(as_path(episodes))
+            if is_file(as_path(episodes) / FIRST_DAY):  # for `spa train`, which renders the prompts again
+                record_first_day(stage.folder, day)
+            context = _context(arm, stage.folder, progress, day, verbose=verbose)
+            _do("build", Work(stage, arm, {"episodes": folder}), context)
+    funnel = stage.facts()["funnel"]
+    print_funnel(funnel, str(episodes))
+    return {"pairs": str(stage.folder / "pairs"), "funnel": funnel}
+
+
+def check_objectives(schema: Any, config: Config) -> None:
+    """Raises: InputError when the episodes were scored on other objectives than the config's."""
+    from spa_ray.data.schemas import objectives_of
+
+    if b"objectives" in (schema.metadata or {}) and objectives_of(schema) != list(config.objectives):
+        raise InputError(f"objectives: the episodes hold {objectives_of(schema)}, the config {list(config.objectives)}")
+
+
+def _bare_config(schema: Any, overrides: Iterable[Override]) -> dict[str, Config]:
+    from spa_ray.data.schemas import objectives_of
+
+    try:
+        objectives = objectives_of(schema)
+    except KeyError as e:
+        raise InputError("these episodes name no objectives in their metadata; give --config") from e
+    n = max(5, len(objectives) + 1)
+    raw = {"objectives": objectives, "model": {"path": "none"}, "sampling": {"n": n}}
+    return arm_configs(raw, overrides, where="spa build", stem="build")
+
+
+def train_stage(config: Config, *, pairs: AnyPath | str, out: AnyPath, verbose: bool) -> dict[str, Any]:
+    """`spa train`: pairs to the model folder `out`; its log and checkpoints lie in `out.work/` until it stands.
+
+    `pairs` is what `spa build` wrote, or a user's own in TRL's forms, which become a pairs table in `out.pairs/` first.
+    """
+    from spa_ray.training.job import RESULT
+    from spa_ray.training.trackers import check_backends
+
+    check_backends(config.tracking.backends)
+    found = pairs if isinstance(pairs, str) else inside(pairs, "pairs")  # a text is a hub's address
+    out, model = as_path(out), fetch_model(config.model)
+    work_folder = out.with_name(f"{out.name}.work")
+    above = () if isinstance(found, str) else (found, *found.parents)
+    day = first_day(work_folder, *islice(above, 5))  # the pairs' own run, where they are in one
+    progress = Progress()
+    context = _context(config, work_folder, progress, day, verbose=verbose)
+    if isinstance(found, str) or are_own(found):
+        own = out.with_name(f"{out.name}.pairs")
+        folder = own_pairs_stage(config, found, out=own, model=model, chat=context.chat, say=progress.say)
+    else:
+        folder = found
+    known = Known(chat=context.chat.key(template_text(model)))
+    address = STAGES["train"].key(config, {"pairs": parquet_hash(folder), "model": model_hash(model)}, known)
+    with closing(progress), claimed(work_folder, "train", address) as stage:
+        # A model with a result beside it is the job's own, or the job says that it is not.
+        if not stage.done and children(out) and not is_file(stage.folder / "job" / RESULT):
+            raise InputError(f"{out}: stands already; give another --out or remove it")
+        if not stage.done:
+            inputs = {"pairs": folder, "model": shared_model(config.model, model)}
+            record_first_day(stage.folder, day)
+
+            def before() -> None:
+                if isinstance(model, Path):
+                    check_training_memory({config.name: config}, model, live_nodes())
+
+            stored = not all(is_local(path) for path in (*inputs.values(), out))
+            work = Work(stage, config, inputs, known, arms={out.name: config}, out=out)
+            _do("train", work, context, one_node=stored, before=before)
+    return {"model": str(out), **stage.facts()}
+
+
+def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: bool) -> dict[str, Any]:
+    """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
+    from spa_ray.evaluation.prompts import write_eval_prompts
+    from spa_ray.pipeline.evaluate import run_metrics
+    from spa_ray.pipeline.preflight import Lengths, check_evaluation, check_settings, judge_folder
+
+    config = with_dtype(config)
+    source, model = as_path(model), local_folder(as_path(model))
+    check_model_folder(model)
+    check_settings(config, model)
+    check_evaluation(config, model)
+    base = fetch_model(config.model) if config.evaluation.judge == "base" else model
+    judge = judge_folder(config, base)
+    progress = Progress()
+    with closing(progress), tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "prompts.parquet"
+        lengths = Lengths(config, model)
+        counts = write_eval_prompts(config.evaluation, fresh, check=lengths.check())
+        for line in [*lengths.warnings(config), *counts.notes, *lengths.of_held_out(fresh, config)]:
+            progress.say(f"warning: {line}")
+        context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)
+        known = Known(chat=context.chat.key(template_text(model)))
+        judge_hash = model_hash(judge) if judge else ""
+        hashes = {"prompts": file_hash(fresh), "model": model_hash(model), "judge": judge_hash}
+        with claimed(out, "eval", STAGES["evaluate"].key(config, hashes, known)) as stage:
+            for line in write_list(counts.dropped, stage.folder / LEFT_OUT):
+                progress.say(f"warning: {line}")
+            if not stage.done:
+                record_first_day(stage.folder, context.day)
+                shared_judge = shared_model(config.model, base) if judge == base else judge
+                inputs = {"prompts": fresh, "model": source, "base": source, "judge": shared_judge}
+                _do("evaluate", Work(stage, config, inputs, known), context)
+            progress.say_errors("evaluate", stage.facts(), stage.folder / "episodes")
+            metrics = run_metrics(config, {"model": stage}, baseline=None)
+            write_json(stage.folder / "metrics.json", metrics)
+        subject = {"model": source, "base": source}
+        benchmarks = {
+            name: _play(name, config, subject, hashes["model"], known, context) for name in config.evaluation.benchmarks
+        }
+    print_metrics(metrics)
+    print_benchmarks({"model": benchmarks})
+    result = {"episodes": str(stage.folder / "episodes"), "metrics": {f: arms["model"] for f, arms in metrics.items()}}
+    return {**result, **({"benchmarks": benchmarks} if benchmarks else {})}
+
+
+def _play(
+    name: str, config: Config, inputs: dict[str, AnyPath], model: str, known: Known, context: Context
+) -> dict[str, Any]:
+    """One benchmark of `spa eval`, in a folder of its own below the user's. Returns: its measures."""
+    from spa_ray.evaluation.benchmarks import benchmark_measures
+    from spa_ray.pipeline.prompt_files import PromptFiles
+
+    known, out = replace(known, benchmark=name), context.root / "benchmarks" / name
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "prompts.parquet"
+        PromptFiles().write_benchmark(config.evaluation, name, fresh)
+        address = STAGES["benchmark"].key(config, {"prompts": file_hash(fresh), "model": model}, known)
+        with claimed(out, "eval", address) as stage:
+            if not stage.done:
+                work = Work(StageFolder("benchmark", stage.hash, out), config, {**inputs, "prompts": fresh}, known)
+                _do("benchmark", work, replace(context, passes=out))
+            measured = benchmark_measures(
+                config.evaluation.benchmarks[name], out / "episodes", where=f"evaluation.benchmarks.{name}"
+            )
+            write_json(out.with_name(f"{name}.json"), {"benchmark": name, "arms": {"model": measured}})
+    return measured
+
+
+def print_benchmarks(arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """One table per benchmark: arms by measures. `arms` is arm -> benchmark -> its measures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for name in next(iter(arms.values()), {}):
+        found = {arm: played[name] for arm, played in arms.items()}
+        first = next(iter(found.values()))
+        table = Table("", *found, title=f"benchmark: {name}, version {first['version']}", title_justify="left")
+        for measure in first["measures"]:
+            table.add_row(measure, *(_cell(of_arm["measures"].get(measure)) for of_arm in found.values()))
+        table.add_row("prompts", *(f"{of_arm['n']}" for of_arm in found.values()))
+        Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    """A measure: a number, or an interval as `{mean, low, high}`."""
+    if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
+        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """One table a family."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    from spa_ray.evaluation.tables import ArmMetrics, rich_table
+
+    console = Console()
+    for family, arms in metrics.items():
+        table = rich_table({name: ArmMetrics.from_dict(arm) for name, arm in arms.items()})
+        table.title = f"held-out prompts: {family}"
+        if not console.is_terminal:  # a file or a pipe has no width: nothing is cut to fit
+            console.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        console.print(table)
+
+
+def inside(path: AnyPath, name: str) -> AnyPath:
+    """The folder `name` inside `path` where there is one, else `path` itself. Raises: InputError without any."""
+    path = as_path(path)
+    if kind(path) is None:
+        raise InputError(f"{path}: no such folder")
+    if is_file(path / CLAIM) and not is_file(path / MARKER):
+        raise InputError(f"{path}: unfinished (no {MARKER}); run the command that made it again")
+    return path / name if kind(path / name) == "directory" else path

@@ -1,0 +1,150 @@
+"""The evaluation stage: held-out prompts answered by several models on one engine, scored, and the metrics of a run.
+
+Takes one work per model and writes its answers into its stage folder. One Ray Data pass serves all models that lack
+answers: its rows name their model, and the engine changes weights in between.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from spa_ray.config.models import Config
+from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder
+from spa_ray.data.left_out import ErrorKinds, add_errors
+from spa_ray.data.schemas import EPISODES, PROMPTS
+from spa_ray.evaluation.answers import FamilyAnswers, read_answers
+from spa_ray.evaluation.tables import arm_metrics
+from spa_ray.generation.setup import Task
+from spa_ray.generation.stage import OnProgress, PassCounts, generate
+from spa_ray.pipeline.preflight import eval_config
+from spa_ray.pipeline.work import Context, Work
+from spa_ray.storage.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder, parquet_dataset
+from spa_ray.storage.folder import StageFolder
+from spa_ray.storage.hashing import digest
+
+SEPARATOR = "::"  # between a model's hash and a prompt_id, in a pass over several models
+
+
+def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress | None = None) -> None:
+    """Answer and score for every work's model, and finish its stage.
+
+    All works have the same `prompts`, the same `base`, with which the engine starts, and the same `judge`, which scores
+    in a pass of its own where it is a folder. A benchmark's prompts are played instead.
+    """
+    first = works[0]
+    config, judge, benchmark = eval_config(first.config), first.inputs.get("judge"), first.known.benchmark
+    started = time.time()
+    name = digest([work.stage.hash for work in works])
+    folder = context.passes / f"pass-{name}"
+    rows = folder / "prompts.parquet"
+    write_rows(first.input("prompts"), works, rows)
+    task = Task(kind="answer", scored=judge is None, day=context.day)
+    if benchmark:
+        task = Task(kind="play", scored=False, day=context.day, benchmark=benchmark)
+    shared: dict[str, Any] = {"config_hash": name, "verbose": context.verbose, "on_progress": on_progress}
+    answers = folder / "answers"
+    passes = [
+        generate(
+            config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=first.input("base"),
+            **shared,
+        )
+    ]  # fmt: skip
+    if judge:
+        answered, scored = folder / "answered.parquet", folder / "scored"
+        if not is_file(answered):
+            write_table(EpisodeFolder(answers).table(), answered)
+        judged = generate(
+            config, Task(kind="score", day=context.day), prompts=answered, out=scored,
+            checkpoint=folder / "checkpoint-scored", model=judge, **shared,
+        )  # fmt: skip
+        passes.append(judged)
+        answers = scored
+    table = EpisodeFolder(answers).table()
+    for work in works:
+        mine = split_rows(table, work)
+        write_table(mine, work.stage.folder / "episodes" / "part.parquet")
+        context.finish(work, started, **_facts(mine, passes, share=mine.num_rows / table.num_rows))
+    delete_tree(folder)
+
+
+def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
+    """What a work's stage says of itself. Requests and seconds are its share of the passes that it had part in."""
+    kinds: ErrorKinds = {}
+    add_errors(kinds, mine["error"].to_pylist())
+    return {
+        "rows": mine.num_rows,
+        "errors": mine.num_rows - mine["error"].null_count,
+        "error_kinds": kinds,
+        "requests": round(share * sum(counts.requests for counts in passes)),
+        "prompt_tokens": pc.sum(mine["prompt_tokens"]).as_py() or 0,
+        "generated_tokens": pc.sum(mine["generated_tokens"]).as_py() or 0,
+        "seconds": round(share * sum(counts.seconds for counts in passes), 2),
+    }
+
+
+def write_rows(prompts: AnyPath, works: Sequence[Work], out: AnyPath) -> None:
+    """Every prompt once a model, the models one after the other; ids are made unique by the model's stage."""
+    table = parquet_dataset(prompts).to_table().cast(PROMPTS)
+    parts = []
+    for work in works:
+        ids = pc.binary_join_element_wise(pa.scalar(work.stage.hash), table["prompt_id"], SEPARATOR)
+        part = table.set_column(0, "prompt_id", ids).append_column("seed_id", table["prompt_id"])
+        parts.append(part.append_column("model", pa.array([str(work.input("model"))] * len(table))))
+    write_table(pa.concat_tables(parts), out)
+
+
+def write_table(table: pa.Table, out: AnyPath) -> None:
+    """Write one Parquet file, by rename on a disk; on an object store it appears with its last request."""
+    make_folder(out.parent)
+    if isinstance(out, Path):
+        partial = out.with_name(f".{out.name}.part")
+        pq.write_table(table, partial, **WRITE_OPTIONS)
+        partial.replace(out)
+        return
+    filesystem, target = arrow_filesystem(out)
+    pq.write_table(table, target, filesystem=filesystem, **WRITE_OPTIONS)
+
+
+def split_rows(table: pa.Table, work: Work) -> pa.Table:
+    """The work's rows, under the prompts' own ids again, sorted."""
+    prefix = work.stage.hash + SEPARATOR
+    mine = table.filter(pc.starts_with(table["prompt_id"], prefix))
+    ids = pc.utf8_slice_codeunits(mine["prompt_id"], len(prefix))
+    return mine.set_column(0, EPISODES.field("prompt_id"), ids).sort_by("prompt_id")
+
+
+def run_metrics(
+    config: Config, stages: Mapping[str, StageFolder], *, baseline: str | None = "vanilla"
+) -> dict[str, Any]:
+    """Metrics by family and arm: `{family: {arm: {...}}}`; each arm's holds `exact` and `errors` as well.
+
+    The order of `stages` is the order of the table.
+    """
+    objectives = config.evaluation.objectives or config.objectives
+    answers = {arm: read_answers(stage.folder / "episodes") for arm, stage in stages.items()}
+    families: dict[str, dict[str, FamilyAnswers]] = {}
+    for arm, by_family in answers.items():
+        for family, found in by_family.items():
+            families.setdefault(family, {})[arm] = found
+    out: dict[str, Any] = {}
+    for family, arms in families.items():
+        metrics = arm_metrics(
+            {arm: found.answers for arm, found in arms.items()},
+            objectives=objectives,
+            categories=next(iter(arms.values())).categories,
+            baseline=baseline,
+            resamples=config.evaluation.bootstrap,
+            seed=config.seed,
+        )
+        out[family] = {
+            arm: {**metrics[arm].to_dict(), "exact": arms[arm].exact, "errors": arms[arm].errors} for arm in arms
+        }
+    return json.loads(json.dumps(out))

@@ -1,0 +1,349 @@
+"""`spa plan`: what a run would do and cost, from the config, a few of its prompts and the model's headers alone.
+
+Comes in: arm configs. Goes out: a JSON-like plan: every stage once, with requests, tokens, time, GPU-hours and, given a
+price, money; and their total. Starts nothing and loads no weights; what could not be looked up is assumed and said so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spa_ray.config.models import Config, Prompts
+from spa_ray.data.left_out import lines
+from spa_ray.engine.cpu_dtype import with_dtype
+from spa_ray.errors import InputError
+from spa_ray.generation.benchmark import benchmark_prompts, make_benchmark
+from spa_ray.generation.judging import judge_labels, slow_labels
+from spa_ray.pipeline import plan_cost as cost
+from spa_ray.pipeline.host import planned_host
+from spa_ray.pipeline.plan_folder import weights_checked
+from spa_ray.pipeline.plan_memory import refusal
+from spa_ray.pipeline.plan_model import ModelFacts, found_folder, model_facts
+from spa_ray.pipeline.plan_prompts import SAMPLED, PromptFacts, held_out_facts, prompt_facts
+from spa_ray.pipeline.plan_tokens import (
+    ANSWER_SHARE,
+    CHARS_PER_TOKEN,
+    CharEncoder,
+    Encoder,
+    Work,
+    answer_work,
+    episode_work,
+    judging_by_layout,
+    mean_tokens,
+)
+from spa_ray.pipeline.preflight import eval_config, prompt_check, thinking_warnings
+from spa_ray.pipeline.recipe import PlannedStage, has_evaluation, planned_stages
+from spa_ray.rollout.chat import Chat, open_chat
+from spa_ray.rollout.check import PromptCheck
+from spa_ray.training.guards import check_lr, check_movement, movement
+from spa_ray.training.trainable import check_section
+
+Plan = dict[str, Any]
+SAMPLING = ("n", "temperature", "top_p", "min_p", "top_k", "repetition_penalty", "max_tokens", "stop")
+SUMMED = ("requests", "prompt_tokens", "prefill_tokens", "generated_tokens", "seconds", "gpu_hours")
+
+
+def make_plan(arms: dict[str, Config], *, price: float | None = None, folder: Path | None = None) -> Plan:
+    """The plan of a run. `price` is of a GPU-hour and stands above `resources.price_per_gpu_hour`; `folder` is where
+    the model was fetched to, where it was.
+
+    Raises: InputError where the config, a local model or what is read of a prompt file is wrong.
+    """
+    model = next(iter(arms.values())).model
+    folder = folder or found_folder(model)
+    if folder is not None:
+        for config in arms.values():
+            check_section(folder, config.train)
+    with weights_checked(folder, trust_remote_code=model.trust_remote_code) as weights:
+        plan = _plan(arms, price, folder)
+        notes = weights()
+    return {**plan, "notes": [*plan["notes"], *notes]}
+
+
+def _plan(arms: dict[str, Config], price: float | None, folder: Path | None) -> Plan:
+    first = next(iter(arms.values()))
+    price = first.resources.price_per_gpu_hour if price is None else price
+    look = _Lookup(first, folder)
+    graph = planned_stages(arms)
+    stages = _Costs(look, graph).all()
+    for stage in stages:
+        stage["cost"] = None if price is None else round(stage["gpu_hours"] * price, 2)
+    starts = _group_starts(graph, look.devices)
+    plan_arms = {name: _arm(name, config, look, stages) for name, config in arms.items()}
+    return {
+        "arms": plan_arms,
+        "model": look.model.to_dict(),
+        "gpus": {"engines": look.devices.engines * look.devices.gpus_per_engine,
+                 "train": look.devices.workers * look.devices.gpus_per_worker},
+        "stages": stages,
+        "total": _total(stages, starts, price),
+        "price_per_gpu_hour": price,
+        "output_gib": _output(look, graph, stages),
+        "assumptions": cost.assumptions(first, look.devices),
+        "refusal": refusal(arms, look.model, look.host, gpu=look.devices.gpus_per_worker > 0),
+        "notes": list(dict.fromkeys([*look.notes, *(n for arm in plan_arms.values() for n in arm["notes"])])),
+    }  # fmt: skip
+
+
+@dataclass
+class _Lookup:
+    """What was looked up, once a run: arms share the model; prompts and token counts are kept by their settings."""
+
+    first: Config
+    folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        facts = model_facts(self.first.model, self.notes, self.folder)
+        self.devices = cost.devices(self.first, facts.parameters)
+        config = self.first if self.devices.gpus_per_engine else with_dtype(self.first)
+        changed = config.model.dtype != self.first.model.dtype
+        self.model: ModelFacts = model_facts(config.model, [], self.folder) if changed else facts
+        self.host = planned_host(self.first.resources, on_gpus=self.devices.gpus_per_worker > 0)
+        self.encoder: Encoder = self._encoder()
+        self.notes += thinking_warnings(self.encoder if isinstance(self.encoder, Chat) else None, self.first)
+
+    def _encoder(self) -> Encoder:
+        folder = self.model.folder
+        if folder is None or self.first.model.own_engine:
+            why = "not on this machine" if folder is None else "the engine's own"
+            self.notes.append(f"tokenizer of {self.model.path}: {why}; {CHARS_PER_TOKEN} characters a token assumed")
+            return CharEncoder()
+        return open_chat(self.first.model, folder, estimate=True)
+
+    def prompts(self, config: Config) -> PromptFacts:
+        key = ["prompts", config.model_dump(mode="json", include={"prompts", "episodes"})]
+        return self._once(key, lambda: self._prompts(config))
+
+    def _prompts(self, config: Config) -> PromptFacts:
+        where, prompts, given = "prompts", config.prompts, None
+        if config.episodes.source:
+            where, given = "episodes", config.episodes
+            prompts = Prompts(source=given.source, split=given.split, limit=given.limit)
+        facts = prompt_facts(prompts, self.notes, where, self._check(config), given)
+        self.notes += lines({where: facts.dropped})
+        return facts
+
+    def training(self, config: Config) -> cost.Training:
+        """Of the pairs that are to be expected; given answers are candidates, and none is refined."""
+        prompts = self.prompts(config)
+        if config.episodes.source:
+            sampling = config.sampling.model_copy(update={"n": max(2, round(prompts.answers))})
+            pairs = config.pairs.model_copy(update={"include": "candidates_only"})
+            config = config.model_copy(update={"sampling": sampling, "pairs": pairs})
+        return cost.training(config, self.model, prompts.count, self.tokens(config), self.devices)
+
+    def held_out(self, config: Config) -> tuple[int, Work, Work]:
+        """Rows, and the work of answering and of scoring them."""
+        return self._once(
+            ["held out", config.model_dump(mode="json", exclude={"train"})], lambda: self._held_out(config)
+        )
+
+    def _held_out(self, config: Config) -> tuple[int, Work, Work]:
+        rows, answers, scores = 0, Work(), Work()
+        found = held_out_facts(config.evaluation, self.notes, self._check(None))
+        self.notes += lines({where: facts.dropped for where, facts in found.items()})
+        for facts in found.values():
+            judged = config.evaluation.judged_by.asks_engine
+            answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
+            rows += facts.count
+            answers, scores = answers + answer.times(facts.count), scores + score.times(facts.count)
+        return rows, answers, scores
+
+    def benchmark(self, config: Config, name: str) -> tuple[int, Work]:
+        """Prompts of a benchmark, and the work of asking each its questions once."""
+        section = config.evaluation.benchmarks[name]
+        return self._once(["benchmark", section.model_dump(mode="json")], lambda: self._benchmark(config, name))
+
+    def _benchmark(self, config: Config, name: str) -> tuple[int, Work]:
+        section = config.evaluation.benchmarks[name]
+        prompts = [p["messages"] for p in benchmark_prompts(section, where=f"evaluation.benchmarks.{name}")]
+        asked = config.evaluation.model_copy(update={"sampling": section.sampling})
+        sample = prompts[:: max(1, len(prompts) // SAMPLED)]
+        work, _ = answer_work(config.model_copy(update={"evaluation": asked}), sample, self.encoder, judged=False)
+        return len(prompts), work.times(len(prompts) * make_benchmark(section).questions)
+
+    def tokens(self, config: Config) -> float:
+        """Mean tokens of a rendered prompt."""
+        key = ["tokens", config.model_dump(mode="json", include={"prompts", "episodes"})]
+        return self._once(key, lambda: mean_tokens(self.prompts(config).sample, self.encoder))
+
+    def episode(self, config: Config, *, earlier: bool) -> Work:
+        sections = {"objectives", "constitution", "prompts", "sampling", "scoring", "refine"}
+        key = ["episode", earlier, config.model_dump(mode="json", include=sections)]
+        return self._once(
+            key,
+            lambda: episode_work(
+                config, self.prompts(config).sample, self.encoder, context=self.model.context, earlier=earlier
+            ),
+        )
+
+    def _check(self, config: Config | None) -> PromptCheck | None:
+        chat = self.encoder if isinstance(self.encoder, Chat) else None
+        return prompt_check(chat, [] if config is None else [config])
+
+    def _once(self, key: list[Any], find: Callable[[], Any]) -> Any:
+        text = json.dumps(key, sort_keys=True)
+        if text not in self.kept:
+            try:
+                self.kept[text] = find()
+            except ValueError as e:  # a judge's or a refinement's prompt: the prompts themselves were looked at
+                raise InputError(f"a prompt of the run cannot be rendered: {e}") from e
+        return self.kept[text]
+
+
+class _Costs:
+    """The cost of every planned stage."""
+
+    def __init__(self, look: _Lookup, graph: list[PlannedStage]) -> None:
+        self.look, self.graph = look, graph
+        self.subjects = len({arm for stage in graph if not stage.iteration for arm in stage.arms[:1]})
+
+    def all(self) -> list[Plan]:
+        return [self._stage(stage) for stage in self.graph]
+
+    def _stage(self, stage: PlannedStage) -> Plan:
+        compute = {
+            "import": self._import,
+            "generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate,
+            "benchmark": self._benchmark,
+        }  # fmt: skip
+        rows, work, seconds, gpus = compute[stage.stage.partition(":")[0]](stage)
+        return {
+            "stage": stage.stage,
+            "arms": stage.arms,
+            "iteration": stage.iteration,
+            "rows": rows,
+            **work.rounded(),
+            "seconds": round(seconds, 1),
+            "gpus": gpus,
+            "gpu_hours": round(seconds * gpus / 3600, 3),
+        }
+
+    def _rows(self, stage: PlannedStage) -> int:
+        return self.look.prompts(stage.config).count
+
+    def _generate(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        rows, on = self._rows(stage), self.look.devices
+        earlier = stage.config.iterations.reuse_refined and stage.iteration > 1
+        work = self.look.episode(stage.config, earlier=earlier).times(rows)
+        return rows, work, cost.generate_seconds(work, self.look.model, on), on.engines * on.gpus_per_engine
+
+    def _import(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        return self._rows(stage), Work(), self._rows(stage) / cost.BUILD_ROWS_PER_SECOND, 0.0
+
+    def _build(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        return self._rows(stage), Work(), cost.build_seconds(self._rows(stage)), 0.0
+
+    def _train(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        on, job = self.look.devices, self.look.training(stage.config)
+        return job.pairs, Work(), job.seconds, on.workers * on.gpus_per_worker
+
+    def _evaluate(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        """One model's part of the pass, or of the two passes, over all models."""
+        config = eval_config(stage.config)
+        rows, answers, scores = self.look.held_out(config)
+        return self._share(rows, [answers, scores], 1 + config.evaluation.judged_by.own_pass)
+
+    def _benchmark(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        rows, work = self.look.benchmark(stage.config, stage.stage.partition(":")[2])
+        return self._share(rows, [work], 1)
+
+    def _share(self, rows: int, works: list[Work], passes: int) -> tuple[int, Work, float, float]:
+        on, model = self.look.devices, self.look.model
+        gpus, size = on.gpus_per_engine, model.parameters
+        busy = sum(cost.compute_seconds(work, size, on.rates, gpus=gpus) for work in works) / on.engines
+        seconds = passes * cost.pass_seconds(model, on.rates) / self.subjects + busy
+        return rows, sum(works, Work()), seconds, on.engines * gpus
+
+
+def _group_starts(graph: list[PlannedStage], on: cost.Devices) -> dict[str, float]:
+    """Training workers start once an iteration, for all arms together."""
+    rounds = len({stage.iteration for stage in graph if stage.stage == "train"})
+    seconds = rounds * on.train_rates.group_start
+    return {"seconds": seconds, "gpu_hours": seconds * on.workers * on.gpus_per_worker / 3600}
+
+
+def _total(stages: list[Plan], starts: dict[str, float], price: float | None) -> Plan:
+    """Every stage once, whoever shares it, and the starts of the training workers."""
+    total: Plan = {key: sum(stage[key] for stage in stages) + starts.get(key, 0) for key in SUMMED}
+    total |= {"seconds": round(total["seconds"], 1), "gpu_hours": round(total["gpu_hours"], 3)}
+    return total | {"cost": None if price is None else round(total["gpu_hours"] * price, 2)}
+
+
+def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
+    """What is the arm's own: its stages, method, pairs, memory, notes."""
+    mine = [stage for stage in stages if name in stage["arms"]]
+    first = {stage["stage"]: stage for stage in reversed(mine)}
+    prompts, train, sampling = look.prompts(config), config.train, config.sampling.model_dump(mode="json")
+    job = look.training(config)
+    memory = cost.memory(config, look.model, look.devices, prompt_tokens=look.tokens(config))
+    size = look.model.parameters
+    warnings = [check_lr(train, size), check_movement(train, size, job.steps)]
+    answers = ["import"] if config.episodes.source else ["prompts", "generate"]
+    generate = {key: first[answers[-1]][key] for key in SUMMED[:4]}
+    return {
+        "stages": [*answers, "build", "train"] + (["evaluate"] if has_evaluation(config) else []),
+        "iterations": config.iterations.count,
+        "prompts": {
+            "source": prompts.source, "count": prompts.count, "tokens": round(look.tokens(config), 1),
+            "sampled": len(prompts.sample), "estimated": prompts.estimated,
+        },
+        "sampling": {key: sampling[key] for key in SAMPLING},
+        "generate": {**generate, "requests_per_prompt": generate["requests"] / prompts.count},
+        "train": {
+            "method": train.method, "beta": train.beta, "gamma": train.gamma, "lr": train.lr, "gap": train.gap,
+            "pairs_estimated": job.pairs, "steps_estimated": job.steps,
+            "movement": movement(train, size, job.steps),
+        },
+        "memory_gib": memory,
+        "notes": [*cost.does_it_fit(config, memory), *filter(None, warnings), *_on_judging(config, look)],
+    }  # fmt: skip
+
+
+def _on_judging(config: Config, look: _Lookup) -> list[str]:
+    """A note where judging is slow on this scale. Raises: InputError where this tokenizer cannot judge on it."""
+    if not isinstance(look.encoder, Chat) or config.episodes.source:
+        return []
+    chat = look.encoder.with_kwargs(config.scoring.chat_template_kwargs)
+    judge_labels(chat, config.scoring)
+    notes = [slow_labels(chat, config.scoring), _on_layout(config, look)]
+    return [note for note in notes if note is not None]
+
+
+LESS = 0.9  # of the tokens: what another layout must come to to be worth another judge
+
+
+def _on_layout(config: Config, look: _Lookup) -> str | None:
+    """A note where the other layout of the built-in judge prompt computes clearly fewer tokens."""
+    if config.scoring.prompt is not None:
+        return None
+    tokens = judging_by_layout(config, look.prompts(config).sample, look.encoder)
+    mine, best = config.scoring.layout, min(tokens, key=lambda layout: tokens[layout])
+    if tokens[best] > LESS * tokens[mine]:
+        return None
+    return (
+        f"scoring.layout={best} would compute about {tokens[best]:,.0f} prompt tokens to judge a prompt's answers, "
+        f"{mine} {tokens[mine]:,.0f}, if answers have {ANSWER_SHARE:g} of max_tokens; it is another judge"
+    )
+
+
+def _output(look: _Lookup, graph: list[PlannedStage], stages: list[Plan]) -> Plan:
+    """GiB that the run folder grows by: trained models, which is certain, and the rest, which is estimated."""
+    trained = [stage.config for stage in graph if stage.stage == "train"]
+    models = sum(cost.model_bytes(config, look.model) for config in trained)
+    checkpoints = max((cost.checkpoint_bytes(config, look.model) for config in trained), default=0.0)
+    written = sum(cost.stage_bytes(stage["rows"], stage["generated_tokens"]) for stage in stages)
+    return {"models": round(models / cost.GIB, 3), "rest": round((checkpoints + written) / cost.GIB, 3)}
+
+
+def check_price(price: float | None) -> float | None:
+    """Raises: InputError for a price that is none."""
+    if price is not None and not 0 <= price < float("inf"):
+        raise InputError(f"--price {price:g}: a GPU-hour costs 0 or more")
+    return price

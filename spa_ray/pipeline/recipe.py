@@ -1,0 +1,125 @@
+"""Which stages a run consists of: each arm's recipe over the table, level by level in the order of work.
+
+The pipeline walks these levels with real files, the plan with symbolic hashes, so both share stages alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from spa_ray.config.models import Config
+from spa_ray.pipeline.stage_keys import Known
+from spa_ray.pipeline.stages import STAGES, first_prompt
+from spa_ray.storage.hashing import digest
+
+VANILLA = "vanilla"  # the model before training
+BASE, JUDGE = "base", "judge"  # what a run is given and makes in no stage: two model folders
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One arm's use of a stage, or of something given. `inputs` by the stage's roles; `tau` is the build whose τ holds
+    here as well. An iteration of 0 is the evaluation."""
+
+    stage: str
+    arm: str
+    config: Config
+    iteration: int = 0
+    inputs: Mapping[str, Node] = field(default_factory=dict)
+    tau: Node | None = None
+    benchmark: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the stage is called in records and plans."""
+        return f"{self.stage}:{self.benchmark}" if self.benchmark else self.stage
+
+
+def has_evaluation(config: Config) -> bool:
+    return config.evaluation.prompts is not None or bool(config.evaluation.families)
+
+
+def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
+    """The nodes of one stage and iteration at a time, an arm each; every node comes after its inputs."""
+    first = next(iter(arms.values()))
+    base = Node(BASE, VANILLA, first)
+    models = dict.fromkeys(arms, base)
+    episodes: dict[str, Node] = {}
+    tau: dict[str, Node] = {}
+    for iteration in range(1, max(config.iterations.count for config in arms.values()) + 1):
+        active = {arm: config for arm, config in arms.items() if config.iterations.count >= iteration}
+        given = {arm: Node("import", arm, c, iteration) for arm, c in active.items() if c.episodes.source}
+        asked = {arm: config for arm, config in active.items() if arm not in given}
+        prompts = {arm: Node("prompts", arm, config, iteration) for arm, config in asked.items()}
+        for arm, config in asked.items():
+            inputs = {"prompts": prompts[arm], "model": models[arm]}
+            if config.iterations.reuse_refined and iteration > 1:
+                inputs["earlier"] = episodes[arm]
+            episodes[arm] = Node("generate", arm, config, iteration, inputs)
+        episodes |= given
+        yield from filter(None, ([*given.values()], [*prompts.values()], [episodes[arm] for arm in asked]))
+        builds = {
+            arm: Node("build", arm, config, iteration, {"episodes": episodes[arm]}, tau.get(arm))
+            for arm, config in active.items()
+        }
+        yield list(builds.values())
+        tau = {**builds, **tau}  # the first iteration's
+        for arm, config in active.items():
+            models[arm] = Node("train", arm, config, iteration, {"pairs": builds[arm], "model": models[arm]})
+        yield [models[arm] for arm in active]
+    if has_evaluation(first):
+        held_out, judge = Node("evalprompts", VANILLA, first), Node(JUDGE, VANILLA, first)
+        yield [held_out]
+        yield [
+            Node("evaluate", arm, first, 0, {"prompts": held_out, "model": model, "judge": judge})
+            for arm, model in {VANILLA: base, **models}.items()
+        ]
+    for name in first.evaluation.benchmarks:
+        prompts_of = Node("benchprompts", VANILLA, first, benchmark=name)
+        yield [prompts_of]
+        yield [
+            Node("benchmark", arm, first, 0, {"prompts": prompts_of, "model": model}, benchmark=name)
+            for arm, model in {VANILLA: base, **models}.items()
+        ]
+
+
+def key(node: Node, known: Known, hash_of: Callable[[Node], str]) -> str:
+    """The node's address, from its inputs' hashes."""
+    return STAGES[node.stage].key(node.config, {role: hash_of(given) for role, given in node.inputs.items()}, known)
+
+
+@dataclass
+class PlannedStage:
+    """One stage of a run. `arms`: who uses it; the first of them, with `iteration`, finds it in a run's records."""
+
+    stage: str
+    key: str
+    config: Config
+    iteration: int
+    arms: list[str] = field(default_factory=list)
+
+
+def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
+    """Every stage but the copying of prompts, shared ones once. Their keys are symbolic: they stand for inputs that do
+    not exist yet, so nothing is hashed or read."""
+    found: dict[str, PlannedStage] = {}
+    keys: dict[Node, str] = {}
+
+    def hash_of(node: Node) -> str:
+        return keys.get(node, node.stage)  # what is given is the same for all
+
+    for level in levels(arms):
+        for node in level:
+            if STAGES[node.stage].draw:
+                sources = node.config.model_dump(mode="json", include={"prompts", "episodes"})
+                source = [sources, first_prompt(node.config, node.iteration)] if node.iteration else node.label
+                keys[node] = at = digest(source)
+            else:
+                # Which τ an iteration is held to follows from its episodes and settings: a stand-in tells as much.
+                known = Known(node.iteration, 0.0 if node.tau else None, node.benchmark)
+                keys[node] = at = key(node, known, hash_of)
+            if STAGES[node.stage].recorded:
+                planned = found.setdefault(at, PlannedStage(node.label, at, node.config, node.iteration))
+                planned.arms.append(node.arm)
+    return list(found.values())

@@ -1,0 +1,214 @@
+"""The table of stages: what each one is called, what its key covers, what it reads and writes, and how it runs.
+
+`spa run`, the single-stage commands, the plan and `spa preview` read this table; `recipe.py` says which stages an arm
+consists of. A stage's runner gets all works that are to be done at a time, so that training starts its workers once
+and the evaluation passes over all models together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spa_ray import evaluation, generation, preferences, training
+from spa_ray.config.models import Config
+from spa_ray.pipeline import stage_keys as keys
+from spa_ray.pipeline.progress import train_counter
+from spa_ray.pipeline.prompt_files import PromptFiles
+from spa_ray.pipeline.work import Context, Work
+from spa_ray.preferences import live_reasons
+from spa_ray.storage.files import copy_file, read_json
+from spa_ray.storage.folder import StageFolder
+from spa_ray.storage.hashing import digest, model_hash, stage_hash
+
+Draw = Callable[[PromptFiles, Config, keys.Known, Path], Any]  # writes prompts to a file, returns their counts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table. `inputs` are the roles whose hashes the key covers, in this order; one that a work does not
+    have is left out."""
+
+    name: str
+    version: int
+    settings: Callable[[Config, keys.Known], Mapping[str, Any]]
+    inputs: tuple[str, ...]
+    output: str  # in the stage's folder
+    run: Callable[[Sequence[Work], Context], None]
+    told: tuple[str, ...] = ()  # facts that an arm's record repeats
+    draw: Draw | None = None  # of a stage whose key is its contents
+    check: Callable[[Work], None] | None = None  # of each work, before any of them begins
+    rows: str | None = "episodes"  # the folder of rows that may hold errors
+
+    def key(self, config: Config, hashes: Mapping[str, str], known: keys.Known | None = None) -> str:
+        """The address of the stage's output."""
+        settings = self.settings(config, known or keys.Known())
+        return stage_hash(self.name, self.version, settings, [hashes[r] for r in self.inputs if r in hashes])
+
+    @property
+    def recorded(self) -> bool:
+        """Whether an arm's record and the plan name it: its output is a folder that users look into."""
+        return self.draw is None or self.output == "episodes"
+
+    def output_hash(self, stage: StageFolder) -> str:
+        """What the keys of later stages cover of the output: a model's files, of all else its own key."""
+        if self.output != "model":
+            return stage.hash
+        return stage.facts().get("model_hash") or model_hash(stage.folder / self.output)
+
+
+def first_prompt(config: Config, iteration: int) -> int:
+    """How many of the source's prompts earlier iterations have used up."""
+    return (iteration - 1) * (config.prompts.limit or 0) if config.iterations.prompts == "diff" else 0
+
+
+def _draw_prompts(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
+    return files.write(config.prompts, out, skip=first_prompt(config, known.iteration))
+
+
+def _draw_held_out(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
+    return files.write_held_out(config.evaluation, out)
+
+
+def _draw_benchmark(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
+    return files.write_benchmark(config.evaluation, known.benchmark, out)
+
+
+def _draw_episodes(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
+    return files.write_episodes(config.episodes, out)
+
+
+def run_prompts(works: Sequence[Work], context: Context) -> None:
+    """Each command draws its prompts anew, since a bad row must show at once; a file that is there stays."""
+    for work in works:
+        started = time.time()
+        copy_file(work.input("contents"), work.stage.folder / "prompts.parquet")
+        context.finish(work, started)
+
+
+def run_import(works: Sequence[Work], context: Context) -> None:
+    """Given answers as episodes: no engine takes part."""
+    for work in works:
+        started = time.time()
+        copy_file(work.input("contents"), work.stage.folder / "episodes" / "episodes.parquet")
+        context.finish(work, started)
+
+
+def run_generate(works: Sequence[Work], context: Context) -> None:
+    """Prompts to episodes, one pass for each work."""
+    from spa_ray.generation.setup import Task
+    from spa_ray.generation.stage import generate
+    from spa_ray.pipeline.signal import SignalWatch
+
+    for work in works:
+        started, episodes = time.time(), work.stage.folder / "episodes"
+        work.stage.begin(keys.attempt(work.config))
+        count = context.progress.counter("generate")
+        watch = SignalWatch(work.config, episodes, count=count, say=context.progress.say, arms=work.arms)
+        counts = generate(
+            work.config,
+            Task(iteration=work.known.iteration, day=context.day),
+            prompts=work.input("prompts"),
+            out=episodes,
+            checkpoint=work.stage.folder / "checkpoint",
+            model=work.input("model"),
+            earlier=work.inputs.get("earlier"),
+            config_hash=work.stage.hash,
+            on_progress=watch,
+            observe=partial(live_reasons, config=work.config),
+            verbose=context.verbose,
+        )
+        watch.finish(counts.rows)
+        context.finish(work, started, **counts.to_dict())
+
+
+def run_build(works: Sequence[Work], context: Context) -> None:
+    """Episodes to pairs and a funnel."""
+    from spa_ray.pipeline.build import build_into
+
+    for work in works:
+        started = time.time()
+        with context.progress.step("build"):
+            funnel = build_into(work.stage.folder, work.input("episodes"), work.config, frozen_tau=work.known.tau)
+        context.finish(work, started, funnel=funnel)
+
+
+def run_train(works: Sequence[Work], context: Context) -> None:
+    """Pairs to models, all in one worker group."""
+    from spa_ray.training.launch import train_jobs
+    from spa_ray.training.stored import train_job
+
+    jobs = []
+    for work in works:
+        config = work.config
+        job = train_job(
+            name=work.name,
+            pairs=work.input("pairs"),
+            model=work.input("model"),
+            out=work.out or work.stage.folder / "model",
+            train=config.train,
+            seed=config.seed,
+            work=work.stage.folder / ("job" if work.out else "work"),
+            trust_remote_code=config.model.trust_remote_code,
+            tracking=config.tracking,
+            cache=context.cache,
+            chat=context.chat,
+            context=config.model.max_model_len,
+        )
+        jobs.append(job)
+    for work in works:
+        work.stage.begin(keys.attempt(work.config))
+    results = train_jobs(
+        jobs,
+        works[0].config.resources,
+        storage=context.root / "ray_train",
+        name=f"train-{digest(sorted(work.stage.folder.name for work in works))}",
+        verbose=context.verbose,
+        on_progress=train_counter(context.progress),
+    )
+    for work, job, result in zip(works, jobs, results, strict=True):
+        hashed = model_hash(job.out)
+        context.finish(work, time.time() - result.seconds, **result.to_dict(), model_hash=hashed)
+
+
+def _check_pairs(work: Work) -> None:
+    from spa_ray.pipeline.build import check_pairs
+
+    folder = work.input("pairs").parent
+    check_pairs(work.name, read_json(folder / "funnel.json"), folder)
+
+
+def run_evaluate(works: Sequence[Work], context: Context) -> None:
+    """Held-out prompts to scored answers, or a benchmark's prompts to its plays, all models in one pass."""
+    from spa_ray.pipeline.evaluate import evaluate
+
+    for work in works:
+        work.stage.begin(keys.attempt(work.config))
+    counter = context.progress.counter(" ".join(filter(None, [works[0].stage.name, works[0].known.benchmark])))
+    evaluate(works, context, on_progress=counter)
+
+
+ROWS = (
+    Stage("prompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_prompts, rows=None),
+    Stage("import", 1, keys.prompts, ("contents",), "episodes", run_import, draw=_draw_episodes, rows=None),
+    Stage("generate", generation.STAGE_VERSION, keys.generate, ("prompts", "model", "earlier"), "episodes",
+          run_generate),
+    Stage("build", preferences.STAGE_VERSION, keys.build, ("episodes",), "pairs", run_build, told=("funnel",),
+          rows=None),
+    Stage("train", training.STAGE_VERSION, keys.train, ("pairs", "model"), "model", run_train, check=_check_pairs,
+          rows=None),
+    Stage("evalprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_held_out,
+          rows=None),
+    Stage("evaluate", evaluation.STAGE_VERSION, keys.evaluate, ("prompts", "model", "judge"), "episodes",
+          run_evaluate),
+    Stage("benchprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_benchmark,
+          rows=None),
+    Stage("benchmark", evaluation.STAGE_VERSION, keys.benchmark, ("prompts", "model"), "episodes", run_evaluate),
+)  # fmt: skip
+STAGES = {row.name: row for row in ROWS}
+ORDER = tuple(STAGES)
+UNTIL = ("generate", "build", "train", "evaluate")  # where `spa run` may end; benchmarks are part of the evaluation

@@ -1,0 +1,135 @@
+"""From finished run folders, one a seed, to the study beside them: Markdown and JSON.
+
+Comes in: run folders of the same arms, settings and held-out prompts. Goes out: two files. Reads finished stages only;
+the judge of the pairs is the one that the config names by dotted path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spa_ray.config.models import Config
+from spa_ray.config.plugs import load_dotted
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.errors import InputError
+from spa_ray.evaluation.answers import read_answers
+from spa_ray.evaluation.study import ORDERED, PairOrder, SeedRun, build_study, pair_order, study_markdown
+from spa_ray.pipeline.inspect import run_configs
+from spa_ray.storage.files import AnyPath, is_file, parquet_dataset, read_json, write_json, write_text
+from spa_ray.storage.folder import EVALUATION, RunFolder, StageFolder, open_run
+
+Judge = Callable[[Sequence[dict[str, str]], str, str, str], float]
+OF_A_SEED = {"name", "run_dir", "seed", "resources"}  # what the runs of a study may differ in
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A finished run: its folder, its arms' configs, what it says of its evaluation."""
+
+    folder: RunFolder
+    configs: dict[str, Config]
+    stages: dict[str, str]
+
+    @property
+    def config(self) -> Config:
+        return next(iter(self.configs.values()))
+
+    def settings(self) -> dict[str, Any]:
+        """What must be equal in every run of a study."""
+        arms = {name: config.model_dump(mode="json", exclude=OF_A_SEED) for name, config in self.configs.items()}
+        return {"arms": arms, "evalprompts": self.stages["evalprompts"]}
+
+    def stage(self, folder_name: str) -> AnyPath:
+        """The folder of a finished stage. Raises: InputError when it is unfinished."""
+        name, _, digest = folder_name.rpartition("-")
+        stage = StageFolder(name, digest, self.folder.path / "stages" / folder_name)
+        stage.facts()
+        return stage.folder
+
+
+def write_study(run_dirs: Sequence[AnyPath], out: AnyPath) -> AnyPath:
+    """Write the Markdown to `out` and the JSON beside it (the same name, `.json`), each by rename.
+
+    Raises: InputError when a run is unfinished, two have the same seed, or their settings or prompts differ.
+    Returns: `out`.
+    """
+    runs = [_open(path) for path in run_dirs]
+    check_comparable(runs)
+    first = runs[0].config
+    study = build_study(
+        [_read(run) for run in runs],
+        objectives=first.evaluation.objectives or first.objectives,
+        resamples=first.evaluation.bootstrap,
+        seed=first.seed,
+    )
+    write_json(out.with_suffix(".json"), {"runs": [str(run.folder.path) for run in runs], **study.to_dict()})
+    write_text(out, study_markdown(study, title=f"Study: {out.stem}"))
+    return out
+
+
+def _open(path: AnyPath) -> _Run:
+    folder = open_run(path)
+    record = folder.path / EVALUATION
+    if not is_file(record):
+        raise InputError(f"{path}: not evaluated yet (no {record.name}); run it to its end first")
+    run = _Run(folder, run_configs(folder), read_json(record)["stages"])
+    if run.config.evaluation.prompts is None:
+        raise InputError(f"{path}: evaluation.prompts.source was not given; a study compares answers to those prompts")
+    return run
+
+
+def check_comparable(runs: Sequence[_Run]) -> None:
+    """Raises: InputError unless there are runs, each of another seed, that are alike in all else."""
+    if not runs:
+        raise InputError("a study needs at least one run folder")
+    seeds: dict[int, AnyPath] = {}
+    for run in runs:
+        path = run.folder.path
+        if run.config.seed in seeds:
+            raise InputError(f"{path}: seed {run.config.seed} again, as {seeds[run.config.seed]}; one run a seed")
+        seeds[run.config.seed] = path
+        if run.settings() != runs[0].settings():
+            raise InputError(
+                f"{path}: its arms, settings or held-out prompts are not those of {runs[0].folder.path}; "
+                "only the seed may differ within a study"
+            )
+
+
+def _read(run: _Run) -> SeedRun:
+    arms = {name: folder for name, folder in run.stages.items() if name != "evalprompts"}
+    answers = {arm: read_answers(run.stage(folder) / "episodes") for arm, folder in arms.items()}
+    orders: dict[str, PairOrder] = {}
+    for name in run.config.evaluation.judged_by.plugs():
+        judge = load_dotted(name, where="evaluation.judge")
+        score = _Scorer(judge, run.config.objectives)
+        orders = {arm: pair_order(_judged(run, arm, score)) for arm in ORDERED if arm in run.configs}
+    return SeedRun(run.config.seed, answers, orders)
+
+
+class _Scorer:
+    """The judge's scores of an answer, in objective order; the same answer is asked about once."""
+
+    def __init__(self, judge: Judge, objectives: Sequence[str]) -> None:
+        self._judge, self._objectives = judge, objectives
+        self._known: dict[tuple[str, str], tuple[float, ...]] = {}
+
+    def __call__(self, prompt_id: str, prompt: Sequence[dict[str, str]], meta: str, text: str) -> tuple[float, ...]:
+        key = (prompt_id, text)
+        if key not in self._known:
+            self._known[key] = tuple(float(self._judge(prompt, meta, text, name)) for name in self._objectives)
+        return self._known[key]
+
+
+def _judged(run: _Run, arm: str, score: _Scorer) -> Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]:
+    """Every pair of the arm's first iteration: its prompt_id and both answers' scores."""
+    stages = read_json(run.folder.arm_file(arm, 1))["stages"]
+    ids = EpisodeFolder(run.stage(stages["generate"]) / "episodes").table(["prompt_id", "meta"]).to_pydict()
+    meta = dict(zip(ids["prompt_id"], ids["meta"], strict=True))
+    pairs = parquet_dataset(run.stage(stages["build"]) / "pairs")
+    for batch in pairs.to_batches(columns=["prompt_id", "prompt", "chosen", "rejected"]):
+        for pair in batch.to_pylist():
+            asked = (pair["prompt_id"], pair["prompt"], meta[pair["prompt_id"]])
+            chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
+            yield pair["prompt_id"], score(*asked, chosen), score(*asked, rejected)

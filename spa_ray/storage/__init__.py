@@ -1,0 +1,1 @@
+"""Paths on disks and object stores, model folders, run folders, their hashes and locks."""

@@ -1,0 +1,146 @@
+"""The run folder, on a disk or an object store: stages that count only once their `stage.json` stands, and arms.
+
+Comes in: a path or a URI. Goes out: stage folders. Never: what a stage computes. A stage folder without `stage.json` is
+unfinished: its own stage resumes it and every reader refuses it. Nothing is deleted here but by `clean`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from spa_ray.errors import InputError
+from spa_ray.storage.files import (
+    AnyPath,
+    as_path,
+    children,
+    delete_tree,
+    is_file,
+    make_folder,
+    read_json,
+    write_json,
+    write_text,
+)
+
+MARKER = "stage.json"
+ATTEMPTS = "attempts.json"  # in an unfinished stage: with which values each call worked on it
+EVALUATION = "evaluation.json"  # in the run folder: which stages hold the answers to held-out prompts
+CLAIM = ".stage"  # in a folder that a user named: whose output it is to become
+LOCKS = "lock"  # a folder in the run folder, or in one that a user named
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's folder in a run: `stages/NAME-HASH/`."""
+
+    name: str
+    hash: str
+    folder: AnyPath
+
+    @property
+    def done(self) -> bool:
+        return is_file(self.folder / MARKER)
+
+    def facts(self) -> dict[str, Any]:
+        """What the stage wrote about itself. Raises: InputError when it is unfinished."""
+        if not self.done:
+            raise InputError(f"{self.folder}: unfinished (no {MARKER}); run the same command again to finish it")
+        return read_json(self.folder / MARKER)
+
+    def begin(self, attempt: dict[str, Any]) -> None:
+        """Note that a call works on the stage now, and the values that its hash does not cover."""
+        write_json(self.folder / ATTEMPTS, {"attempts": [*self._attempts(), attempt]})
+
+    def finish(self, started: float, **facts: Any) -> dict[str, Any]:
+        """Write `stage.json`, last of all. `started` is a `time.time()`."""
+        record = {"stage": self.name, "hash": self.hash, "seconds": round(time.time() - started, 2), **facts}
+        if attempts := self._attempts():
+            record["attempts"] = attempts
+        write_json(self.folder / MARKER, record)
+        return record
+
+    def _attempts(self) -> list[dict[str, Any]]:
+        noted = self.folder / ATTEMPTS
+        return read_json(noted)["attempts"] if is_file(noted) else []
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`runs/NAME/` (DESIGN, «Files»)."""
+
+    path: AnyPath
+
+    def stage(self, name: str, digest: str) -> StageFolder:
+        """The stage's folder, made if need be."""
+        folder = self.path / "stages" / f"{name}-{digest}"
+        make_folder(folder)
+        return StageFolder(name, digest, folder)
+
+    def arm_file(self, arm: str, iteration: int) -> AnyPath:
+        return self.path / "arms" / arm / f"iter_{iteration}.json"
+
+    def arm_files(self) -> list[AnyPath]:
+        """Every arm's records, by name."""
+        return sorted(self.path.glob("arms/*/iter_*.json"), key=str)
+
+    def stages(self) -> Iterator[AnyPath]:
+        """Every stage folder, finished or not, by name."""
+        for child in children(self.path / "stages"):
+            if "-" in child.name and not child.name.startswith("."):
+                yield child
+
+    def used(self) -> set[str]:
+        """Names of the stage folders that an arm's iteration or the evaluation refers to."""
+        evaluation = self.path / EVALUATION
+        records = [read_json(file) for file in (*self.arm_files(), *([evaluation] if is_file(evaluation) else []))]
+        names = {name for record in records for name in record["stages"].values()}
+        return names | {name for r in records for arms in r.get("benchmarks", {}).values() for name in arms.values()}
+
+    def clean(self) -> list[AnyPath]:
+        """Delete the stage folders that no arm refers to. Returns: what was deleted."""
+        used = self.used()
+        stray = [p for p in self.stages() if p.name not in used]
+        for folder in stray:
+            delete_tree(folder)
+        return stray
+
+
+def claim(out: AnyPath, name: str, digest: str) -> StageFolder:
+    """A folder that the user named as one stage's output: new, unfinished by the same settings, or finished by them.
+
+    Raises: InputError when it holds anything else, so that nothing is mixed or overwritten.
+    """
+    out = as_path(out)
+    stage, fresh = check_claim(out, name, digest)
+    if fresh:
+        write_text(out / CLAIM, digest)
+    return stage
+
+
+def check_claim(out: AnyPath, name: str, digest: str) -> tuple[StageFolder, bool]:
+    """The stage that `claim` would give, and whether nobody has claimed the folder yet. Nothing is written.
+
+    Raises: InputError as `claim` does.
+    """
+    stage, note = StageFolder(name, digest, out), out / CLAIM
+    if stage.done:
+        if stage.facts()["hash"] != digest:
+            raise InputError(f"{out}: finished with other settings or input; give another --out or remove it")
+        return stage, False
+    if is_file(note):
+        if note.read_text(encoding="utf-8") != digest:
+            raise InputError(f"{out}: begun with other settings or input; give another --out or remove it")
+        return stage, False
+    if is_file(out) or any(child.name != LOCKS for child in children(out)):
+        raise InputError(f"{out}: stands already and is not an output of `spa {name}`; give another --out")
+    return stage, True
+
+
+def open_run(path: str | AnyPath) -> RunFolder:
+    """An existing run. Raises: InputError when the folder is not one."""
+    folder = as_path(path)
+    if not is_file(folder / "config.yaml"):
+        raise InputError(f"{folder}: not a run folder (no config.yaml); give the path that `spa run` printed")
+    return RunFolder(folder)
