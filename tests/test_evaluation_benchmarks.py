@@ -145,12 +145,6 @@ def test_a_wrong_section_is_told_in_one_line(section: dict[str, Any], told: str)
     assert told in str(error.value)
 
 
-def test_the_page_shows_the_example() -> None:
-    docs = Path(__file__).parents[1] / "docs"
-    code = (docs / "examples" / "on_topic.py").read_text().split('"""\n', 1)[1].strip()
-    assert code in (docs / "BENCHMARKS.md").read_text()
-
-
 def test_limit_takes_the_first_prompts_and_changes_no_key() -> None:
     few, all_ = config_with(limit=1), config_with()
     assert len(list(benchmark_prompts(few.evaluation.benchmarks["two"], where="two"))) == 1

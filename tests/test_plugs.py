@@ -11,9 +11,16 @@ from typing import Any
 import pyarrow.dataset as pds
 import pytest
 
-from tests.plug_files import plug_config
+from tests.plug_files import EXAMPLES, plug_config
 
-pytestmark = pytest.mark.engine
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("questions", "PROMPTS"), ("plain_words", "JUDGES"), ("on_topic", "BENCHMARKS"), ("slic", "METHODS")],
+)
+def test_a_plugs_page_shows_its_file(name: str, page: str) -> None:
+    code = (EXAMPLES / f"{name}.py").read_text().split('"""\n', 1)[1].strip()
+    assert code in (EXAMPLES.parent / f"{page}.md").read_text()
 
 
 def spa_run(home: Path, *more: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -44,6 +51,7 @@ def check_run(home: Path, done: subprocess.CompletedProcess[str]) -> dict[str, A
     return result
 
 
+@pytest.mark.engine
 def test_a_run_of_five_plugs_resumes_and_an_edit_starts_again_only_what_reads_it(
     tmp_path: Path, ray_session: None
 ) -> None:
