@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from spa_ray.config.training import Train
+from spa_ray.config.training import method_class, train_section
 from spa_ray.storage.files import AnyPath, as_path, children, copy_files, files_under, read_json, write_text
 from spa_ray.storage.node_cache import CACHE
 from spa_ray.training.hashes import hash_files, record_of, write_record
@@ -48,7 +48,7 @@ def stored(store: AnyPath) -> StoredJob:
     write_text(store / "base" / "config.json", "{}")
     places: dict[str, Any] = {"pairs": "pairs", "model": "base", "out": "model", "work": "work", "cache": "cache"}
     paths = {name: store / place for name, place in places.items()}
-    return StoredJob(name="job", train=Train(keep_checkpoints=2), seed=0, **paths)
+    return StoredJob(name="job", train=train_section({"keep_checkpoints": 2}), seed=0, **paths)
 
 
 def save(job: TrainJob, step: int, *, complete: bool = True) -> None:
@@ -67,6 +67,7 @@ def other_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_job_travels_as_text_and_is_placed_on_a_node(stored: StoredJob) -> None:
     assert StoredJob.from_dict(stored.to_dict()) == stored
+    assert type(StoredJob.from_dict(stored.to_dict()).train) is method_class("spa").Config
     job = stored.placed()
     assert (job.model / "config.json").is_file()
     assert job.out.name == "model"

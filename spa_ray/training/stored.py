@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.training import Tracking, Train
+from spa_ray.config.training import Tracking, Train, train_section
 from spa_ray.errors import RunError
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.storage.files import (
@@ -70,7 +70,7 @@ class StoredJob:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> StoredJob:
         sections = {
-            "train": Train.model_validate(raw["train"]),
+            "train": train_section(raw["train"]),
             "tracking": Tracking.model_validate(raw["tracking"]),
             "chat": None if raw.get("chat") is None else ChatSettings.model_validate(raw["chat"]),
         }
