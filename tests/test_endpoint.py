@@ -17,7 +17,14 @@ from spa_ray.config.endpoint import Endpoint
 from spa_ray.engine import openai as openai_engine
 from spa_ray.engine.answers import open_answers
 from spa_ray.engine.limiter import WINDOW, Limiter
-from spa_ray.engine.openai import Answer, EndpointClient, EndpointDeadError, EndpointError
+from spa_ray.engine.openai import (
+    Allowance,
+    Answer,
+    BudgetSpentError,
+    EndpointClient,
+    EndpointDeadError,
+    EndpointError,
+)
 from spa_ray.errors import InputError
 from spa_ray.generation.endpoint_judge import EndpointJudge, api_key, check_endpoint
 from spa_ray.generation.judging import Item, Judgement
@@ -75,8 +82,9 @@ def test_what_may_pass_is_asked_again(reply: Any) -> None:
         client = EndpointClient(endpoint(fake, timeout_s=1), None)
         assert ask(client).text == "[[7]]"
         assert len(fake.bodies) == 3
+        paid = 3 if '"content": null' in str(reply) else 1  # such an answer costs what it says
         assert client.account() == {
-            "requests": 3, "retries": 2, "cached": 0, "prompt_tokens": 10, "generated_tokens": 2
+            "requests": 3, "retries": 2, "cached": 0, "prompt_tokens": 10 * paid, "generated_tokens": 2 * paid
         }  # fmt: skip
 
 
@@ -220,6 +228,52 @@ def test_the_account_knows_dollars() -> None:
         assert client.account()["usd"] == pytest.approx((10 * 1.0 + 2 * 10.0) / 1e6)
 
 
+def test_an_endpoint_that_counts_no_tokens_is_counted_by_the_text() -> None:
+    body = {key: value for key, value in completion("[[7]] because").items() if key != "usage"}
+    with running(FakeEndpoint(lambda number, _: (200, {}, json.dumps(body)))) as fake:
+        client = EndpointClient(endpoint(fake), None)
+        ask(client)
+        assert (client.account()["prompt_tokens"], client.account()["generated_tokens"]) == (1, 4)
+
+
+# --- the budget -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("allowance", "told"), [(Allowance(usd=21e-6), "usd"), (Allowance(tokens=120), "tokens")])
+def test_a_request_that_might_pass_the_budget_is_not_sent_and_costs_are_settled_by_what_was_used(
+    allowance: Allowance, told: str
+) -> None:
+    """A request may cost 8 of output and, of one message of 5 bytes, 37 of input; it costs 2 and 10."""
+    with running(FakeEndpoint(delay=0.05)) as fake:
+        client = EndpointClient(endpoint(fake, price={"input": 0, "output": 1}), None, allowance=allowance)
+
+        async def many() -> list[Any]:
+            asks = [client.ask(HELLO, max_tokens=8, temperature=1.0, seed=3, draw=i) for i in range(9)]
+            return await asyncio.gather(*asks, return_exceptions=True)
+
+        together = [type(answer) for answer in LOOP.run_until_complete(many())]
+        assert together.count(Answer) == 2  # 2 x 8 of 21 millionths are reserved, 2 x 45 of 120 tokens
+        one_by_one = 5  # while 8 of output, or 45 tokens, are left
+        for draw in range(one_by_one):
+            ask(client, draw=100 + draw)
+        with pytest.raises(BudgetSpentError, match=rf"what is left of budget\.{told} may not be enough"):
+            ask(client)
+        assert len(fake.bodies) == 2 + one_by_one
+        spent = client.account()
+        assert spent["usd"] <= (allowance.usd or 1)
+        assert spent["prompt_tokens"] + spent["generated_tokens"] <= (allowance.tokens or 1000)
+
+
+def test_what_is_kept_is_answered_when_nothing_is_left(tmp_path: Path) -> None:
+    with running(FakeEndpoint()) as fake:
+        ask(EndpointClient(endpoint(fake), None, open_answers(tmp_path)))
+        client = EndpointClient(endpoint(fake), None, open_answers(tmp_path), Allowance(tokens=0))
+        assert ask(client).text == "[[7]]"
+        assert client.account() == {
+            "requests": 0, "retries": 0, "cached": 1, "prompt_tokens": 0, "generated_tokens": 0
+        }  # fmt: skip
+
+
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +375,14 @@ def test_an_evaluation_may_have_an_endpoint_of_its_own() -> None:
     policy, first, second = keys(judge="self"), keys(judge=one), keys(judge={**one, "model": "other"})
     assert policy[0] == first[0] == second[0]
     assert len({policy[1], first[1], second[1]}) == 3
+
+
+def test_a_budget_in_dollars_needs_prices_and_is_the_runs_own() -> None:
+    with pytest.raises(InputError, match=r"budget\.usd needs scoring\.judge\.price; \{input: 0, output: 0\}"):
+        generate_key({**raw_config(), "budget": {"usd": 1}})
+    generate_key({**raw_config(price={"input": 1, "output": 2}), "budget": {"usd": 1}})
+    with pytest.raises(InputError, match=r"'budget\.usd' belongs to the run and cannot differ between arms"):
+        generate_key({**raw_config(), "arms": {"main": {"budget.usd": 1}}})
 
 
 def test_an_endpoint_judges_by_free_text() -> None:

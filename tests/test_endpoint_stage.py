@@ -15,10 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spa_ray.config.budget import Budget
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.schemas import PROMPTS
+from spa_ray.engine.openai import BudgetSpentError
 from spa_ray.errors import InputError, RunError
+from spa_ray.generation import endpoint_actor
+from spa_ray.generation.budget import Meter
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import PassCounts, generate
 from tests.fake_endpoint import FakeEndpoint, running
@@ -53,9 +57,11 @@ def config(fake: FakeEndpoint, **judge: Any) -> Config:
 
 def play(config: Config, prompts: Path, folder: Path) -> PassCounts:
     out, checkpoint = folder / "episodes", folder / "checkpoint"
-    return generate(
-        config, Task(), prompts=prompts, out=out, checkpoint=checkpoint, model=WEIGHTS, config_hash="h"
-    )  # fmt: skip
+    meter = Meter(folder / "spent", config.budget)
+    with meter.stage("generate", gpus=0):
+        return generate(
+            config, Task(), prompts=prompts, out=out, checkpoint=checkpoint, model=WEIGHTS, config_hash="h", meter=meter
+        )
 
 
 def rating(number: int, body: dict[str, Any]) -> str:
@@ -66,6 +72,13 @@ def rating(number: int, body: dict[str, Any]) -> str:
 def asked(fake: FakeEndpoint) -> tuple[int, int]:
     """Requests, and distinct ones."""
     return len(fake.bodies), len({json.dumps(body["messages"]) for body in fake.bodies})
+
+
+def asking() -> int:
+    """The process of the actor that asks; one of an earlier test may be about to end."""
+    actors = [p for p in psutil.process_iter(["name", "cmdline", "create_time"])
+              if any("EndpointActor" in part for part in p.info["cmdline"] or ())]  # fmt: skip
+    return max(actors, key=lambda p: p.info["create_time"]).pid
 
 
 def test_two_engines_share_one_limit_and_every_answer_is_scored_and_the_key_is_in_no_file(
@@ -113,6 +126,65 @@ def test_a_dead_endpoint_ends_the_pass_and_no_stage_of_the_run_asks_again_what_i
         assert len(again) == len(set(again))
 
 
+def test_a_budget_ends_the_pass_before_it_is_passed_and_a_larger_one_goes_on_without_asking_twice(
+    prompts: Path, tmp_path: Path
+) -> None:
+    price = {"input": 0, "output": 1}  # an answer costs 2 millionths, and might cost scoring.max_tokens, 8
+    with running(FakeEndpoint(rating, delay=0.02)) as fake:
+        small = config(fake, price=price).model_copy(update={"budget": Budget(usd=101e-6)})
+        small = small.model_copy(update={"resources": small.resources.model_copy(update={"concurrency": 1})})
+        told = r"^generate: what is left of budget\.usd may not be enough for one more request; \d+ of 12 prompts are"
+        with pytest.raises(BudgetSpentError, match=told) as first:
+            play(small, prompts, tmp_path)
+        assert "raise it and run the same command again" in str(first.value)
+        assert 40 <= len(fake.bodies) <= 50
+        done = EpisodeFolder(tmp_path / "episodes").table().to_pylist()
+        assert str(len(done)) in str(first.value)
+        assert 0 < len(done) < PROMPT_COUNT
+        assert all(row["error"] is None for row in done)
+        before = len(fake.bodies)
+        with pytest.raises(BudgetSpentError):  # the same again: other requests under way may just fit
+            play(small, prompts, tmp_path)
+        assert len(fake.bodies) <= 50
+        counts = play(small.model_copy(update={"budget": None}), prompts, tmp_path)
+        rows = EpisodeFolder(tmp_path / "episodes").table().to_pylist()
+        assert [len(rows), {row["error"] for row in rows}] == [PROMPT_COUNT, {None}]
+        requests, distinct = asked(fake)
+        assert requests == distinct > before
+        assert counts.judge is not None
+        account = {key: round(value, 9) for key, value in counts.judge.items() if key != "cached"}
+        assert account == {
+            "requests": requests, "retries": 0, "prompt_tokens": 10 * requests, "generated_tokens": 2 * requests,
+            "usd": round(2e-6 * requests, 9),
+        }  # fmt: skip
+        assert counts.judge["cached"] > 0
+        spent = Meter(tmp_path / "spent", None).total()
+        assert spent.usd == pytest.approx(2e-6 * requests)
+        assert spent.tokens > 12 * requests  # and the engines'
+
+
+def test_an_actor_that_asks_and_hangs_ends_the_pass(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint_actor, "SIGN_OF_LIFE", 8.0)  # it has to start within twice that
+    stopped: list[int] = []
+
+    def stop(number: int, body: dict[str, Any]) -> str:
+        if number == 10 and not stopped:
+            stopped.append(asking())
+            os.kill(stopped[0], signal.SIGSTOP)
+        return rating(number, body)
+
+    with running(FakeEndpoint(stop)) as fake:
+        try:
+            with pytest.raises(
+                RunError, match=r"generate: endpoint actor \w+, which asks http\S+, gave no sign of life"
+            ):
+                play(config(fake), prompts, tmp_path)
+        finally:
+            os.kill(stopped[0], signal.SIGKILL)
+
+
 @pytest.mark.long
 def test_after_the_asking_process_is_killed_only_what_was_under_way_is_asked_again(
     prompts: Path, tmp_path: Path
@@ -132,9 +204,7 @@ def test_after_the_asking_process_is_killed_only_what_was_under_way_is_asked_aga
             while len(fake.bodies) < at:
                 time.sleep(0.02)
                 assert passing.is_alive()
-            (asking,) = [p.pid for p in psutil.process_iter(["name", "cmdline"])
-                         if any("EndpointActor" in part for part in p.info["cmdline"] or ())]  # fmt: skip
-            os.kill(asking, signal.SIGKILL)
+            os.kill(asking(), signal.SIGKILL)
             time.sleep(0.5)
         passing.join(180)
         assert not failed

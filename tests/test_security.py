@@ -310,7 +310,7 @@ def test_a_runs_config_and_manifest_hold_no_secret(tmp_path: Path, monkeypatch: 
     config = scripted_config({"hf_token": "topsecret"}, prompts={"source": "s3://key:topsecret@bucket/p.jsonl"})
     write_run_config(run, {"main": config})
     facts = {"generate-1": {"first_error": "internal: no access with abc123def456", "rows": 3}}
-    write_manifest(run, started=datetime.now(UTC), stages=facts, compared={"stages": {}, "total": {}})
+    write_manifest(run, started=datetime.now(UTC), stages=facts, compared={"stages": {}, "total": {}}, spent={})
     text = "".join(path.read_text() for path in tmp_path.iterdir())
     assert "topsecret" not in text
     assert "abc123def456" not in text

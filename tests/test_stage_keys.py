@@ -106,6 +106,7 @@ UNCOVERED = {
     "iterations": "reach the stages as their inputs",
     "resources": "where the work runs",
     "tracking": "what is reported",
+    "budget": "when a run stops",
 }
 
 CHANGED = {

@@ -15,6 +15,9 @@ class Price(Section):
     input: float = Field(ge=0)
     output: float = Field(ge=0)
 
+    def usd(self, prompt_tokens: float, generated_tokens: float) -> float:
+        return (prompt_tokens * self.input + generated_tokens * self.output) / 1e6
+
 
 class Endpoint(JudgeSection):
     """A judge behind an OpenAI-compatible API; it judges by `scoring.mode: regex`. Limits hold for all engines
@@ -42,6 +45,10 @@ class Endpoint(JudgeSection):
         if "@" in url.partition("://")[2].partition("/")[0]:
             raise ValueError("a URL in a config holds no user or key; name the key's variable in api_key_env")
         return url.rstrip("/")
+
+    @property
+    def unpriced(self) -> bool:
+        return self.price is None
 
     def key(self) -> Any:
         """Limits, prices and the like change no answer."""

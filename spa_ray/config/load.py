@@ -87,7 +87,7 @@ def _with_arm(base: Raw, arm: str, where: str) -> Raw:
     merged = _copy(base)
     given: set[str] = set()
     for key, value in _leaves(base["arms"][arm]):
-        if key.split(".")[0] in {"arms", "name", "run_dir"}:
+        if key.split(".")[0] in {"arms", "name", "run_dir", "budget"}:
             raise InputError(f"{where}: arms: {key!r} belongs to the run and cannot differ between arms")
         if key in given:
             raise InputError(f"{where}: arms: {arm}: the key {key!r} occurs twice; remove one")

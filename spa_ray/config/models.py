@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from spa_ray.config.benchmark import BenchmarkSection
+from spa_ray.config.budget import Budget
 from spa_ray.config.judge import JudgeKinds, judge_section
 from spa_ray.config.plugs import ENGINES
 from spa_ray.config.rollout import EvalSampling, Refine, Sampling, Scoring, TemplateKwargs
@@ -229,7 +230,9 @@ class Resources(Section):
         description="of one machine that trains, for what `train.offload` keeps there; null: what Ray says of its"
         " nodes, and in plans this machine's where the run would be on it",
     )
-    price_per_gpu_hour: float | None = Field(None, ge=0, description="for plans, in any currency; null: no prices")
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="in any currency for plans, in dollars for `budget.usd`; null: no prices"
+    )
 
 
 class Evaluation(Section):
@@ -282,6 +285,7 @@ class Config(Section):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     evaluation: Evaluation = Evaluation()
+    budget: Budget | None = Field(None, description="null: no bound")
 
     @model_validator(mode="before")
     @classmethod
@@ -326,6 +330,12 @@ class Config(Section):
             raise ValueError(
                 f"pairs.thresholds: {sorted(stray)[0]!r} is not one of the objectives {list(self.objectives)}"
             )
+        judges = {"scoring": self.scoring.judged_by, "evaluation": self.evaluation.judged_by}
+        for name, judge in judges.items() if self.budget and self.budget.usd else ():
+            if judge.unpriced:
+                raise ValueError(
+                    f"budget.usd needs {name}.judge.price; {{input: 0, output: 0}} is one that costs nothing"
+                )
         return self
 
 

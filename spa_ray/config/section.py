@@ -22,6 +22,11 @@ class JudgeSection(Section):
     reads_prompts: ClassVar[bool] = False  # whether it is asked by `scoring`'s prompts
     only_mode: ClassVar[str | None] = None  # the `scoring.mode` that it can be asked in
 
+    @property
+    def unpriced(self) -> bool:
+        """Whether it costs money, and no price is given."""
+        return False
+
     def plugs(self) -> list[str]:
         """Dotted paths of the user's own code."""
         return []

@@ -20,9 +20,11 @@ class CheckedEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.tokenizer, self.max_model_len = engine.tokenizer, engine.max_model_len
+        self.prompted = 0  # tokens of all prompts that it was asked
 
     async def generate(self, request: Request) -> Completion:
         """As the engine's. Raises: RuntimeError besides."""
+        self.prompted += len(request.prompt_ids)
         completion = await self._engine.generate(request)
         wrong = defect(completion, request)
         if wrong is not None:

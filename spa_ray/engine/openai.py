@@ -11,7 +11,8 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from spa_ray.errors import RunError
 LOGGER = logging.getLogger(__name__)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries; doubled each time, with jitter
 DEAD_AFTER = 3  # requests that failed for good, one after the other, with no answer between
-CHARS_PER_TOKEN = 3  # for the limit of tokens, before the endpoint has counted
+CHARS_PER_TOKEN = 3  # for the limit of tokens, before the endpoint has counted; and where it counts none
+TURN_TOKENS = 32  # the most that a chat template adds to a message
 RETRIED = frozenset({408, 409, 429})  # and all of 5xx
 FINAL = frozenset({401, 403, 404})  # the key, the address or the model's name is wrong
 SHOWN = 200  # characters of an endpoint's own words
@@ -31,6 +33,10 @@ SHOWN = 200  # characters of an endpoint's own words
 
 class EndpointDeadError(RunError):
     """The endpoint cannot be asked any more: wrong key or model, quota used up, or nothing but failures."""
+
+
+class BudgetSpentError(RunError):
+    """What a run may spend is used up, or the next request could use up more."""
 
 
 class EndpointError(RuntimeError):
@@ -47,10 +53,30 @@ class Answer:
     generated_tokens: int
 
 
+@dataclass(frozen=True)
+class Allowance:
+    """What requests may cost, with all that the client has spent; None: no bound."""
+
+    usd: float | None = None
+    tokens: float | None = None
+
+    def beside(self, account: Mapping[str, float]) -> Allowance:
+        """The same, of a client that has spent so much already."""
+        spent = account["prompt_tokens"] + account["generated_tokens"]
+        usd = None if self.usd is None else self.usd + account.get("usd", 0.0)
+        return Allowance(usd, None if self.tokens is None else self.tokens + spent)
+
+
 class EndpointClient:
     """See the module. `key` is the API key; it is in no message and no log."""
 
-    def __init__(self, endpoint: Endpoint, key: str | None, answers: Answers | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        key: str | None,
+        answers: Answers | None = None,
+        allowance: Allowance | None = None,
+    ) -> None:
         from openai import AsyncOpenAI
 
         self._endpoint, self._answers = endpoint, answers
@@ -63,6 +89,8 @@ class EndpointClient:
         self._failures = 0  # since the last answer
         self._dead: EndpointDeadError | None = None
         self._account: Counter[str] = Counter()
+        self._under_way: Counter[str] = Counter()  # the most tokens that unanswered requests may come to
+        self.allowance = allowance or Allowance()
 
     async def ask(
         self,
@@ -76,7 +104,8 @@ class EndpointClient:
     ) -> Answer:
         """The answer to these messages, kept under the request, `draw` and `attempt`.
 
-        Raises: EndpointDeadError; EndpointError after the last retry; ValueError for what the endpoint refuses (400).
+        Raises: EndpointDeadError; EndpointError after the last retry; ValueError for what the endpoint refuses (400);
+        BudgetSpentError, before anything is sent, where the answer might cost more than `allowance`.
         """
         request = {"model": self._endpoint.model, "messages": [dict(m) for m in messages], "max_tokens": max_tokens,
                    "temperature": temperature}  # fmt: skip
@@ -95,10 +124,29 @@ class EndpointClient:
         """Requests, retries, kept answers, tokens and US dollars since this object was made."""
         names = ("requests", "retries", "cached", "prompt_tokens", "generated_tokens")
         account: dict[str, float] = {name: self._account[name] for name in names}
-        if (price := self._endpoint.price) is not None:
-            prompt, generated = self._account["prompt_tokens"], self._account["generated_tokens"]
-            account["usd"] = (prompt * price.input + generated * price.output) / 1e6
+        if self._endpoint.price is not None:
+            account["usd"] = self._usd(self._account)
         return account
+
+    def _usd(self, tokens: Mapping[str, int]) -> float:
+        price = self._endpoint.price
+        return 0.0 if price is None else price.usd(tokens["prompt_tokens"], tokens["generated_tokens"])
+
+    @contextmanager
+    def _reserved(self, request: Mapping[str, Any]) -> Iterator[None]:
+        """Hold back the most that the request may cost while it is under way: a token has a byte at least."""
+        prompt = sum(len(m["content"].encode()) + TURN_TOKENS for m in request["messages"])
+        most = {"prompt_tokens": prompt, "generated_tokens": request["max_tokens"]}
+        self._under_way.update(most)
+        try:
+            worst, allowed = self._account + self._under_way, self.allowance
+            tokens = worst["prompt_tokens"] + worst["generated_tokens"]
+            for key, cost, bound in (("usd", self._usd(worst), allowed.usd), ("tokens", tokens, allowed.tokens)):
+                if bound is not None and cost > bound:
+                    raise BudgetSpentError(f"what is left of budget.{key} may not be enough for one more request")
+            yield
+        finally:
+            self._under_way.subtract(most)
 
     def _forget(self, key: str, done: asyncio.Future[Answer]) -> None:
         self._asked.pop(key, None)
@@ -106,27 +154,30 @@ class EndpointClient:
             done.exception()  # marks it as seen: those who asked may all have gone
 
     async def _answer(self, key: str, request: Mapping[str, Any]) -> Answer:
-        estimate = sum(len(m["content"]) for m in request["messages"]) // CHARS_PER_TOKEN + request["max_tokens"]
-        why, wait = "", 0.0
         async with self._places:
-            for number in range(self._endpoint.retries + 1):
-                await asyncio.sleep(wait)
-                await self._limiter.admit(estimate)
-                if self._dead is not None:
-                    raise self._dead
-                self._account["requests"] += 1
-                self._account["retries"] += number > 0
-                try:
-                    answer = await asyncio.wait_for(self._once(request), self._endpoint.timeout_s)
-                except Exception as e:  # noqa: BLE001 sorted there: what is not worth another try is raised again
-                    why, wait = self._sort(e, number)
-                    LOGGER.warning("endpoint: %s; again in %.1f s", why, wait)
-                    continue
-                self._failures = 0
-                self._account.update(prompt_tokens=answer.prompt_tokens, generated_tokens=answer.generated_tokens)
-                if self._answers is not None:
-                    self._answers.put(key, asdict(answer))
-                return answer
+            with self._reserved(request):
+                return await self._tried(key, request)
+
+    async def _tried(self, key: str, request: Mapping[str, Any]) -> Answer:
+        estimate = _tokens(request["messages"]) + request["max_tokens"]
+        why, wait = "", 0.0
+        for number in range(self._endpoint.retries + 1):
+            await asyncio.sleep(wait)
+            await self._limiter.admit(estimate)
+            if self._dead is not None:
+                raise self._dead
+            self._account["requests"] += 1
+            self._account["retries"] += number > 0
+            try:
+                answer = await asyncio.wait_for(self._once(request), self._endpoint.timeout_s)
+            except Exception as e:  # noqa: BLE001 sorted there: what is not worth another try is raised again
+                why, wait = self._sort(e, number)
+                LOGGER.warning("endpoint: %s; again in %.1f s", why, wait)
+                continue
+            self._failures = 0
+            if self._answers is not None:
+                self._answers.put(key, asdict(answer))
+            return answer
         self._failures += 1
         tries = f"{self._endpoint.retries + 1} tries"
         if self._failures >= DEAD_AFTER:
@@ -137,14 +188,13 @@ class EndpointClient:
         found = await self._client.chat.completions.create(**request)
         choice = found.choices[0]
         text, used = choice.message.content, found.usage
+        prompt = _tokens(request["messages"]) if used is None else used.prompt_tokens
+        generated = _tokens([{"content": text or ""}]) if used is None else used.completion_tokens
+        self._account.update(prompt_tokens=prompt, generated_tokens=generated)
         if text is None:
             raise TypeError(f"an answer without text (finish_reason {choice.finish_reason})")
-        return Answer(
-            text,
-            choice.finish_reason or "unknown",  # not "stop": what may have been cut is read as if it was
-            0 if used is None else used.prompt_tokens,
-            0 if used is None else used.completion_tokens,
-        )
+        # No reason is not "stop": what may have been cut is read as if it was.
+        return Answer(text, choice.finish_reason or "unknown", prompt, generated)
 
     def _sort(self, error: Exception, number: int) -> tuple[str, float]:
         """What went wrong, and the seconds to wait. Raises: EndpointDeadError, ValueError where no try can help."""
@@ -174,6 +224,11 @@ class EndpointClient:
     def _die(self, why: str) -> EndpointDeadError:
         self._dead = EndpointDeadError(f"endpoint {self._endpoint.base_url}, model {self._endpoint.model}: {why}")
         return self._dead
+
+
+def _tokens(messages: Sequence[Mapping[str, str]]) -> int:
+    """About how many, where the endpoint has not counted."""
+    return sum(len(m["content"]) for m in messages) // CHARS_PER_TOKEN
 
 
 def _key(request: Mapping[str, Any]) -> str:

@@ -26,8 +26,9 @@ import ray
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.schemas import EPISODES
-from spa_ray.engine import Completion, Engine, EngineDeadError, create_engine
-from spa_ray.engine.openai import EndpointDeadError
+from spa_ray.engine import Completion, EngineDeadError, EngineStats, create_engine
+from spa_ray.engine.checked import CheckedEngine
+from spa_ray.engine.openai import BudgetSpentError, EndpointDeadError
 from spa_ray.errors import InputError
 from spa_ray.generation.endpoint_actor import EndpointLine
 from spa_ray.generation.episode import Row, error_row
@@ -81,6 +82,7 @@ class EpisodeActor:
         work.log.start(engine=self._me)
         self._metrics = EngineMetrics(run=work.log.fields["run"], stage=work.log.fields["stage"], engine=self._me)
         self._refused: Exception | None = None
+        self._stopped = False  # the budget is used up
         self._telling, self._told = threading.Lock(), False
         self._tick: float | None = None  # when the event loop last came round
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,7 +107,7 @@ class EpisodeActor:
         with self._at_most(FETCH_SECONDS, f"{work.model} was not fetched to this node"):
             folder = local_folder(work.model)
         with self._at_most(config.generation.start_timeout_s, "the engine did not start"):
-            self._engine: Engine = create_engine(config.model, folder, config.generation, verbose=work.verbose)
+            self._engine = CheckedEngine(create_engine(config.model, folder, config.generation, verbose=work.verbose))
             self._episodes = make_episodes(
                 config, work.task, self._engine, folder, work.endpoint.ask if work.endpoint else None
             )
@@ -136,8 +138,11 @@ class EpisodeActor:
         rows = batch.to_pylist()
         ids = [row["prompt_id"] for row in rows]
         deaths = await self._ledger.asked("begin", self._me, ids)
+        if deaths is None:  # the budget is used up: rows that are left out here are asked by the next call
+            return EPISODES.empty_table()
         try:
-            episodes = await asyncio.gather(*(self._run(row, deaths.get(row["prompt_id"], 0)) for row in rows))
+            ran = await asyncio.gather(*(self._run(row, deaths.get(row["prompt_id"], 0)) for row in rows))
+            episodes = [episode for episode in ran if episode is not None]
         except EngineDeadError as e:  # while it changed weights
             self._die(str(e))
         except EndpointDeadError as e:
@@ -145,19 +150,22 @@ class EpisodeActor:
             await self._ledger.asked("word", "death", str(e))
             raise
         reasons = Counter(reason or "passed" for reason in self._work.observe(episodes)) if self._work.observe else {}
-        requests = self._engine.stats().requests
+        requests = self._tell_work().requests
         news = totals(episodes) | {"requests": requests - self._requests}
         self._requests = requests
         self._ahead.difference_update(ids)
         await self._ledger.asked("finished", self._me, ids, news, dict(reasons), any(map(is_fruit, episodes)))
         return pa.Table.from_pylist(episodes, schema=EPISODES)
 
-    async def _run(self, row: Row, deaths: int) -> Row:
+    async def _run(self, row: Row, deaths: int) -> Row | None:
+        """Its episode; None where the budget did not suffice for it."""
         part, limit = self._work.part, self._work.config.generation.prompt_timeout_s
         if deaths >= SUSPECT_TRIES + part:
             return error_row(row, f"engine_died: {deaths} engines died with this prompt in them", part)
         model = await self._folder(row["model"]) if row.get("model") else None
         async with self._gate.using(model, crowd(deaths, self._work.config.resources.concurrency)):
+            if self._stopped:
+                return None
             self._inside.add(row["prompt_id"])
             self._metrics.started()
             started = time.monotonic()
@@ -165,6 +173,11 @@ class EpisodeActor:
                 episode = await asyncio.wait_for(self._episode(row), limit)
             except EngineDeadError as e:  # at once, while exactly those are inside that were when it died
                 self._die(str(e))
+            except BudgetSpentError as e:
+                self._inside.discard(row["prompt_id"])
+                self._stopped = True
+                self._ledger.tell("stop", str(e))
+                return None
             except TimeoutError:
                 episode = error_row(row, f"timeout: no episode within generation.prompt_timeout_s {limit:g}", part)
             self._inside.discard(row["prompt_id"])
@@ -192,12 +205,16 @@ class EpisodeActor:
         while True:
             self._tick = time.monotonic()
             await asyncio.sleep(REPORT_SECONDS)
-            stats = self._engine.stats()
-            here = (len(self._inside), len(self._ahead), stats.tokens)
-            self._ledger.tell("work", self._me, stats.busy, stats.alive, *here)
+            stats = self._tell_work()
             share = (stats.busy - last.busy) / (time.monotonic() - self._tick)
             self._metrics.engine(share, len(self._inside), stats.requests)
             last = stats
+
+    def _tell_work(self) -> EngineStats:
+        stats = self._engine.stats()
+        here = (len(self._inside), len(self._ahead), stats.tokens, self._engine.prompted)
+        self._ledger.tell("work", self._me, stats.busy, stats.alive, *here)
+        return stats
 
     def _watch(self) -> None:
         """On a thread of its own: an engine that hangs may hold the event loop."""

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from spa_ray.config.rollout import Decoding
-from spa_ray.engine.openai import EndpointDeadError
+from spa_ray.engine.openai import BudgetSpentError, EndpointDeadError
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
 from spa_ray.generation.judging import Item, Judgement, Scorer, together
 from spa_ray.generation.seeds import seed_for
@@ -283,7 +283,7 @@ async def error_of(work: Awaitable[None]) -> str | None:
     """What was wrong with this prompt, None when nothing was; the engine's death is raised."""
     try:
         await work
-    except (EngineDeadError, EndpointDeadError):
+    except (EngineDeadError, EndpointDeadError, BudgetSpentError):
         raise
     except PromptTooLongError as e:
         return f"prompt_too_long: {e}"

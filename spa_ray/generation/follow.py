@@ -1,7 +1,7 @@
-"""The Ray actor of a stage's ledger, the line to it, and a thread that tells display and usage what stands in it.
+"""The Ray actor of a stage's ledger, the line to it, and a thread that tells display and record what is in it.
 
-Comes in: how many rows stood before. Goes out: the line; once a second `done`, `total`, rates and the live funnel.
-Never: a decision.
+Once a second the display gets `done`, `total`, rates and the live funnel; the record keeps what was spent, and ends the
+pass where the run's budget is used up.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from spa_ray.engine.openai import EndpointDeadError
+from spa_ray.generation.budget import Meter
+from spa_ray.generation.endpoint_actor import EndpointLine
 from spa_ray.generation.ledger import Counts, Ledger
-from spa_ray.generation.usage import Usage
+from spa_ray.generation.usage import Spent, Usage
 
 OnProgress = Callable[[Mapping[str, Any]], None]
 ANSWER_SECONDS = 60.0
@@ -40,28 +43,52 @@ class Line:
         getattr(self.handle, method).remote(*args)
 
 
+class Record:
+    """What a pass spends: in the stage's `usage`, in the run's `meter`."""
+
+    def __init__(self, usage: Usage, meter: Meter | None, judge: EndpointLine | None) -> None:
+        self._usage, self._meter, self._judge = usage, meter, judge
+        self._told = Spent()
+
+    def note(self, counts: Counts, *, last: bool = False) -> str | None:
+        """Returns: why the pass is to end, if it is."""
+        try:
+            account = self._judge.account() if self._judge else None
+        except EndpointDeadError:  # those who ask say so
+            account = None
+        self._usage.note(counts, account, last=last)
+        if self._meter is None:
+            return None
+        now, told = self._usage.call(), self._told
+        self._meter.spend(usd=now.judge_usd - told.judge_usd, tokens=now.tokens - told.tokens)
+        self._told = now
+        if self._judge and account:
+            self._judge.allow(self._meter.left().beside(account))
+        return self._meter.used_up()
+
+
 @contextmanager
-def followed(before: Callable[[], int], total: int, on_progress: OnProgress | None, usage: Usage) -> Iterator[Line]:
-    """A ledger on the driver's node. `on_progress` hears of it from `before()` rows on up to `total`, `usage` too."""
+def followed(before: Callable[[], int], total: int, on_progress: OnProgress | None, record: Record) -> Iterator[Line]:
+    """A ledger on the driver's node. `on_progress` hears of it from `before()` rows on up to `total`; `record` too."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     ledger = Line(ray.remote(Ledger).options(**options).remote())
     ended = threading.Event()
     tell = on_progress or (lambda counts: None)
-    thread = threading.Thread(target=_follow, args=(ledger, before(), total, tell, usage, ended), daemon=True)
+    thread = threading.Thread(target=_follow, args=(ledger, before(), total, tell, record, ended), daemon=True)
     thread.start()
     try:
         yield ledger
         ended.set()
         thread.join()  # or its older counts could come after the last ones
-        usage.note(ledger.ask("counts"), last=True)
+        record.note(ledger.ask("counts"), last=True)
     finally:
         ended.set()
         thread.join()
         ray.kill(ledger.handle)
 
 
-def _follow(ledger: Line, before: int, total: int, tell: OnProgress, usage: Usage, ended: threading.Event) -> None:
+def _follow(ledger: Line, before: int, total: int, tell: OnProgress, record: Record, ended: threading.Event) -> None:
     started, done = time.monotonic(), 0
     while True:
         last = ended.wait(1.0)
@@ -69,7 +96,9 @@ def _follow(ledger: Line, before: int, total: int, tell: OnProgress, usage: Usag
         if not counts.tokens and not last:
             started = time.monotonic()  # engines that start are no pace
         done = max(done, min(before + counts.rows + counts.ahead, total))
-        usage.note(counts, last=last)  # the last one here is for a pass that failed
+        why = record.note(counts, last=last)  # the last one here is for a pass that failed
+        if why:
+            ledger.tell("stop", why)
         extra = {"errors": counts.errors, "engine deaths": counts.deaths}
         tell(
             {

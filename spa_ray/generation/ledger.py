@@ -29,6 +29,7 @@ class EngineRecord:
     inside: int = 0  # prompts in flight
     ahead: int = 0  # episodes that are finished, in blocks that are not
     tokens: int = 0  # generated, of its present life
+    prompted: int = 0  # asked of it, of its present life
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Counts:
     inside: int  # prompts in flight
     ahead: int  # episodes that are finished, in blocks that are not; `rows` does not hold them
     tokens: int  # generated so far, those of unfinished requests included; a death repeats some
+    prompted: int  # tokens of the prompts that engines were asked so far; a death repeats some
     reasons: dict[str, int]  # the live funnel: what `observe` said of finished rows, `passed` for None
 
 
@@ -60,7 +62,8 @@ class Ledger:
         self._reasons: Counter[str] = Counter()
         self._words: list[tuple[str, str]] = []
         self._died = 0
-        self._tokens = 0  # generated in lives of engines that are over
+        self._tokens = self._prompted = 0  # in lives of engines that are over
+        self._stopped: str | None = None
 
     def born(self, engine: str, node: str, log: str) -> int:
         """An engine's actor starts, or starts again. Returns: its starts in a row that led to no answered prompt."""
@@ -69,6 +72,7 @@ class Ledger:
             self._engines[engine] = EngineRecord(node, log)
             return 1
         self._tokens += old.tokens
+        self._prompted += old.prompted
         if old.node == node:  # on another node: the old one is gone, which says nothing about the prompts
             self._suspect(old.holds)
         self._engines[engine] = EngineRecord(node, log, old.starts + 1, old.fruitless + 1)
@@ -89,8 +93,18 @@ class Ledger:
     def last_word(self) -> tuple[str, str] | None:
         return self._words[-1] if self._words else None
 
-    def begin(self, engine: str, prompt_ids: Sequence[str]) -> dict[str, int]:
-        """A block reaches an engine. Returns: how many deaths each of its prompts has seen, where any."""
+    def stop(self, why: str) -> None:
+        """No further block is to begin; those in engines end as they will."""
+        self._stopped = self._stopped or why
+
+    def stopped(self) -> str | None:
+        return self._stopped
+
+    def begin(self, engine: str, prompt_ids: Sequence[str]) -> dict[str, int] | None:
+        """A block reaches an engine. Returns: how many deaths each of its prompts has seen, where any; None where it
+        is not to begin."""
+        if self._stopped:
+            return None
         if engine in self._engines:
             self._engines[engine].holds.update(prompt_ids)
         return {name: self._deaths[name] for name in prompt_ids if name in self._deaths}
@@ -116,13 +130,22 @@ class Ledger:
         self._totals.update(totals)
         self._reasons.update(reasons)
 
-    def work(self, engine: str, busy: float, alive: float, inside: int = 0, ahead: int = 0, tokens: int = 0) -> None:
+    def work(
+        self,
+        engine: str,
+        busy: float,
+        alive: float,
+        inside: int = 0,
+        ahead: int = 0,
+        tokens: int = 0,
+        prompted: int = 0,
+    ) -> None:
         """An engine's present life, once a second: seconds at work of the seconds since its first request, prompts in
-        flight, finished episodes of unfinished blocks, tokens generated so far."""
+        flight, finished episodes of unfinished blocks, tokens generated and asked so far."""
         record = self._engines.get(engine)
         if record is not None:
             record.busy, record.alive = busy, alive
-            record.inside, record.ahead, record.tokens = inside, ahead, tokens
+            record.inside, record.ahead, record.tokens, record.prompted = inside, ahead, tokens, prompted
 
     def counts(self) -> Counts:
         names = ("rows", "errors", "requests", "prompt_tokens", "generated_tokens")
@@ -136,6 +159,7 @@ class Ledger:
             inside=sum(min(record.inside, len(record.holds)) for record in self._engines.values()),
             ahead=sum(min(record.ahead, len(record.holds)) for record in self._engines.values()),
             tokens=self._tokens + sum(record.tokens for record in self._engines.values()),
+            prompted=self._prompted + sum(record.prompted for record in self._engines.values()),
             reasons=dict(self._reasons),
         )
 

@@ -40,13 +40,18 @@ class Task:
     day: date | None = None
     benchmark: str = ""
 
+    @property
+    def stage(self) -> str:
+        """Which stage a line on stderr names."""
+        return "generate" if self.kind == "episode" else "evaluate"
+
 
 def make_episodes(config: Config, task: Task, engine: Engine, model: Path, ask: Ask | None = None) -> Episodes | Plays:
     """Everything that runs on one engine. `ask` reaches the judge's endpoint, where it has one.
 
     Raises: InputError for templates, scales and judges that do not fit.
     """
-    checked = CheckedEngine(engine)
+    checked = engine if isinstance(engine, CheckedEngine) else CheckedEngine(engine)
     objectives = load_objectives(config)
     chat = engine_chat(config, task, engine, model)
     if task.kind == "play":

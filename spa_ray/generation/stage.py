@@ -33,13 +33,15 @@ from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.left_out import ErrorKinds, add_errors
 from spa_ray.data.schemas import EPISODES, with_metadata
+from spa_ray.engine.openai import BudgetSpentError
 from spa_ray.engine.placement import engine_resources, takes_all_cores
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.actor import EpisodeActor, Observe, Pass
+from spa_ray.generation.budget import Meter
 from spa_ray.generation.commits import settle
 from spa_ray.generation.endpoint_actor import served
 from spa_ray.generation.episode import RETRYABLE
-from spa_ray.generation.follow import Line, OnProgress, followed
+from spa_ray.generation.follow import Line, OnProgress, Record, followed
 from spa_ray.generation.pool import growing_pool, layout
 from spa_ray.generation.setup import Task
 from spa_ray.generation.shards import SHARD_ROWS, shards
@@ -78,7 +80,7 @@ class PassCounts:
     engine_deaths: int
     engine_busy: float | None
     tokens_per_second: float
-    judge: dict[str, float] | None = None  # the account of this call with the judge's endpoint
+    judge: dict[str, float] | None = None  # the account with the judge's endpoint
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,6 +98,7 @@ def generate(
     earlier: AnyPath | None = None,
     observe: Observe | None = None,
     on_progress: OnProgress | None = None,
+    meter: Meter | None = None,
     verbose: bool = False,
     shard_rows: int = SHARD_ROWS,
 ) -> PassCounts:
@@ -105,7 +108,8 @@ def generate(
     engine then changes, and `seed_id` what its seeds are drawn from instead of its prompt_id. `earlier` holds the last
     iteration's episodes whose refined answers join the candidates. `observe` says of finished rows what the display
     counts. `checkpoint` keeps what a resume needs. A pass has at most `shard_rows` prompts, the same in a resumed run.
-    Raises: InputError as the engine does; RunError when the pass dies or too many rows failed.
+    `meter` counts what the run spends.
+    Raises: InputError as the engine does; RunError when the pass dies or too many rows failed; BudgetSpentError.
     """
     names = [o.name for o in load_objectives(config)]
     schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
@@ -119,8 +123,8 @@ def generate(
     endpoint = judge if task.scored and isinstance(judge, Endpoint) else None
     with (
         Token.left(checkpoint) as token,
-        served(endpoint, kept_answers(out.parent)) as line,
-        followed(lambda: finished_rows(out), total, on_progress, usage) as ledger,
+        served(endpoint, kept_answers(out.parent), meter.left() if meter else None) as line,
+        followed(lambda: finished_rows(out), total, on_progress, Record(usage, meter, line)) as ledger,
     ):
         source = prompts
         for part in range(config.generation.max_attempts):
@@ -133,13 +137,17 @@ def generate(
                 _run_pass(
                     work, piece, where, shard_folder(checkpoint / f"part={part}", shard, len(pieces)), ledger, schema
                 )
+                why = ledger.ask("stopped") if meter else None
+                if meter and why and finished_rows(where) < parquet_dataset(piece).count_rows():
+                    done = f"{finished_rows(out):,} of {total:,} prompts are done"
+                    raise BudgetSpentError(meter.line(task.stage, f"{why}; {done}"))
                 _check_pass(piece, where, stage=out.parent)
                 failed += _write_failed(piece, where, again / f"{shard:05d}.parquet")
             if not failed:
                 break
             source = again
-        account = line.account() if line else None
-    counts = replace(count_rows(out, usage.total()), judge=account)
+    spent = usage.total()
+    counts = replace(count_rows(out, spent), judge=spent.judge if endpoint else None)
     _check_counts(counts, total, config, out, task)
     return counts
 
@@ -269,7 +277,7 @@ def _check_counts(counts: PassCounts, total: int, config: Config, out: AnyPath, 
     """Raises: RunError for missing rows, too many failed ones, and answers without scores where they were asked for:
     all of them, or in an evaluation too many."""
     task = task or Task()
-    name, limit = "generate" if task.kind == "episode" else "evaluate", config.generation.max_error_fraction
+    name, limit = task.stage, config.generation.max_error_fraction
     again = f"or remove {out.parent} to ask all again"
     if counts.rows != total:
         raise RunError(f"{name}: {counts.rows} episodes were written for {total} prompts; run the command again")

@@ -34,7 +34,7 @@ from spa_ray.pipeline.recipe import VANILLA
 from spa_ray.pipeline.run import Pipeline
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES, UNTIL
-from spa_ray.pipeline.work import Context, Work
+from spa_ray.pipeline.work import Context, Work, meter_of
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
 from spa_ray.storage.claimed import claimed
@@ -107,7 +107,8 @@ def clean_run(run_dir: AnyPath) -> dict[str, Any]:
 
 
 def _context(config: Config, folder: AnyPath, progress: Progress, day: date, *, verbose: bool) -> Context:
-    return Context(progress, verbose, day, ChatSettings.of(config.model, day=day), folder, folder)
+    chat, meter = ChatSettings.of(config.model, day=day), meter_of(config, folder)
+    return Context(progress, verbose, day, chat, folder, meter, folder)
 
 
 def _do(
@@ -122,7 +123,7 @@ def _do(
             )
         if before:
             before()
-        STAGES[name].run([work], context)
+        STAGES[name].work([work], context)
 
 
 def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, Any]:

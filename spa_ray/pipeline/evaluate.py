@@ -49,7 +49,12 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     task = Task(kind="answer", scored=judge is None, day=context.day)
     if benchmark:
         task = Task(kind="play", scored=False, day=context.day, benchmark=benchmark)
-    shared: dict[str, Any] = {"config_hash": name, "verbose": context.verbose, "on_progress": on_progress}
+    shared: dict[str, Any] = {
+        "config_hash": name,
+        "verbose": context.verbose,
+        "on_progress": on_progress,
+        "meter": context.meter,
+    }
     answers = folder / "answers"
     passes = [
         generate(
@@ -76,9 +81,11 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
 
 
 def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
-    """What a work's stage says of itself. Requests and seconds are its share of the passes that it had part in."""
+    """What a work's stage says of itself. Requests, seconds and the account with an
+    endpoint are its share of the passes that it had part in."""
     kinds: ErrorKinds = {}
     add_errors(kinds, mine["error"].to_pylist())
+    judged = next((counts.judge for counts in passes if counts.judge), {})
     return {
         "rows": mine.num_rows,
         "errors": mine.num_rows - mine["error"].null_count,
@@ -87,6 +94,7 @@ def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[st
         "prompt_tokens": pc.sum(mine["prompt_tokens"]).as_py() or 0,
         "generated_tokens": pc.sum(mine["generated_tokens"]).as_py() or 0,
         "seconds": round(share * sum(counts.seconds for counts in passes), 2),
+        **({"judge": {key: share * value for key, value in judged.items()}} if judged else {}),
     }
 
 

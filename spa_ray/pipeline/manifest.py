@@ -41,16 +41,22 @@ def write_run_config(run: RunFolder, arms: dict[str, Config]) -> None:
 
 
 def write_manifest(
-    run: RunFolder, *, started: datetime, stages: dict[str, dict[str, Any]], compared: dict[str, Any]
+    run: RunFolder,
+    *,
+    started: datetime,
+    stages: dict[str, dict[str, Any]],
+    compared: dict[str, Any],
+    spent: dict[str, Any],
 ) -> AnyPath:
     """Write `manifest.json` over all stages that this run used; `compared` is its plan beside what happened
-    (`plan_compare.compare`). Returns: its path."""
+    (`plan_compare.compare`), `spent` what all its calls spent. Returns: its path."""
     path = run.path / "manifest.json"
     record = {
         "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "stages": stages,
+        "spent": spent,
         "plan": {key: compared[key] for key in ("stages", "total")},
     }
     write_json(path, {**redact_tree(record), "command": redact_command(sys.argv)})

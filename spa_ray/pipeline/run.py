@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from spa_ray.pipeline.prompt_files import PromptFiles
 from spa_ray.pipeline.recipe import BASE, JUDGE, VANILLA, Node, key, levels
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import ORDER, STAGES, UNTIL, Draw
-from spa_ray.pipeline.work import Context, Work
+from spa_ray.pipeline.work import Context, Work, meter_of
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
 from spa_ray.storage.files import AnyPath, as_path, is_local, write_json
@@ -63,9 +63,9 @@ class Pipeline:
         day = first_day(self.folder.path)
         chat = ChatSettings.of(first.model, day=day)
         self.chat_key = chat.key(template_text(self.base))
-        self.context = Context(
-            progress, verbose, day, chat, self.folder.path, self.folder.path / "stages", self.folder.path / "cache"
-        )
+        root = self.folder.path
+        meter = meter_of(first, root)
+        self.context = Context(progress, verbose, day, chat, root, meter, root / "stages", root / "cache")
         self.used: dict[str, dict[str, Any]] = {}
         self.started = datetime.now(UTC)
         self.prompt_files = PromptFiles()
@@ -121,7 +121,8 @@ class Pipeline:
     def _end(self) -> dict[str, Any]:
         metrics = self._metrics()
         compared = compare(self.folder, self.plan)
-        write_manifest(self.folder, started=self.started, stages=self.used, compared=compared)
+        spent = self.context.meter.total()
+        write_manifest(self.folder, started=self.started, stages=self.used, compared=compared, spent=asdict(spent))
         evaluated: dict[str, dict[str, Any]] = {arm: {"metrics": found} for arm, found in metrics.items()}
         for arm, measures in self._benchmarks().items():
             evaluated.setdefault(arm, {"metrics": {}})["benchmarks"] = measures
@@ -148,7 +149,7 @@ class Pipeline:
         if todo:
             if stage.draw is None:
                 self._check_cluster()
-            stage.run(todo, self.context)
+            stage.work(todo, self.context)
             self.used |= {work.stage.folder.name: work.stage.facts() for work in todo}
         for node in nodes:
             if stage.rows:

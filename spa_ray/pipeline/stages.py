@@ -16,6 +16,7 @@ from typing import Any
 
 from spa_ray import evaluation, generation, preferences, training
 from spa_ray.config.models import Config
+from spa_ray.engine.placement import engine_resources
 from spa_ray.pipeline import stage_keys as keys
 from spa_ray.pipeline.progress import train_counter
 from spa_ray.pipeline.prompt_files import PromptFiles
@@ -43,6 +44,7 @@ class Stage:
     draw: Draw | None = None  # of a stage whose key is its contents
     check: Callable[[Work], None] | None = None  # of each work, before any of them begins
     rows: str | None = "episodes"  # the folder of rows that may hold errors
+    gpus: Callable[[Config], float] = lambda config: 0.0  # that it holds while it runs
 
     def key(self, config: Config, hashes: Mapping[str, str], known: keys.Known | None = None) -> str:
         """The address of the stage's output."""
@@ -59,6 +61,13 @@ class Stage:
         if self.output != "model":
             return stage.hash
         return stage.facts().get("model_hash") or model_hash(stage.folder / self.output)
+
+    def work(self, works: Sequence[Work], context: Context) -> None:
+        """Run it on the run's account. Raises: BudgetSpentError, and what `run` does."""
+        config = works[0].config
+        gpus = 0.0 if config.resources.price_per_gpu_hour is None else self.gpus(config)
+        with context.meter.stage(self.name, gpus=gpus):
+            self.run(works, context)
 
 
 def first_prompt(config: Config, iteration: int) -> int:
@@ -120,6 +129,7 @@ def run_generate(works: Sequence[Work], context: Context) -> None:
             config_hash=work.stage.hash,
             on_progress=watch,
             observe=partial(live_reasons, config=work.config),
+            meter=context.meter,
             verbose=context.verbose,
         )
         watch.finish(counts.rows)
@@ -192,22 +202,36 @@ def run_evaluate(works: Sequence[Work], context: Context) -> None:
     evaluate(works, context, on_progress=counter)
 
 
+def _engines_gpus(config: Config) -> float:
+    import ray
+
+    share = engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0))
+    return config.resources.engines.max * share.get("num_gpus", 0.0)
+
+
+def _workers_gpus(config: Config) -> float:
+    from spa_ray.training.launch import gpus_per_worker
+
+    return config.resources.train_workers * gpus_per_worker(config.resources)
+
+
 ROWS = (
     Stage("prompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_prompts, rows=None),
     Stage("import", 1, keys.prompts, ("contents",), "episodes", run_import, draw=_draw_episodes, rows=None),
     Stage("generate", generation.STAGE_VERSION, keys.generate, ("prompts", "model", "earlier"), "episodes",
-          run_generate),
+          run_generate, gpus=_engines_gpus),
     Stage("build", preferences.STAGE_VERSION, keys.build, ("episodes",), "pairs", run_build, told=("funnel",),
           rows=None),
     Stage("train", training.STAGE_VERSION, keys.train, ("pairs", "model"), "model", run_train, check=_check_pairs,
-          rows=None),
+          rows=None, gpus=_workers_gpus),
     Stage("evalprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_held_out,
           rows=None),
     Stage("evaluate", evaluation.STAGE_VERSION, keys.evaluate, ("prompts", "model", "judge"), "episodes",
-          run_evaluate),
+          run_evaluate, gpus=_engines_gpus),
     Stage("benchprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_benchmark,
           rows=None),
-    Stage("benchmark", evaluation.STAGE_VERSION, keys.benchmark, ("prompts", "model"), "episodes", run_evaluate),
+    Stage("benchmark", evaluation.STAGE_VERSION, keys.benchmark, ("prompts", "model"), "episodes", run_evaluate,
+          gpus=_engines_gpus),
 )  # fmt: skip
 STAGES = {row.name: row for row in ROWS}
 ORDER = tuple(STAGES)

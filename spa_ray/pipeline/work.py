@@ -9,6 +9,7 @@ from datetime import date
 from typing import Any
 
 from spa_ray.config.models import Config
+from spa_ray.generation.budget import Meter
 from spa_ray.pipeline.progress import Progress
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.rollout.settings import ChatSettings
@@ -39,6 +40,11 @@ class Work:
         return found
 
 
+def meter_of(config: Config, root: AnyPath) -> Meter:
+    """What the run in this folder spends."""
+    return Meter(root / "spent", config.budget, config.resources.price_per_gpu_hour)
+
+
 @dataclass(frozen=True)
 class Context:
     """What the stages of one command have in common. `root` is the run's folder, or the one that the user named."""
@@ -48,6 +54,7 @@ class Context:
     day: date
     chat: ChatSettings
     root: AnyPath
+    meter: Meter
     passes: AnyPath  # where the rows of an evaluation of several models are kept until it is done
     cache: AnyPath | None = None  # what training jobs with the same model and pairs share
 

@@ -88,7 +88,7 @@ def _trainer(jobs: Sequence[Job], resources: Resources, *, storage: AnyPath, nam
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    gpus = _gpus_per_worker(resources)
+    gpus = gpus_per_worker(resources)
     share = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     stored = any(isinstance(job, StoredJob) for job in jobs)
     if stored:
@@ -194,7 +194,8 @@ def _check_one_node(workers: int, share: Mapping[str, float]) -> None:
         )
 
 
-def _gpus_per_worker(resources: Resources) -> float:
+def gpus_per_worker(resources: Resources) -> float:
+    """GPUs of one rank on this cluster."""
     if resources.gpus_per_worker is not None:
         return resources.gpus_per_worker
     import ray
