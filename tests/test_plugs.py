@@ -16,7 +16,13 @@ from tests.plug_files import EXAMPLES, plug_config
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("questions", "PROMPTS"), ("plain_words", "JUDGES"), ("on_topic", "BENCHMARKS"), ("slic", "METHODS")],
+    [
+        ("questions", "PROMPTS"),
+        ("plain_words", "JUDGES"),
+        ("on_topic", "BENCHMARKS"),
+        ("slic", "METHODS"),
+        ("transformers_engine", "ENGINES"),
+    ],
 )
 def test_a_plugs_page_shows_its_file(name: str, page: str) -> None:
     code = (EXAMPLES / f"{name}.py").read_text().split('"""\n', 1)[1].strip()

@@ -8,6 +8,8 @@ from spa_ray import Completion, EngineStats
 
 
 class TransformersEngine:
+    capabilities = ("choices", "logprobs", "load_weights")  # no stop strings
+
     def __init__(self, model, folder, device="cpu"):
         """`model` is the config's section, `folder` the model's; the rest is `model.engine_kwargs`."""
         self._device, self._lock = device, threading.Lock()
@@ -25,8 +27,8 @@ class TransformersEngine:
     async def generate(self, request):
         if len(request.prompt_ids) + request.max_tokens > self.max_model_len:
             raise ValueError(f"prompt and answer exceed the context of {self.max_model_len}")
-        if request.stop or (request.choices and not request.choice_ids):
-            raise ValueError("this engine knows no stop strings and no choices of several tokens")
+        if request.choices and not request.choice_ids:
+            raise ValueError("this engine knows no choices of several tokens; set scoring.scale=[1, 9] or mode=regex")
         self._waiting += 1
         self._first = self._first or time.monotonic()
         try:
@@ -64,6 +66,12 @@ class TransformersEngine:
         return Completion(request.choices[at], [int(among[at])], "length")
 
     def _sample(self, ids, request):
+        import torch
+
+        def alive(ids, scores, **_):  # after every token: an engine that makes none for long is replaced
+            self._step = time.monotonic()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
         sampling = {"do_sample": request.temperature > 0}
         if request.temperature > 0:
             sampling |= {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k or 0}
@@ -74,6 +82,7 @@ class TransformersEngine:
             max_new_tokens=request.max_tokens,
             repetition_penalty=request.repetition_penalty,
             pad_token_id=self.tokenizer.eos_token_id,
+            stopping_criteria=[alive],
             **sampling,
         )
         tokens = out[0, ids.shape[1] :].tolist()

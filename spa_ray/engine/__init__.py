@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spa_ray.config.models import Generation, Model
+from spa_ray.config.models import Config, Generation, Model
 from spa_ray.config.plugs import ENGINES, load_plug
-from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, EngineStats, Request
+from spa_ray.engine.protocol import CAPABILITIES, Completion, Engine, EngineDeadError, EngineStats, Request
+from spa_ray.errors import InputError
 
-__all__ = ["Completion", "Engine", "EngineDeadError", "EngineStats", "Request", "create_engine"]
+__all__ = ["Completion", "Engine", "EngineDeadError", "EngineStats", "Request", "check_capabilities", "create_engine"]
 
 
 def create_engine(model: Model, folder: Path, limits: Generation | None = None, *, verbose: bool = False) -> Engine:
@@ -20,3 +21,23 @@ def create_engine(model: Model, folder: Path, limits: Generation | None = None, 
     if model.own_engine:
         return factory(model, folder, **model.engine_kwargs)
     return factory(model, folder, limits, verbose=verbose)
+
+
+def check_capabilities(config: Config, *, several_models: bool = False) -> None:
+    """Raises: InputError where there is no such engine, or it is not able to do what the config asks of it."""
+    if not config.model.own_engine:
+        return
+    able = getattr(load_plug(ENGINES, config.model.engine, where="model.engine"), "capabilities", CAPABILITIES)
+    judged, mode = config.scoring.judged_by.asks_engine, config.scoring.mode
+    stops = config.sampling.stop or config.refine.stop or config.evaluation.sampling.stop
+    for needed, asked in (
+        ("choices", "scoring.mode choice" if judged and mode == "choice" else None),
+        ("logprobs", "scoring.mode expected" if judged and mode == "expected" else None),
+        ("stop", "a stop string" if stops else None),
+        ("load_weights", "an evaluation of several models" if several_models else None),
+    ):
+        if asked and needed not in able:
+            known = ", ".join(sorted(able)) or "none"
+            raise InputError(
+                f"model.engine: {config.model.engine} is not able to do {asked} (its capabilities: {known})"
+            )

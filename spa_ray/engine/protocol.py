@@ -65,8 +65,13 @@ class EngineStats:
     tokens: int = 0  # generated, those of requests that are not answered yet included
 
 
+CAPABILITIES = frozenset({"choices", "logprobs", "stop", "load_weights"})
+
+
 class Engine(Protocol):
-    """One model, loaded once."""
+    """One model, loaded once. A class may name what it is able to do in `capabilities`: `choices` and `logprobs` at the
+    first position, `stop` strings, `load_weights`; without the attribute it is all of them. A config that needs another
+    is refused before anything starts."""
 
     tokenizer: Any
     max_model_len: int

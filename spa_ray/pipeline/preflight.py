@@ -14,8 +14,8 @@ from typing import Any
 
 from spa_ray.config.judge import Folder
 from spa_ray.config.models import Config, Model, evaluation_scoring
-from spa_ray.config.plugs import load_dotted
 from spa_ray.data.prompts import Check
+from spa_ray.engine import check_capabilities
 from spa_ray.engine.placement import check_placement
 from spa_ray.engine.vllm_start import check_engine
 from spa_ray.errors import InputError
@@ -66,6 +66,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
                 warnings += lengths.of_prompts(fresh, config)
         if has_evaluation(first):
             check_evaluation(first, base)
+            check_capabilities(first, several_models=True)
             warnings += files.write_held_out(first.evaluation, fresh, check=lengths.check()).notes
             warnings += lengths.of_held_out(fresh, first)
         for name in first.evaluation.benchmarks:
@@ -143,8 +144,7 @@ def check_settings(config: Config, base: Path) -> None:
     check_model_folder(base)
     check_backends(config.tracking.backends)
     check_placement(config.model, config.resources)
-    if config.model.own_engine:
-        load_dotted(config.model.engine, where="model.engine")
+    check_capabilities(config)
     context, generates = context_length(config, base), not config.episodes.source
     for key, tokens in (
         ("sampling.max_tokens", config.sampling.max_tokens if generates else 0),
