@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -49,6 +51,13 @@ class Endpoint(JudgeSection):
     @property
     def unpriced(self) -> bool:
         return self.price is None
+
+    def bill(self, work: Mapping[str, float], *, seconds: float) -> dict[str, float | None]:
+        prompt, generated = work["prompt_tokens"], work["generated_tokens"]
+        requests, tokens = self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf
+        minutes = max(work["requests"] / requests, (prompt + generated) / tokens)
+        usd = None if self.price is None else round(self.price.usd(prompt, generated), 4)
+        return {"usd": usd, "seconds": max(60 * minutes, work["requests"] * seconds / self.max_concurrency)}
 
     def key(self) -> Any:
         """Limits, prices and the like change no answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +27,11 @@ class JudgeSection(Section):
     def unpriced(self) -> bool:
         """Whether it costs money, and no price is given."""
         return False
+
+    def bill(self, work: Mapping[str, float], *, seconds: float) -> dict[str, float | None]:
+        """For `requests`, `prompt_tokens` and `generated_tokens` that no engine of ours answers, each request in so
+        many seconds: `usd`, null without a price, and the `seconds` that its limits make of all of them."""
+        return {}
 
     def plugs(self) -> list[str]:
         """Dotted paths of the user's own code."""

@@ -83,7 +83,7 @@ def _plan(arms: dict[str, Config], price: float | None, folder: Path | None) -> 
         "total": _total(stages, starts, price),
         "price_per_gpu_hour": price,
         "output_gib": _output(look, graph, stages),
-        "assumptions": cost.assumptions(first, look.devices),
+        "assumptions": cost.assumptions(first, look.devices, endpoint=any("judge" in stage for stage in stages)),
         "refusal": refusal(arms, look.model, look.host, gpu=look.devices.gpus_per_worker > 0),
         "notes": list(dict.fromkeys([*look.notes, *(n for arm in plan_arms.values() for n in arm["notes"])])),
     }  # fmt: skip
@@ -149,7 +149,7 @@ class _Lookup:
         found = held_out_facts(config.evaluation, self.notes, self._check(None))
         self.notes += lines({where: facts.dropped for where, facts in found.items()})
         for facts in found.values():
-            judged = config.evaluation.judged_by.asks_engine
+            judged = config.evaluation.judged_by.reads_prompts
             answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
             rows += facts.count
             answers, scores = answers + answer.times(facts.count), scores + score.times(facts.count)
@@ -214,6 +214,8 @@ class _Costs:
             "benchmark": self._benchmark,
         }  # fmt: skip
         rows, work, seconds, gpus = compute[stage.stage.partition(":")[0]](stage)
+        judge = cost.judged(eval_config(stage.config) if stage.stage == "evaluate" else stage.config, work)
+        seconds = max(seconds, judge.get("seconds", 0.0))
         return {
             "stage": stage.stage,
             "arms": stage.arms,
@@ -223,6 +225,7 @@ class _Costs:
             "seconds": round(seconds, 1),
             "gpus": gpus,
             "gpu_hours": round(seconds * gpus / 3600, 3),
+            **({"judge": judge} if judge else {}),
         }
 
     def _rows(self, stage: PlannedStage) -> int:
@@ -273,6 +276,11 @@ def _total(stages: list[Plan], starts: dict[str, float], price: float | None) ->
     """Every stage once, whoever shares it, and the starts of the training workers."""
     total: Plan = {key: sum(stage[key] for stage in stages) + starts.get(key, 0) for key in SUMMED}
     total |= {"seconds": round(total["seconds"], 1), "gpu_hours": round(total["gpu_hours"], 3)}
+    if judges := [stage["judge"] for stage in stages if "judge" in stage]:
+        total["judge"] = {
+            key: None if any(judge[key] is None for judge in judges) else sum(judge[key] for judge in judges)
+            for key in judges[0]
+        }
     return total | {"cost": None if price is None else round(total["gpu_hours"] * price, 2)}
 
 
@@ -308,7 +316,7 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
 
 def _on_judging(config: Config, look: _Lookup) -> list[str]:
     """A note where judging is slow on this scale. Raises: InputError where this tokenizer cannot judge on it."""
-    if not isinstance(look.encoder, Chat) or config.episodes.source:
+    if not isinstance(look.encoder, Chat) or config.episodes.source or not config.scoring.judged_by.asks_engine:
         return []
     chat = look.encoder.with_kwargs(config.scoring.chat_template_kwargs)
     judge_labels(chat, config.scoring)

@@ -75,6 +75,8 @@ def _records(run: RunFolder) -> dict[tuple[str, int], dict[str, str]]:
 
 def _compared(run: RunFolder, stage: Facts, records: dict[tuple[str, int], dict[str, str]]) -> Facts:
     planned = {key: stage[key] for key in COMPARED} | {"gpu_hours": stage["gpu_hours"]}
+    for key in ("prompt_tokens", "generated_tokens"):  # rows count what their judge read and wrote, whoever it is
+        planned[key] += stage.get("judge", {}).get(key, 0)
     names = (records.get((arm, stage["iteration"]), {}).get(stage["stage"]) for arm in stage["arms"])
     name = next(filter(None, names), None)
     folder = None if name is None else run.path / "stages" / name

@@ -50,6 +50,7 @@ class Rates:
 GPU = Rates(4e14, 4e13, 3e14, request=0.0005, engine_start=60, group_start=60, overlap=True)
 CPU = Rates(2e11, 4e10, 7e10, request=0.002, engine_start=15, group_start=25, overlap=False)
 WEIGHTS_PER_SECOND = 1e9  # bytes read from disk
+ENDPOINT_SECONDS = 2.0  # of one request to a judge's endpoint
 PASS_SECONDS = 6.0  # Ray Data: planning, workers, the last write
 BUILD_SECONDS = 10.0  # the same, and reading the scores for τ
 BUILD_ROWS_PER_SECOND = 5000.0  # of a core, answers of about 300 tokens
@@ -105,6 +106,15 @@ def generate_seconds(work: Work, model: ModelFacts, on: Devices) -> float:
     """Wall time of a pass over `engines` engines."""
     busy = compute_seconds(work, model.parameters, on.rates, gpus=on.gpus_per_engine)
     return pass_seconds(model, on.rates) + busy / on.engines
+
+
+def judged(config: Config, work: Work) -> dict[str, Any]:
+    """What a judge's endpoint is asked, what it costs, and how long its limits make it; empty where there is none."""
+    asked = work.judged()
+    if not asked["requests"]:
+        return {}
+    bill = config.scoring.judged_by.bill(asked, seconds=ENDPOINT_SECONDS)
+    return {**asked, "usd": bill["usd"], "seconds": round(bill["seconds"] or 0.0, 1)}
 
 
 def build_seconds(rows: int) -> float:
@@ -263,7 +273,7 @@ def stage_bytes(rows: int, generated_tokens: float) -> float:
     return generated_tokens * 8 + rows * 2000
 
 
-def assumptions(config: Config, on: Devices) -> list[str]:
+def assumptions(config: Config, on: Devices, *, endpoint: bool = False) -> list[str]:
     """What the numbers rest on, in words."""
     rates, train = on.rates, on.train_rates
     kind = "GPU" if on.gpus_per_engine else "CPU engine of two cores"
@@ -276,6 +286,11 @@ def assumptions(config: Config, on: Devices) -> list[str]:
         f"of the prompts {CONSISTENT_SHARE:.0%} are consistent, {BELOW_TAU_SHARE:.0%} of those are below τ, and "
         f"{PAIRS_SHARE:.0%} of their pairs pass δ (the demo's shares)",
     ]
+    if endpoint:
+        said.append(
+            f"a judge's endpoint answers in {ENDPOINT_SECONDS:g} s, uses all of scoring.max_tokens, and counts tokens "
+            "as the policy's tokenizer does"
+        )
     if config.train.dtype == "bfloat16":
         said.append(
             "movement: lr × the sum of its schedule, what Adam moves a weight by at most; half of the distance between "

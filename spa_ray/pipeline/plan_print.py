@@ -38,6 +38,13 @@ def _about(plan: Plan) -> Any:
     where = f"a GPU of {memory['gpu']:g} GiB" if memory["gpu"] else "a process"
     table.add_row(f"memory of {where}, GiB", _memory(memory))
     table.add_row("training of a rank, GiB", _training(worst_training(plan)))
+    if judge := plan["total"].get("judge"):
+        table.add_row(
+            "judge's endpoint",
+            f"{judge['requests']:,} requests, {judge['prompt_tokens']:,} prompt and {judge['generated_tokens']:,} "
+            f"generated tokens, {'no price' if judge['usd'] is None else '$' + format(judge['usd'], ',.2f')}; "
+            f"{duration(judge['seconds'])} at its limits",
+        )
     table.add_row("GPUs", f"{plan['gpus']['engines']:g} for engines, {plan['gpus']['train']:g} for training")
     output = plan["output_gib"]
     table.add_row("disk, GiB", f"{output['models']:g} of trained models, about {output['rest']:g} more")

@@ -40,12 +40,16 @@ class CharEncoder:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one prompt, as a mean. `prompt_tokens` are counted at each request; `prefill_tokens` are those computed."""
+    """Of one prompt, as a mean. `prompt_tokens` are counted at each request; `prefill_tokens` are those computed.
+    What a judge's endpoint is asked stands apart, in tokens of the policy's tokenizer."""
 
     requests: float = 0.0
     prompt_tokens: float = 0.0
     prefill_tokens: float = 0.0
     generated_tokens: float = 0.0
+    judge_requests: float = 0.0
+    judge_prompt_tokens: float = 0.0
+    judge_generated_tokens: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -54,7 +58,12 @@ class Work:
         return Work(*(value * factor for value in vars(self).values()))
 
     def rounded(self) -> dict[str, int]:
-        return {key: round(value) for key, value in vars(self).items()}
+        return {key: round(value) for key, value in vars(self).items() if not key.startswith("judge_")}
+
+    def judged(self) -> dict[str, int]:
+        """What the endpoint is asked."""
+        found = {key: round(value) for key, value in vars(self).items() if key.startswith("judge_")}
+        return {key.removeprefix("judge_"): value for key, value in found.items()}
 
 
 class _Cache:
@@ -98,14 +107,18 @@ class _Counter:
         self.work += Work(1.0, len(ids), self.cache.computed(ids), generated)
 
     def score(self, messages: Sequence[Message], answer: str) -> None:
-        """The answer's judgement on every objective, where the engine is asked for it."""
+        """The answer's judgement on every objective, where a model is asked for it by prompts of ours."""
         scoring = self.config.scoring
-        if not scoring.judged_by.asks_engine:
+        if not scoring.judged_by.reads_prompts:
             return
         for objective in self.objectives:
             user = {"role": "user", "content": self.templates.score(messages, answer, objective)}
             ids = self.encoder.prompt_ids([user], self.templates.score_system(messages, answer, objective))
             for _ in range(1 if scoring.mode == "expected" else scoring.draws):
+                if not scoring.judged_by.asks_engine:
+                    endpoint = {"judge_requests": 1.0, "judge_prompt_tokens": len(ids)}
+                    self.work += Work(**endpoint, judge_generated_tokens=scoring.max_tokens)
+                    continue
                 self.ask(ids, scoring.max_tokens if scoring.mode == "regex" else 1)
 
     def refine(self, messages: Sequence[Message], answers: Sequence[str], context: int | None) -> None:
