@@ -106,20 +106,48 @@ def test_a_class_scores_all_objectives_of_an_answer_at_once(careful: Path) -> No
         assert response["scores"] == [5.0 + ("moss" in words), min(10.0, 1 + len(set(words)) / 3)]
 
 
-def test_a_score_off_the_scale_or_missing_is_none(careful: Path) -> None:
+def returning(careful: Path, what: str) -> dict[str, Any]:
+    """The row of an episode whose judge, a class, returns this."""
     (careful / "careful.py").write_text(
-        "from spa_ray import Judge\nclass Careful(Judge):\n    def score(self, item): return {'harmless': 11}\n"
+        f"from spa_ray import Judge, Judgement\nclass Careful(Judge):\n    def score(self, item): return {what}\n"
     )
-    row = play(scripted_config(scoring={"judge": "careful:Careful"}))
+    return play(scripted_config(scoring={"judge": "careful:Careful"}))
+
+
+@pytest.mark.parametrize("what", ["{'harmless': 11}", "[11, None]", "[Judgement(11.0), Judgement(float('nan'))]"])
+def test_a_score_off_the_scale_or_missing_is_none(careful: Path, what: str) -> None:
+    row = returning(careful, what)
     assert {score for response in row["responses"] for score in response["scores"]} == {None}
     assert {s.partition(":")[0] for r in row["responses"] for s in r["score_status"]} == {"parse_failure"}
 
 
-def test_arguments_that_a_class_does_not_take_are_told_before_a_run(careful: Path) -> None:
+def test_a_judgement_of_a_class_keeps_its_text_and_says_why_it_failed(careful: Path) -> None:
+    row = returning(careful, "[Judgement(7.0, text='It asks first.'), Judgement(None, 'nobody is there', 'hm')]")
+    for response in row["responses"]:
+        assert response["scores"] == [7.0, None]
+        assert response["score_draws"] == [[7.0], [None]]
+        assert response["score_status"] == ["ok", "failed: nobody is there"]
+        assert response["judge_texts"] == ["It asks first.", "hm"]
+
+
+@pytest.mark.parametrize("what", ["7.0", "[7.0]", "None", "'77'"])
+def test_what_is_no_score_for_each_objective_fails_the_prompt(careful: Path, what: str) -> None:
+    assert returning(careful, what)["error"].startswith("internal: TypeError: careful:Careful returned ")
+
+
+def test_keys_that_a_class_does_not_have_are_told_before_a_run(careful: Path) -> None:
     for section in ("scoring", "evaluation"):
         judge = {"kind": "function", "name": "careful:Careful", "config": {"word": 1}}
-        with pytest.raises(InputError, match=rf"{section}\.judge: careful:Careful: .*'word'; `config` holds"):
+        with pytest.raises(InputError, match=rf"{section}\.judge\.config: word: unknown key; did you mean words"):
             check_generation(scripted_config(**{section: {"judge": judge}}), WEIGHTS)
+
+
+def test_a_class_that_cannot_be_made_is_told_before_a_run(careful: Path) -> None:
+    (careful / "careful.py").write_text(
+        "from spa_ray import Judge\nclass Careful(Judge):\n    def __init__(self, config): open('words.txt')\n"
+    )
+    with pytest.raises(InputError, match=r"scoring\.judge: careful:Careful cannot be made \(FileNotFoundError"):
+        check_generation(scripted_config(scoring={"judge": "careful:Careful"}), WEIGHTS)
 
 
 def test_the_page_shows_the_class() -> None:

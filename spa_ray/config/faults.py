@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from spa_ray.config.kinds import annotation_at, below, describe, is_section, known_keys, members
 from spa_ray.config.models import Config
+from spa_ray.config.section import Section
 
 LONGEST_VALUE = 80  # characters of a value that a message quotes
 _BOUNDS = {
@@ -25,8 +26,8 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError, root: type[Config] = Config) -> str:
-    """The first fault, and which other keys have one. `root`: `Config`, or `config_of` the method that is trained."""
+def explain(error: ValidationError, root: type[Section] = Config) -> str:
+    """The first fault, and which other keys have one. `root`: `Config`, `config_of` a method, or a single section."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False):
         path = _path(fault["loc"], root)
@@ -41,7 +42,7 @@ def explain(error: ValidationError, root: type[Config] = Config) -> str:
     return (f"{first}: {faults[first]}" if first else faults[first]) + more
 
 
-def _path(loc: Sequence[str | int], root: type[Config]) -> list[str]:
+def _path(loc: Sequence[str | int], root: type[Section]) -> list[str]:
     """The keys of a place, without the marks that pydantic sets for members of unions and for keys of mappings."""
     path: list[str] = []
     found: Any = root
@@ -66,7 +67,7 @@ def tags(section: Any) -> tuple[Any, ...]:
     return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
 
 
-def _one(fault: Mapping[str, Any], path: list[str], root: type[Config]) -> str:
+def _one(fault: Mapping[str, Any], path: list[str], root: type[Section]) -> str:
     kind, context, given = fault["type"], fault.get("ctx", {}), fault.get("input")
     if kind == "extra_forbidden":
         return f"unknown key{_near_key(path, root)}"
@@ -105,7 +106,7 @@ def _near(given: object, words: Sequence[Any]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _near_key(path: list[str], root: type[Config]) -> str:
+def _near_key(path: list[str], root: type[Section]) -> str:
     known = known_keys(path[:-1], root)
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     if near:

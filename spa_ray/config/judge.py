@@ -48,7 +48,7 @@ class Function(JudgeSection):
 
     kind: Literal["function"]
     name: str = Field(pattern=r"^[\w.]+:\w+$", description="`module:judge`")
-    config: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a class")
+    config: dict[str, Any] = Field(default_factory=dict, description="keys of a class's own `Config`")
 
     def plugs(self) -> list[str]:
         return [self.name]

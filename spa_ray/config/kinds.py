@@ -58,7 +58,7 @@ def below(annotation: Any, part: str | int) -> Any:
     return Any
 
 
-def annotation_at(path: Sequence[str], root: type[Config] = Config) -> Any:
+def annotation_at(path: Sequence[str], root: type[BaseModel] = Config) -> Any:
     """What the dotted key takes, in an arm too (`arms.NAME.train.lr`); `root` may be `config_of` a method."""
     if len(path) > 2 and path[0] == "arms":
         return annotation_at(path[2:], root)
@@ -68,7 +68,7 @@ def annotation_at(path: Sequence[str], root: type[Config] = Config) -> Any:
     return found
 
 
-def known_keys(path: Sequence[str], root: type[Config] = Config) -> list[str]:
+def known_keys(path: Sequence[str], root: type[BaseModel] = Config) -> list[str]:
     """The keys that a section at `path` knows; empty when there is no such section."""
     return [key for m in members(annotation_at(path, root)) if is_section(m) for key in m.model_fields]
 

@@ -217,7 +217,7 @@ class _Episode:
         if judge is None:
             return response
         if response.unfinished:
-            response.judgements = [Judgement(None, [None], UNFINISHED, "", None) for _ in self.recipe.objectives]
+            response.judgements = [Judgement(None, UNFINISHED) for _ in self.recipe.objectives]
             return response
         seed_of = partial(self._judge_seed, response.index)
         response.judgements = await judge.score(Item(self.messages, self.meta, text, self.recipe.objectives, seed_of))

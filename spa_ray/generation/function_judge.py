@@ -14,12 +14,17 @@ import numbers
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
+
+from spa_ray.config.faults import explain
 from spa_ray.config.judge import Function
 from spa_ray.config.plugs import load_dotted
+from spa_ray.config.section import Section
 from spa_ray.errors import InputError
 from spa_ray.generation.judging import Item, Judgement, Parts, together
 from spa_ray.logs import printable
@@ -65,21 +70,34 @@ class FunctionJudge:
         return self.read(await self._calls.call(item.messages, item.meta, item.response, objective.name))
 
     def read(self, value: Any) -> Judgement:
-        """A returned value as a judgement."""
+        """A returned value as a judgement. Of a `Judgement` the score, the text and a failure's reason are kept."""
+        if isinstance(value, Judgement):
+            text = printable(str(value.text))
+            if value.score is None:
+                why = "no reason given" if value.status == "ok" else printable(str(value.status))
+                return Judgement(None, f"failed: {why}", text)
+            return replace(self.read(value.score), text=text)
         number, (low, high) = number_of(value), self._scale
         if number is None or not low <= number <= high:  # NaN is on no scale
             what = "" if number is not None else f"a {type(value).__name__}, "
             why = f"parse_failure: {self._name} returned {what}{shown(value)}; a number on the scale [{low}, {high}]"
-            return Judgement(None, [None], f"{why} is needed", shown(value), None)
-        return Judgement(float(number), [float(number)], "ok", json.dumps(number), None)
+            return Judgement(None, f"{why} is needed", shown(value))
+        return Judgement(float(number), text=json.dumps(number))
 
 
 class Judge:
-    """A judge as a class: derive from it and give `judge: {kind: function, name: my_file:MyJudge, config: {..}}`, whose
-    `config` are its constructor's keyword arguments."""
+    """A judge as a class: derive from it and give `judge: my_file:MyJudge`, or `{kind: function, name: my_file:MyJudge,
+    config: {..}}` where its `Config` has keys of its own."""
 
-    async def score(self, item: Item) -> Mapping[str, float]:
-        """A number on the scale for each of the item's objectives, by name. May be a plain method as well."""
+    Config: type[Section] = Section
+
+    def __init__(self, config: Any) -> None:
+        """`config` is its `Config`."""
+        self.config = config
+
+    async def score(self, item: Item) -> Mapping[str, float | Judgement] | Sequence[float | Judgement]:
+        """A number on the scale, or a `Judgement`, for each of the item's objectives: by name, or in their order. May
+        be a plain method as well."""
         raise NotImplementedError
 
 
@@ -90,12 +108,15 @@ class ClassJudge(FunctionJudge):
         super().__init__(judge.score, name, scale, concurrency=concurrency, timeout_s=timeout_s)
 
     async def score(self, item: Item) -> list[Judgement]:
-        scores = await self._calls.call(item)
-        if not isinstance(scores, Mapping):
+        found, names = await self._calls.call(item), [objective.name for objective in item.objectives]
+        if isinstance(found, list | tuple) and len(found) == len(names):
+            found = dict(zip(names, found, strict=True))
+        if not isinstance(found, Mapping):
             raise TypeError(
-                f"{self._name} returned a {type(scores).__name__}; a mapping of objective to number is needed"
+                f"{self._name} returned {shown(found)}; a mapping of objective to number, or one number for each of "
+                f"{', '.join(names)}, is needed"
             )
-        return [self.read(scores.get(objective.name)) for objective in item.objectives]
+        return [self.read(found.get(name)) for name in names]
 
 
 class Calls:
@@ -222,9 +243,11 @@ def load_judge(section: Function, *, where: str) -> Any:
     found = load_dotted(section.name, where=where)
     if isinstance(found, type) and issubclass(found, Judge):
         try:
-            return found(**section.config)
-        except TypeError as e:
-            raise InputError(f"{where}: {section.name}: {e}; `config` holds its constructor's arguments") from e
+            return found(found.Config.model_validate(section.config))
+        except ValidationError as e:
+            raise InputError(f"{where}.config: {explain(e, found.Config)}") from e
+        except Exception as e:  # whatever a constructor of the user's raises is about that file
+            raise InputError(f"{where}: {section.name} cannot be made ({type(e).__name__}: {e})") from e
     if not callable(found) or section.config:
         what = "takes no config" if section.config else "a judge is a function, or a class derived from spa_ray.Judge"
         raise InputError(f"{where}: {section.name!r} is a {type(found).__name__}; {what}")

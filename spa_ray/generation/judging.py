@@ -10,7 +10,7 @@ import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
@@ -56,18 +56,24 @@ Reading = Score | ParseFailure | Truncated
 
 @dataclass(frozen=True)
 class Judgement:
-    """All draws of one objective. `score` is their mean, None when any draw failed.
+    """One objective's score, or None and why there is none.
 
-    `status` is "ok" or the failure: `parse_failure`, `truncated` or `too_long` (for the context), a colon, and why.
+    `status` is "ok" or the failure: `parse_failure`, `truncated`, `too_long` (for the context) or `failed` (a judge of
+    one's own says so), a colon, and why. `text` is what the judge said. `draws` are the scores that `score` is the mean
+    of, itself where there is one.
     """
 
     score: float | None
-    draws: list[float | None]
-    status: str
-    text: str
-    off_scale: float | None
+    status: str = "ok"
+    text: str = ""
+    draws: list[float | None] = field(default_factory=list)
+    off_scale: float | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.draws:
+            object.__setattr__(self, "draws", [self.score])
 
 
 def read_number(text: str, scale: Sequence[int]) -> Reading:
@@ -153,11 +159,11 @@ async def judgement(ask: Callable[[int, int], Awaitable[Asked]], *, draws: int, 
         if not isinstance(reading, Score):
             kind = "truncated" if isinstance(reading, Truncated) else "parse_failure"
             why = f"{kind}: {reading.why}"
-            return Judgement(None, [*values, None], why, text, None, prompt_tokens, generated_tokens)
+            return Judgement(None, why, text, [*values, None], None, prompt_tokens, generated_tokens)
         values.append(reading.value)
         off_scale = reading.off_scale
     mean = math.fsum(value for value in values if value is not None) / len(values)
-    return Judgement(mean, values, "ok", text, off_scale, prompt_tokens, generated_tokens)
+    return Judgement(mean, "ok", text, values, off_scale, prompt_tokens, generated_tokens)
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ class ModelJudge:
         room = self._engine.max_model_len - len(prompt)
         if room < self._max_tokens:
             why = f"too_long: {len(prompt)} tokens leave {room} of the context, a judgement needs {self._max_tokens}"
-            return Judgement(None, [None], why, "", None)
+            return Judgement(None, why)
 
         async def ask(draw: int, attempt: int) -> Asked:
             completion = await self._engine.generate(self._request(prompt, item.seed_of(objective.name, draw, attempt)))

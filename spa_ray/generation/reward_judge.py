@@ -63,8 +63,8 @@ class RewardJudge:
         value, (a, b) = outputs[at[objective]], self._section.scale
         score = a * (1 / (1 + math.exp(-value)) if self._section.sigmoid else value) + b
         if not math.isfinite(score):
-            return Judgement(None, [None], f"parse_failure: the reward model's output is {value}", "", None)
-        return Judgement(score, [score], "ok", f"{value:.6g}", None)
+            return Judgement(None, f"parse_failure: the reward model's output is {value}")
+        return Judgement(score, text=f"{value:.6g}")
 
     def _encode(self, item: Item) -> Encoded:
         if self._chat:
