@@ -406,6 +406,18 @@ def test_the_key_comes_from_the_environment_and_is_needed_where_it_is_named(monk
         assert fake.keys == {"Bearer secret"}
 
 
+def test_an_endpoint_that_quotes_the_key_is_not_repeated(caplog: pytest.LogCaptureFixture) -> None:
+    key = "letmein-0123456789"  # of no known shape, from a variable of no known name
+    quoted = json.dumps({"error": {"message": f"wrong: {key}"}})
+    for status, refusal in ((401, EndpointDeadError), (400, ValueError), (500, EndpointError)):
+        with running(FakeEndpoint(lambda number, body, status=status: (status, {}, quoted))) as fake:
+            with pytest.raises(refusal, match=r"wrong: \*\*\*") as told:
+                ask(EndpointClient(endpoint(fake, retries=1), key))
+            assert key not in f"{told.value!r} {told.value}"
+    assert "wrong: ***" in caplog.text
+    assert key not in caplog.text
+
+
 def test_a_wrong_model_or_nobody_there_is_told_before_anything_starts() -> None:
     serves = "serves no model 'judge'; it serves a, b"
     with running(FakeEndpoint(models=("a", "b"))) as fake, pytest.raises(InputError, match=serves):

@@ -14,6 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from spa_ray.config.budget import Budget
 from spa_ray.config.models import Config
@@ -101,8 +102,9 @@ def test_two_engines_share_one_limit_and_every_answer_is_scored_and_the_key_is_i
         assert counts.judge["requests"] == requests
         assert counts.judge["usd"] == pytest.approx(12 * requests / 1e6)
         assert fake.keys == {f"Bearer {secret}"}
-    for file in tmp_path.rglob("*"):
-        assert file.is_dir() or secret.encode() not in file.read_bytes()
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    for file in (*tmp_path.rglob("*"), *session.rglob("*")):  # the run's, and Ray's logs
+        assert not file.is_file() or secret.encode() not in file.read_bytes()
 
 
 def test_a_dead_endpoint_ends_the_pass_and_no_stage_of_the_run_asks_again_what_it_answered(

@@ -21,6 +21,7 @@ from spa_ray.data.schemas import canonical
 from spa_ray.storage.files import AnyPath, as_path, children, files_under, parquet_dataset, read_json
 from spa_ray.storage.folder import open_run
 from spa_ray.storage.node_cache import CACHE
+from tests.fake_endpoint import FakeEndpoint, running
 from tests.s3_server import BUCKET, s3_server
 
 pytestmark = pytest.mark.engine
@@ -65,11 +66,11 @@ def log_of(home: Path, run_dir: str) -> Path:
     return home / f"{run_dir.rpartition('/')[2]}.log"
 
 
-def start(home: Path, s3: dict[str, str], run_dir: str, *, jitter: float) -> subprocess.Popen[str]:
+def start(home: Path, s3: dict[str, str], run_dir: str, *more: str, jitter: float) -> subprocess.Popen[str]:
     """`spa run` in a process of its own, in an empty folder, with a node's cache of its own."""
     (home / "cwd").mkdir(exist_ok=True)
     script = json.dumps({"jitter": jitter, "log": str(log_of(home, run_dir))})
-    overrides = [f"run_dir={run_dir}", f"model.engine_kwargs={script}"]
+    overrides = [f"run_dir={run_dir}", f"model.engine_kwargs={script}", *more]
     command = [sys.executable, "-m", "spa_ray.cli.main", "run", str(home / "scripted.yaml"), *overrides]
     environment = {
         **os.environ,
@@ -146,6 +147,43 @@ def test_a_killed_run_on_s3_goes_on_and_ends_with_the_bytes_of_a_local_one(home:
     assert len(list(open_run(run).stages())) == 3
     assert files_under(home / "cwd") == []
     assert files_under(home / "cache") == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_endpoints_answers_are_kept_on_the_store_and_nothing_that_it_answered_is_asked_again(
+    home: Path, s3: dict[str, str], kept: bool
+) -> None:
+    run = as_path(f"s3://{BUCKET}/judged-{kept}")
+
+    def dies(number: int, body: dict[str, Any]) -> Any:
+        return "[[7]]" if number < 50 else (500, {}, "{}")
+
+    with running(FakeEndpoint(dies)) as fake:
+        judge = {
+            "kind": "endpoint",
+            "base_url": fake.url,
+            "model": "judge",
+            "retries": 0,
+            "cache": kept,
+            "max_concurrency": 4,
+        }
+        scoring = f"scoring={json.dumps({'mode': 'regex', 'judge': judge})}"
+        driver = start(home, s3, str(run), scoring, jitter=0.0)
+        _, err = driver.communicate(timeout=PATIENCE)
+        assert driver.returncode == 1, err[-3000:]
+        answered, before = [json.dumps(body["messages"]) for body in fake.bodies[:50]], len(fake.bodies)
+        fake.act = lambda number, body: "[[7]]"
+        result, _ = finish(start(home, s3, str(run), scoring, jitter=0.0))
+        again = {json.dumps(body["messages"]) for body in fake.bodies[before:]}
+        twice = len(again & set(answered))
+        assert twice <= 4 if kept else twice > 4  # those on their way to the store when the stage ended
+        assert len(list(run.glob("judge_answers/*/*.json"))) == kept * (50 + len(fake.bodies) - before - twice)
+    (stage,) = run.glob("stages/generate-*")
+    assert read_json(stage / "stage.json")["judge"]["requests"] == len(fake.bodies)
+    spent = [read_json(file) for file in children(run / "spent")]
+    assert len(spent) == 2
+    assert all(call["tokens"] > 0 and call["hours"] > 0 for call in spent)
+    assert result["run_dir"] == str(run)
 
 
 def test_a_bucket_that_is_not_there_is_refused_in_one_line(home: Path, s3: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ On a disk one SQLite file, written by one process; on an object store one small 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from pathlib import Path
@@ -14,9 +15,9 @@ from spa_ray.storage.files import AnyPath, is_file, make_folder, read_json, writ
 
 
 class Answers(Protocol):
-    def get(self, key: str) -> dict[str, Any] | None: ...
+    async def get(self, key: str) -> dict[str, Any] | None: ...
 
-    def put(self, key: str, answer: dict[str, Any]) -> None: ...
+    async def put(self, key: str, answer: dict[str, Any]) -> None: ...
 
 
 def open_answers(folder: AnyPath) -> Answers:
@@ -33,23 +34,23 @@ class DiskAnswers:
         self._base.execute("PRAGMA synchronous=OFF")  # safe against a kill, not against a power cut
         self._base.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
 
-    def get(self, key: str) -> dict[str, Any] | None:
+    async def get(self, key: str) -> dict[str, Any] | None:
         row = self._base.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def put(self, key: str, answer: dict[str, Any]) -> None:
+    async def put(self, key: str, answer: dict[str, Any]) -> None:
         self._base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
 
 
 class StoredAnswers:
-    """One object per answer."""
+    """One object per answer, read and written in threads: a store takes its time."""
 
     def __init__(self, folder: AnyPath) -> None:
         self._folder = folder
 
-    def get(self, key: str) -> dict[str, Any] | None:
+    async def get(self, key: str) -> dict[str, Any] | None:
         path = self._folder / key[:2] / f"{key}.json"
-        return read_json(path) if is_file(path) else None
+        return await asyncio.to_thread(lambda: read_json(path) if is_file(path) else None)
 
-    def put(self, key: str, answer: dict[str, Any]) -> None:
-        write_json(self._folder / key[:2] / f"{key}.json", answer)
+    async def put(self, key: str, answer: dict[str, Any]) -> None:
+        await asyncio.to_thread(write_json, self._folder / key[:2] / f"{key}.json", answer)

@@ -62,7 +62,7 @@ class Allowance:
 
     def beside(self, account: Mapping[str, float]) -> Allowance:
         """The same, of a client that has spent so much already."""
-        spent = account["prompt_tokens"] + account["generated_tokens"]
+        spent = account.get("prompt_tokens", 0) + account.get("generated_tokens", 0)
         usd = None if self.usd is None else self.usd + account.get("usd", 0.0)
         return Allowance(usd, None if self.tokens is None else self.tokens + spent)
 
@@ -110,9 +110,6 @@ class EndpointClient:
         request = {"model": self._endpoint.model, "messages": [dict(m) for m in messages], "max_tokens": max_tokens,
                    "temperature": temperature}  # fmt: skip
         key = _key({**request, "base_url": self._endpoint.base_url, "draw": draw, "attempt": attempt})
-        if self._answers is not None and (kept := self._answers.get(key)) is not None:
-            self._account["cached"] += 1
-            return Answer(**kept)
         if (running := self._asked.get(key)) is not None:  # two prompts with the same answer, say
             return await asyncio.shield(running)
         task = asyncio.ensure_future(self._answer(key, {**request, "seed": seed % 2**31}))
@@ -154,6 +151,9 @@ class EndpointClient:
             done.exception()  # marks it as seen: those who asked may all have gone
 
     async def _answer(self, key: str, request: Mapping[str, Any]) -> Answer:
+        if self._answers is not None and (kept := await self._answers.get(key)) is not None:
+            self._account["cached"] += 1
+            return Answer(**kept)
         async with self._places:
             with self._reserved(request):
                 return await self._tried(key, request)
@@ -176,7 +176,7 @@ class EndpointClient:
                 continue
             self._failures = 0
             if self._answers is not None:
-                self._answers.put(key, asdict(answer))
+                await self._answers.put(key, asdict(answer))
             return answer
         self._failures += 1
         tries = f"{self._endpoint.retries + 1} tries"
@@ -200,7 +200,7 @@ class EndpointClient:
         """What went wrong, and the seconds to wait. Raises: EndpointDeadError, ValueError where no try can help."""
         import openai
 
-        why = _words(error)
+        why = self._words(error)
         backoff = min(FIRST_WAIT * 2**number, LONGEST_WAIT) * random.uniform(0.5, 1.0)
         if isinstance(error, openai.APIStatusError):
             status, why = error.status_code, f"status {error.status_code}: {why}"
@@ -215,11 +215,16 @@ class EndpointClient:
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             return f"no answer within {self._endpoint.timeout_s:g} s", backoff
         if isinstance(error, openai.APIConnectionError):
-            return f"no connection ({_words(error.__cause__ or error)})", backoff
+            return f"no connection ({self._words(error.__cause__ or error)})", backoff
         # An answer that is no JSON, or not an answer's: what the client raises then differs.
         if not isinstance(error, ValueError | TypeError | AttributeError | LookupError | openai.APIError):
             raise error
         return f"an answer that cannot be read ({type(error).__name__}: {why})", backoff
+
+    def _words(self, error: BaseException) -> str:
+        """An error's first line; an endpoint that quotes the key is not repeated."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0].replace(self._client.api_key, "***")[:SHOWN]
 
     def _die(self, why: str) -> EndpointDeadError:
         self._dead = EndpointDeadError(f"endpoint {self._endpoint.base_url}, model {self._endpoint.model}: {why}")
@@ -241,8 +246,3 @@ def _retry_after(value: str | None) -> float | None:
         return max(0.0, float(value)) if value else None
     except ValueError:
         return None
-
-
-def _words(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:SHOWN]

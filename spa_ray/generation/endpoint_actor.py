@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -31,14 +31,21 @@ ERRORS: dict[str, type[Exception]] = {
 
 
 class EndpointActor:
-    """All requests of a pass to its endpoint: one limiter, one store of answers, one account."""
+    """All requests of a pass to its endpoint: one limiter, one store of answers, one account.
 
-    def __init__(self, endpoint: Endpoint, key: str | None, folder: AnyPath | None, allowance: Allowance) -> None:
-        answers = None if folder is None else open_answers(folder)
-        self._client = EndpointClient(endpoint, key, answers, allowance)
+    It asks once the driver has sent the key: Ray keeps what an actor is made of in its own records, and a call's
+    arguments not.
+    """
+
+    def __init__(self, endpoint: Endpoint, folder: AnyPath | None) -> None:
+        self._endpoint, self._folder = endpoint, folder
+        self._client: EndpointClient | None = None
+        self._opened = asyncio.Event()
 
     async def ask(self, messages: list[dict[str, str]], options: dict[str, Any]) -> tuple[str, Any]:
         """("answer", it), or the name of an error and its words: an error that Ray carries brings its traceback."""
+        await self._opened.wait()
+        assert self._client is not None
         try:
             return "answer", await self._client.ask(messages, **options)
         except tuple(ERRORS.values()) as e:
@@ -46,19 +53,30 @@ class EndpointActor:
             return name, str(e)
 
     async def account(self) -> dict[str, float]:
-        return self._client.account()
+        return self._client.account() if self._client else {}
 
-    async def allow(self, allowance: Allowance) -> None:
+    async def allow(self, allowance: Allowance, key: str | None) -> None:
+        if self._client is None:
+            answers = None if self._folder is None else open_answers(self._folder)
+            self._client = EndpointClient(self._endpoint, key, answers)
         self._client.allowance = allowance
+        self._opened.set()
 
 
 @dataclass(frozen=True)
 class EndpointLine:
-    """To the actor, from the driver and from engine actors. No wait goes on while the actor gives no sign of life."""
+    """To the actor, from the driver and from engine actors. No wait goes on while the actor gives no sign of life.
+
+    `key` stays with the driver.
+    """
 
     handle: Any
     name: str
     patience: float
+    key: str | None = field(default=None, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EndpointLine, (self.handle, self.name, self.patience)
 
     async def ask(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Answer:
         """As `EndpointClient.ask`."""
@@ -91,7 +109,8 @@ class EndpointLine:
         return account
 
     def allow(self, allowance: Allowance) -> None:
-        self.handle.allow.remote(allowance)
+        """From the driver, once a second: an actor that was started again asks nothing before."""
+        self.handle.allow.remote(allowance, self.key)
 
     def _lost(self, error: BaseException) -> EndpointDeadError:
         return EndpointDeadError(
@@ -116,10 +135,10 @@ def served(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here,
                "max_concurrency": 10_000}  # fmt: skip
-    arguments = (endpoint, key, folder if endpoint.cache else None, allowance or Allowance())
-    handle = ray.remote(EndpointActor).options(**options).remote(*arguments)
+    handle = ray.remote(EndpointActor).options(**options).remote(endpoint, folder if endpoint.cache else None)
     name = f"endpoint actor {handle._actor_id.hex()}, which asks {endpoint.base_url},"
-    line = EndpointLine(handle, name, SIGN_OF_LIFE)
+    line = EndpointLine(handle, name, SIGN_OF_LIFE, key)
+    line.allow(allowance or Allowance())
     try:
         yield line
     finally:

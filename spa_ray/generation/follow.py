@@ -10,14 +10,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from spa_ray.engine.openai import EndpointDeadError
+from spa_ray.engine.openai import Allowance, EndpointDeadError
 from spa_ray.generation.budget import Meter
 from spa_ray.generation.endpoint_actor import EndpointLine
 from spa_ray.generation.ledger import Counts, Ledger
@@ -52,19 +52,17 @@ class Record:
 
     def note(self, counts: Counts, *, last: bool = False) -> str | None:
         """Returns: why the pass is to end, if it is."""
-        try:
-            account = self._judge.account() if self._judge else None
-        except EndpointDeadError:  # those who ask say so
-            account = None
+        account: dict[str, float] = {}
+        with suppress(EndpointDeadError):  # those who ask say so
+            account = self._judge.account() if self._judge else {}
         self._usage.note(counts, account, last=last)
-        if self._meter is None:
-            return None
         now, told = self._usage.call(), self._told
-        self._meter.spend(usd=now.judge_usd - told.judge_usd, tokens=now.tokens - told.tokens)
         self._told = now
-        if self._judge and account:
-            self._judge.allow(self._meter.left().beside(account))
-        return self._meter.used_up()
+        if self._meter:
+            self._meter.spend(usd=now.judge_usd - told.judge_usd, tokens=now.tokens - told.tokens)
+        if self._judge:
+            self._judge.allow(self._meter.left().beside(account) if self._meter else Allowance())
+        return self._meter.used_up() if self._meter else None
 
 
 @contextmanager
