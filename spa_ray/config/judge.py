@@ -6,10 +6,12 @@ This is the one place that knows which kinds there are; `plugs.JUDGES` names the
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.plugs import is_dotted, source_hash
@@ -61,35 +63,56 @@ class Reward(JudgeSection):
     """A reward model: a sequence classifier whose outputs are scores, on the engine's machine."""
 
     kind: Literal["reward"]
-    path: str = Field(description="its local folder, with safetensors")
-    attributes: dict[str, int] | None = Field(
-        None, description="objective -> its output; null: the outputs in the objectives' order"
+    path: str = Field(description="its folder with safetensors, which every node sees")
+    attribute: int | str | None = Field(
+        None, description="the output that scores every objective, by its number or its label in config.json"
     )
-    scale: tuple[float, float] = Field((1.0, 0.0), description="[a, b]: the score is a times the output plus b")
-    sigmoid: bool = Field(False, description="of the output, before `scale`")
+    attributes: dict[str, int | str] | None = Field(
+        None, description="objective -> its output; with neither: the outputs in the objectives' order"
+    )
+    transform: Literal["identity", "sigmoid"] | tuple[float, float] = Field(
+        "identity",
+        description="of the output; sigmoid: onto `scoring.scale`, worst + (best - worst) / (1 + exp(-output)); [a, b]:"
+        " a times the output plus b",
+    )
     input: Literal["chat", "pair"] | None = Field(
         None,
         description="chat: the conversation by the model's chat template; pair: the last question and the answer as a"
         " sentence pair; null: chat where there is a template",
     )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: as its files are")
     batch_size: int = Field(16, ge=1, description="answers in one forward pass")
     device: str = Field("cpu", description="where it computes")
+
+    @field_validator("path")
+    @classmethod
+    def _seen_from_anywhere(cls, path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path))  # engines work in folders of their own
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Reward:
+        if self.attribute is not None and self.attributes is not None:
+            raise ValueError("attribute and attributes are both given; remove one")
+        return self
 
     def key(self) -> Any:
         return [self.model_dump(mode="json", exclude={"path", "batch_size", "device"}), _files(self.path)]
 
 
-@functools.lru_cache(maxsize=8)
-def _files(path: str) -> list[tuple[str, str]]:
-    """Names and SHA-256 of a model folder's files, read once in a process."""
-    import hashlib
+KEPT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # what of a model's folder decides its scores
 
-    def digest(file: Path) -> str:
-        with file.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
 
-    kept = (".safetensors", ".json", ".jinja", ".txt", ".model")
-    return [(f.name, digest(f)) for f in sorted(Path(path).expanduser().glob("*")) if f.suffix in kept]
+def _files(folder: str) -> list[tuple[str, str]]:
+    """Names and SHA-256 of a model folder's files."""
+    found = [(f, f.stat()) for f in sorted(Path(folder).glob("*")) if f.suffix in KEPT]
+    return [(f.name, _sha256(f, stat.st_mtime_ns, stat.st_size)) for f, stat in found]
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(file: Path, *version: int) -> str:
+    """Read once in a process, until the file is another version."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 JudgeKinds = Annotated[Folder | Function | Reward | Endpoint, Field(discriminator="kind")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,71 +13,100 @@ from typing import Any
 from spa_ray.config.judge import Reward
 from spa_ray.errors import InputError
 from spa_ray.generation.judging import Item, Judgement, Parts
+from spa_ray.rollout.chat import chat_of
+from spa_ray.rollout.settings import ChatSettings, today
+from spa_ray.rollout.tokenizer import load_tokenizer, why
+from spa_ray.storage.node_cache import local_folder
 
+AUTO = "AutoModelForSequenceClassification"
 Encoded = dict[str, list[int]]  # what a tokenizer makes of one sequence
 
 
 class RewardJudge:
     """Whoever waits is scored with all others that wait, at most `batch_size` in one forward pass."""
 
-    def __init__(self, section: Reward, *, trust_remote_code: bool = False) -> None:
-        """Raises: InputError for a folder that is no sequence classifier with safetensors."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    def __init__(
+        self,
+        section: Reward,
+        objectives: Sequence[str],
+        scale: Sequence[int] = (1, 10),
+        *,
+        settings: ChatSettings | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """`settings` say what day a chat template sees.
 
-        self._section, folder = section, Path(section.path).expanduser()
-        self.check(section, "judge")
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        self._model = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-        self._model.to(section.device).eval()
+        Raises: InputError for a folder that is no trained sequence classifier, or one that lacks an output.
+        """
+        self._section, self._scale = section, scale
+        folder = local_folder(Path(section.path))
+        self._tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        self._model = load_classifier(section, folder, trust_remote_code=trust_remote_code)
         # Classifiers find a sequence's end by their own padding token; one without any takes a sequence at a time.
         padding = self._model.config.pad_token_id
         self._at_once = 1 if padding is None else section.batch_size
         self._tokenizer.padding_side = "right"
         if padding is not None:
             self._tokenizer.pad_token = self._tokenizer.convert_ids_to_tokens(padding)
-        self._chat = section.input == "chat" or (section.input is None and self._tokenizer.chat_template is not None)
+        chat = section.input == "chat" or (section.input is None and self._tokenizer.chat_template is not None)
+        settings = settings or ChatSettings(date=today())
+        self._chat = chat_of(self._tokenizer, folder, settings) if chat else None
+        self._at = outputs_of(section, objectives, self._model.config)
+        places = getattr(self._model.config, "max_position_embeddings", math.inf)
+        self._longest = min(self._tokenizer.model_max_length, places)
         self._waiting: list[tuple[Encoded, asyncio.Future[list[float]]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
 
     @classmethod
     def of(cls, section: Reward, parts: Parts) -> RewardJudge:
-        return cls(section, trust_remote_code=parts.config.model.trust_remote_code)
+        config = parts.config
+        settings = parts.chat.settings.model_copy(update={"kwargs": {}})
+        trusted = config.model.trust_remote_code
+        return cls(section, config.objectives, config.scoring.scale, settings=settings, trust_remote_code=trusted)
 
     @staticmethod
     def check(section: Reward, where: str) -> None:
-        """Raises: InputError where the folder holds no model in safetensors."""
-        folder = Path(section.path).expanduser()
-        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        """Raises: InputError where the folder holds no sequence classifier in safetensors."""
+        folder = Path(section.path)
+        try:
+            shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shape = {}
+        if not shape or not list(folder.glob("*.safetensors")):
             raise InputError(f"{where}: {section.path}: no reward model here (config.json and *.safetensors)")
+        kinds = shape.get("architectures") or []
+        if AUTO not in shape.get("auto_map", {}) and not any("SequenceClassification" in kind for kind in kinds):
+            raise InputError(
+                f"{where}: {section.path}: {', '.join(kinds) or 'an unnamed architecture'} is no sequence classifier; "
+                "give the folder of a reward model"
+            )
 
     async def score(self, item: Item) -> list[Judgement]:
-        outputs = await self._outputs(self._encode(item))
-        at = self._section.attributes or {objective.name: k for k, objective in enumerate(item.objectives)}
-        return [self._read(outputs, at, objective.name) for objective in item.objectives]
+        encoded = self._encode(item)
+        if (tokens := len(encoded["input_ids"])) > self._longest:
+            why_not = f"too_long: {tokens} tokens exceed the reward model's context of {self._longest}"
+            return [Judgement(None, why_not) for _ in item.objectives]
+        outputs = await self._outputs(encoded)
+        return [self._read(outputs[self._at[objective.name]]) for objective in item.objectives]
 
-    def _read(self, outputs: Sequence[float], at: dict[str, int], objective: str) -> Judgement:
-        if at.get(objective, len(outputs)) >= len(outputs):
-            raise ValueError(f"reward model {self._section.path}: {len(outputs)} outputs, and none for {objective}")
-        value, (a, b) = outputs[at[objective]], self._section.scale
-        score = a * (1 / (1 + math.exp(-value)) if self._section.sigmoid else value) + b
-        if not math.isfinite(score):
+    def _read(self, value: float) -> Judgement:
+        score, transform, (low, high) = value, self._section.transform, self._scale
+        if transform == "sigmoid":
+            score = low + (high - low) * (1 + math.tanh(value / 2)) / 2  # which no output overflows
+        elif transform != "identity":
+            score = transform[0] * value + transform[1]
+        if not (math.isfinite(value) and math.isfinite(score)):
             return Judgement(None, f"parse_failure: the reward model's output is {value}")
         return Judgement(score, text=f"{value:.6g}")
 
     def _encode(self, item: Item) -> Encoded:
-        if self._chat:
-            said = [*map(dict, item.messages), {"role": "assistant", "content": item.response}]
-            found = self._tokenizer.apply_chat_template(said, tokenize=True, return_dict=True)
-        else:
-            found = self._tokenizer(item.messages[-1]["content"], item.response)
-        tokens = len(found["input_ids"])
-        longest = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 10**9))
-        if tokens > longest:
-            raise ValueError(f"the conversation's {tokens} tokens exceed the reward model's {longest}")
-        return dict(found)
+        """Control tokens in what was said stay text. Raises: ValueError for what the chat template refuses."""
+        if self._chat is not None:
+            ids = self._chat.answered_ids(item.messages, item.response)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        said = item.messages[-1]["content"], item.response
+        return dict(self._tokenizer(*said, split_special_tokens=True))
 
     async def _outputs(self, encoded: Encoded) -> list[float]:
         """(outputs,) of one sequence."""
@@ -109,3 +139,40 @@ class RewardJudge:
         with torch.inference_mode():
             outputs: list[list[float]] = self._model(**padded).logits.float().tolist()
         return outputs
+
+
+def load_classifier(section: Reward, folder: Path, *, trust_remote_code: bool) -> Any:
+    """The model on its device. Raises: InputError where it cannot be loaded, or a part of it was never trained."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    dtype = "auto" if section.dtype is None else getattr(torch, section.dtype)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **options)
+        model = model.to(section.device).eval()
+    except Exception as e:  # files, libraries and devices each have errors of their own
+        raise InputError(f"reward model {folder}: it cannot be loaded ({why(e)})") from e
+    if found["missing_keys"]:  # transformers fills them with random numbers
+        names = ", ".join(sorted(found["missing_keys"])[:3])
+        raise InputError(f"reward model {folder}: its files hold no {names}; give the folder of a trained model")
+    return model
+
+
+def outputs_of(section: Reward, objectives: Sequence[str], shape: Any) -> dict[str, int]:
+    """Objective -> number of its output. Raises: InputError where the model has no such output."""
+    one = section.attribute
+    named = section.attributes or {name: k if one is None else one for k, name in enumerate(objectives)}
+    labels = [str(shape.id2label[k]) for k in range(shape.num_labels)]
+    found = {}
+    for objective in objectives:
+        given = named.get(objective)
+        at = labels.index(given) if given in labels else given
+        if not isinstance(at, int) or not 0 <= at < len(labels):
+            what = "none" if given is None else f"no {given!r}"
+            raise InputError(
+                f"reward model {section.path}: {what} of its {len(labels)} outputs ({', '.join(labels)}) is for "
+                f"{objective}; give attributes: {{{objective}: ..}}"
+            )
+        found[objective] = at
+    return found
