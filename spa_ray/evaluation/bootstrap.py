@@ -1,4 +1,5 @@
-"""Percentile bootstrap over prompts: the interval of a mean, of a paired difference of two means, and of a ratio.
+"""Percentile bootstrap over prompts: the interval of a mean, of a paired difference of two means, of a ratio, and of
+any other statistic.
 
 Comes in: one number a prompt, two for a ratio. Goes out: an `Interval`. Never: unseeded randomness: the same seed
 gives the same interval.
@@ -6,7 +7,7 @@ gives the same interval.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,23 @@ def ratio_interval(parts: ArrayLike, wholes: ArrayLike, *, resamples: int, seed:
         raise ValueError(f"ratio_interval: {len(a)} parts and {len(b)} wholes; one of each, wholes above 0, are needed")
     ratios = [a[drawn].sum(axis=1) / b[drawn].sum(axis=1) for drawn in _draws(len(a), resamples, seed)]
     return _interval(float(a.sum() / b.sum()), ratios, level, len(a))
+
+
+def statistic_interval(
+    statistic: Callable[..., float], *columns: ArrayLike, resamples: int, seed: int, level: float = 0.95
+) -> Interval | None:
+    """A statistic of columns (n, ...) with its interval: prompts are drawn, and all that belongs to one stays together.
+
+    Resamples in which it does not exist (NaN) are left out. None where it does not exist for the columns themselves.
+    """
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    value = statistic(*arrays)
+    if not np.isfinite(value):
+        return None
+    n = len(arrays[0])
+    drawn = (statistic(*(a[places] for a in arrays)) for draws in _draws(n, resamples, seed) for places in draws)
+    found = np.fromiter(drawn, dtype=np.float64, count=resamples)
+    return _interval(value, [found[np.isfinite(found)]], level, n)
 
 
 def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
