@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spa_ray.generation.judging import Item, Judgement
     from spa_ray.methods.pairwise import PairwiseConfig, PairwiseMethod
     from spa_ray.preferences import build_pairs, denoise
-    from spa_ray.training.method import LossInputs, Method
+    from spa_ray.training.method import Example, LossInputs, Method, Read, Row
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineStats",
+    "Example",
     "InputError",
     "Item",
     "Judge",
@@ -36,7 +37,9 @@ __all__ = [
     "Method",
     "PairwiseConfig",
     "PairwiseMethod",
+    "Read",
     "Request",
+    "Row",
     "RunError",
     "build",
     "build_pairs",
@@ -61,7 +64,7 @@ _HOMES = {
     "spa_ray.generation.judging": ("Item", "Judgement"),
     "spa_ray.methods.pairwise": ("PairwiseConfig", "PairwiseMethod"),
     "spa_ray.preferences": ("build_pairs", "denoise"),
-    "spa_ray.training.method": ("LossInputs", "Method"),
+    "spa_ray.training.method": ("Example", "LossInputs", "Method", "Read", "Row"),
 }
 
 

@@ -29,7 +29,7 @@ class DPO(PairwiseMethod[DPOConfig]):
         from spa_ray.training.losses import dpo_loss
 
         beta = self.config.beta
-        (chosen, rejected), (ref_chosen, ref_rejected) = inputs.summed_logps(), inputs.reference_logps()
+        (chosen, rejected, *_), (ref_chosen, ref_rejected, *_) = inputs.summed_logps(), inputs.reference_logps()
         losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, weights=inputs.weights)
         rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
         return losses, self.pair_stats(chosen, rejected, *rewards)

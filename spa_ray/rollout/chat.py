@@ -109,6 +109,10 @@ class Chat:
         """Ids of a conversation with its answer, as the template writes it. Raises: ValueError."""
         return self._ids([*self._turns(messages, None), {"role": "assistant", "content": answer}], answered=True)
 
+    def message_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation to the end of its last message, where no answer begins. Raises: ValueError."""
+        return self._ids(self._turns(messages, None), answered=True)
+
     def continued_ids(self, messages: Sequence[Message], text: str) -> list[int] | None:
         """Ids of the prompt with a text right behind it; None where the tokenizer only renders by itself."""
         if self._encoder is None:

@@ -19,6 +19,7 @@ from typing import Any
 from spa_ray.config.training import Train
 from spa_ray.errors import InputError, RunError
 from spa_ray.training import comm, hashes
+from spa_ray.training.own_modules import OwnModules
 
 TAG = "state"
 META = "meta.json"
@@ -73,7 +74,15 @@ class CheckpointMeta:
     zero_stage: int
 
 
-def save(engine: Any, folder: Path, meta: CheckpointMeta, *, keep: int, frozen_excluded: bool) -> None:
+def save(
+    engine: Any,
+    folder: Path,
+    meta: CheckpointMeta,
+    *,
+    keep: int,
+    frozen_excluded: bool,
+    own: OwnModules | None = None,
+) -> None:
     """Write `folder/step_N` under another name, record its hashes, rename it, and delete all but the newest `keep`.
 
     Whatever is killed in between, a checkpoint that has its name has its record.
@@ -82,6 +91,8 @@ def save(engine: Any, folder: Path, meta: CheckpointMeta, *, keep: int, frozen_e
     partial = folder / f".partial_{meta.step:08d}"
     comm.on_rank_zero(lambda: _fresh(partial))
     engine.save_checkpoint(str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=frozen_excluded)
+    if own is not None:
+        comm.on_rank_zero(lambda: own.save(partial))
     comm.on_rank_zero(lambda: (partial / META).write_text(json.dumps(asdict(meta))))  # all have written, and see it
     mine = hashes.hash_files(partial, rank=comm.rank(), ranks=comm.world_size())
     found = comm.gather_lists([f"{digest} {name}" for name, digest in mine.items()])
@@ -107,8 +118,17 @@ def read_meta(path: Path) -> CheckpointMeta:
     return CheckpointMeta(**json.loads((path / META).read_text()))
 
 
-def load(engine: Any, path: Path, found: CheckpointMeta, expected: CheckpointMeta, *, frozen_excluded: bool) -> None:
-    """Put the engine where the checkpoint left it, once every file is known to be the job's own.
+def load(
+    engine: Any,
+    path: Path,
+    found: CheckpointMeta,
+    expected: CheckpointMeta,
+    *,
+    frozen_excluded: bool,
+    own: OwnModules | None = None,
+) -> None:
+    """Put the engine, and the method's own modules, where the checkpoint left them, once every file is known to be the
+    job's own.
 
     Raises: InputError when it belongs to another run; RunError when a file is not as the job wrote it.
     """
@@ -127,6 +147,8 @@ def load(engine: Any, path: Path, found: CheckpointMeta, expected: CheckpointMet
     try:
         with hashes.no_code():
             loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=not frozen_excluded)
+            if own is not None:
+                own.load(path)
     except pickle.UnpicklingError as e:
         raise RunError(f"{path}: holds more than tensors and plain values ({str(e).splitlines()[0]}); {mend}") from e
     if loaded is None:

@@ -22,6 +22,7 @@ from spa_ray.training import hashes
 from spa_ray.training.checkpoint import META, TAG, newest, read_meta
 from spa_ray.training.export import POLICY, aside, merge_adapter, save_complete, write_model
 from spa_ray.training.job import JOB, TrainJob, read_job
+from spa_ray.training.own_modules import Beside
 from spa_ray.training.policy import DTYPES, add_lora, load_policy, quiet_deepspeed
 
 CHECKPOINTS = "checkpoints"
@@ -105,7 +106,8 @@ def convert(checkpoint: Path, out: Path, *, base: Path | None = None) -> Path:
     off = [n for n, value in wanted.items() if n not in found or found[n].shape != value.shape]
     if off:
         raise InputError(f"{checkpoint}: is not of the model {job.model} ({off[0]} does not fit); give its --base")
-    write_model(job, model, {name: found[name] for name in wanted}, lora=lora)
+    tensors = {name: found[name] for name in wanted}
+    write_model(job, model, tensors, lora=lora, beside=Beside.at(checkpoint))
     return out
 
 

@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.training.batches import LABELS, SUBSET, stream
 from spa_ray.training.deal import Sequences
-from spa_ray.training.method import Method
+from spa_ray.training.method import ANSWERS, Method
 
-SIDES = ("chosen", "rejected")
 Sequence = tuple[np.ndarray, np.ndarray]  # prompt ids, response ids
 
 
@@ -31,13 +30,12 @@ class TokenizedPairs:
         self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         batches = self._table.to_batches()
         self._rank = pc.sort_indices(self._table, sort_keys=[("pair_id", "ascending")]).to_numpy()
-        self._context = {
-            f"{side}_ids": self._table.column(f"{side}_context").to_numpy() for side in ("chosen", "rejected")
-        }
+        self.sides = tuple(n.removesuffix("_context") for n in self._table.column_names if n.endswith("_context"))
+        self._context = {f"{side}_ids": self._table.column(f"{side}_context").to_numpy() for side in self.sides}
         self._first = np.cumsum([0] + [len(b) for b in batches])
         self._ids = {
             name: [(c.offsets.to_numpy(), c.values.to_numpy()) for c in (b.column(name) for b in batches)]
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+            for name in ("prompt_ids", *self._context)
         }
 
     def __len__(self) -> int:
@@ -51,12 +49,23 @@ class TokenizedPairs:
         """Token counts of one of the id columns."""
         return pc.list_value_length(self._table.column(name)).to_numpy()[self._rank].astype(np.int64)
 
+    def targets(self) -> Float[np.ndarray, "pairs k"] | None:
+        """The examples' numbers for the loss, None without any. Raises: InputError unless all have equally many."""
+        counts = self.lengths("targets")
+        if len(counts) == 0 or not counts.any():
+            return None
+        if (counts != counts[0]).any():
+            raise InputError(f"the method's examples have {counts.min()} to {counts.max()} targets; give equally many")
+        flat = pc.list_flatten(self._table.column("targets")).to_numpy()
+        return flat.reshape(len(counts), -1)[self._rank]
+
     def contexts(self, side: str) -> Int[np.ndarray, " pairs"]:
-        """How many of each response's first ids are its thinking; `side` is chosen or rejected."""
+        """`context` of every row; `side` is a name in `sides`."""
         return self._context[f"{side}_ids"][self._rank].astype(np.int64)
 
     def context(self, side: str, row: int) -> int:
-        """How many of a response's first ids are its thinking; `side` is its column of ids."""
+        """How many of a response's first ids are its thinking; `side` is its column of ids. Negative: so many of the
+        ids are the prompt, and `prompt_ids` is not read."""
         return int(self._context[side][self._rank[row]])
 
     def pair_id(self, row: int) -> str:
@@ -75,13 +84,18 @@ class TokenizedPairs:
 class Selection:
     """The pairs of one job: rows of the token file, and the distinct sequences that they are made of.
 
-    `source` says where the ids of a sequence stand: 2 · row, and 1 more for the row's rejected response.
+    `source` says where the ids of a sequence stand: its row times the number of `sides` in the token file, and the
+    place of its side among them. `targets` are the pairs' numbers for the loss, `keys` the
+    sequences' hashes.
     """
 
     rows: Int[np.ndarray, " pairs"]
     gap: Float[np.ndarray, " pairs"]
     sequences: Sequences
     source: Int[np.ndarray, " sequences"]
+    sides: tuple[str, ...] = ANSWERS
+    targets: Float[np.ndarray, "pairs k"] | None = None
+    keys: Int[np.ndarray, " sequences"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +103,7 @@ class Selection:
 
 def select_pairs(data: TokenizedPairs, method: Method[Train], *, seed: int) -> tuple[Selection, dict[str, int]]:
     """Apply `drop_dead`, `max_pairs` and `shuffle_labels`, in this order; count what falls away. A method that looks at
-    one side alone gets each distinct sequence once.
+    no rejected answer gets each distinct example once.
 
     Raises: InputError when nothing is left, and as the method's `check_gaps`.
     """
@@ -107,53 +121,78 @@ def select_pairs(data: TokenizedPairs, method: Method[Train], *, seed: int) -> t
     swapped = np.zeros(len(rows), dtype=bool)
     if train.shuffle_labels:
         swapped = stream(seed, LABELS).random(len(rows)) < 0.5
-    if len(method.sides) == 1:
-        keys = np.where(swapped, data.column("rejected_key")[rows], data.column("chosen_key")[rows])
-        _, first = np.unique(keys, return_index=True)
+        if (data.lengths("rejected_ids")[rows[swapped]] == 0).any():
+            raise InputError(f"train.shuffle_labels: {train.method} has examples without a rejected answer to swap")
+    at = _places(data, method, swapped)
+    if "rejected" not in method.sides:
+        _, first = np.unique(_keys(data, rows, at), axis=0, return_index=True)
         first.sort()
         dropped["duplicate"] = len(rows) - len(first)
-        rows, swapped = rows[first], swapped[first]
+        rows, at = rows[first], at[first]
     if len(rows) == 0:
         raise InputError(f"no pairs to train on: the table is empty or every pair was dropped ({dropped})")
     method.check_gaps(gap[rows])
-    return _selection(data, rows, swapped, gap[rows], sides=len(method.sides)), dropped
+    targets = data.targets()
+    return _selection(data, rows, at, gap[rows], None if targets is None else targets[rows]), dropped
+
+
+def _places(data: TokenizedPairs, method: Method[Train], swapped: np.ndarray) -> Int[np.ndarray, "pairs sides"]:
+    """Where the method's sides are among the token file's; `swapped` pairs have the rejected answer as the chosen."""
+    places = np.array([data.sides.index(side) for side in method.sides])
+    return np.where(swapped[:, None] & (places < len(ANSWERS)), 1 - places, places)
+
+
+def _keys(data: TokenizedPairs, rows: np.ndarray, at: Int[np.ndarray, "pairs sides"]) -> np.ndarray:
+    every = np.stack([data.column(f"{side}_key")[rows] for side in data.sides], axis=1)
+    return np.take_along_axis(every, at, axis=1)
 
 
 def _selection(
-    data: TokenizedPairs, rows: np.ndarray, swapped: np.ndarray, gap: np.ndarray, *, sides: int
+    data: TokenizedPairs, rows: np.ndarray, at: np.ndarray, gap: np.ndarray, targets: np.ndarray | None
 ) -> Selection:
-    """`swapped` pairs have their rejected response as the chosen one."""
-    keys, sources = [], []
-    for side in range(sides):
-        rejected = swapped ^ bool(side)
-        keys.append(np.where(rejected, data.column("rejected_key")[rows], data.column("chosen_key")[rows]))
-        sources.append(2 * rows + rejected)
-    _, first, of_pair = np.unique(np.stack(keys, axis=1), return_index=True, return_inverse=True)
-    source = np.stack(sources, axis=1).ravel()[first]
-    row, rejected = np.divmod(source, 2)
-    prompts = data.lengths("prompt_ids")
+    """`at`: the places of each pair's sequences among the file's sides."""
+    n = len(data.sides)
+    keys, first, of_pair = np.unique(_keys(data, rows, at), return_index=True, return_inverse=True)
+    source = (n * rows[:, None] + at).ravel()[first]
+    row, side = np.divmod(source, n)
     responses, contexts = (
-        np.where(rejected, of_side("rejected")[row], of_side("chosen")[row])
-        for of_side in (lambda side: data.lengths(f"{side}_ids"), data.contexts)
+        np.stack([of_side(name) for name in data.sides])[side, row]
+        for of_side in (lambda name: data.lengths(f"{name}_ids"), data.contexts)
     )
+    prompts = np.where(contexts < 0, 0, data.lengths("prompt_ids")[row])  # what stands before a response's ids
+    prompt = np.unique(data.column("prompt_key")[row], return_inverse=True)[1]
     sequences = Sequences(
-        tokens=prompts[row] + responses,
-        responses=responses - contexts,
-        heads=np.where(contexts == 0, prompts[row], 0),  # an answer's thinking stands between it and the prompt
-        prompt=np.unique(data.column("prompt_key")[row], return_inverse=True)[1],
-        of_pair=of_pair.reshape(len(rows), sides),
+        tokens=prompts + responses,
+        responses=responses - np.abs(contexts),
+        # An answer's thinking stands between it and the prompt; rendered prompts may differ between a prompt's pairs.
+        heads=np.where((contexts == 0) & _alike(prompt, data.column("head_key")[row]), prompts, 0),
+        prompt=prompt,
+        of_pair=of_pair.reshape(at.shape),
     )
-    return Selection(rows, gap, sequences, source)
+    return Selection(rows, gap, sequences, source, data.sides, targets, keys)
+
+
+def _alike(group: Int[np.ndarray, " n"], key: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Whether all of an entry's group have the same key."""
+    firsts = key[np.unique(group, return_index=True)[1]]
+    different = np.zeros(len(firsts), dtype=bool)
+    different[group[key != firsts[group]]] = True
+    return ~different[group]
 
 
 def read_sequences(data: TokenizedPairs, selection: Selection, which: np.ndarray) -> list[Sequence]:
     """Prompt and response ids of these sequences. A response's thinking counts as its prompt's: it is read, and no loss
     looks at it."""
-    return [_sequence(data, *map(int, divmod(selection.source[i], 2))) for i in which]
+    sides = selection.sides
+    return [
+        _sequence(data, row, sides[side]) for row, side in (divmod(int(selection.source[i]), len(sides)) for i in which)
+    ]
 
 
-def _sequence(data: TokenizedPairs, row: int, rejected: int) -> Sequence:
-    side = f"{SIDES[rejected]}_ids"
-    prompt, response = data.ids("prompt_ids", row), data.ids(side, row)
-    context = data.context(side, row)
+def _sequence(data: TokenizedPairs, row: int, name: str) -> Sequence:
+    side = f"{name}_ids"
+    response, context = data.ids(side, row), data.context(side, row)
+    if context < 0:
+        return response[:-context], response[-context:]
+    prompt = data.ids("prompt_ids", row)
     return (np.concatenate([prompt, response[:context]]), response[context:]) if context else (prompt, response)

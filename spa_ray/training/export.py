@@ -19,27 +19,30 @@ from torch import Tensor
 
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob
+from spa_ray.training.own_modules import METHOD, Beside
 from spa_ray.training.policy import DTYPES
 
 WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf"),
     *("*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.nemo"),
 )
-OURS = ("config.json", "adapter_config.json")
+OURS = ("config.json", "adapter_config.json", METHOD)
 TEMPLATES = "additional_chat_templates"  # transformers' folder for templates with names
 GENERATION = "generation_config.json"
+NOTHING = Beside()
 POLICY = "model."  # where the engine's module keeps the language model
 
 
-def export_model(job: TrainJob, engine: Any) -> None:
+def export_model(job: TrainJob, engine: Any, beside: Beside = NOTHING) -> None:
     """Write the policy as it stands. Collective: under ZeRO-3 every rank helps to gather."""
     lora = job.train.lora is not None
     state = _adapter_state(engine) if lora else _full_state(engine)
-    comm.on_rank_zero(lambda: write_model(job, engine.module.model, state, lora=lora))
+    comm.on_rank_zero(lambda: write_model(job, engine.module.model, state, lora=lora, beside=beside))
 
 
-def write_model(job: TrainJob, model: Any, state: dict[str, Tensor], *, lora: bool) -> None:
-    """Write `job.out` from a model and the tensors that it was trained to: all of them, or the adapter's alone."""
+def write_model(job: TrainJob, model: Any, state: dict[str, Tensor], *, lora: bool, beside: Beside = NOTHING) -> None:
+    """Write `job.out` from a model and the tensors that it was trained to: all of them, or the adapter's alone; and
+    what its method leaves beside them."""
     with aside(job.out) as folder:
         if lora:
             model.save_pretrained(folder / "adapter", state_dict=state)
@@ -48,6 +51,7 @@ def write_model(job: TrainJob, model: Any, state: dict[str, Tensor], *, lora: bo
             )
             state = model.state_dict()
         save_complete(model, state, source=job.model, folder=folder)
+        beside.write(folder, job.train.method)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Log-probs of responses: from token rows to one number a sequence, logits only where a response token is predicted.
 
-Comes in: prompt and response ids. Goes out: summed log-probs and token counts per sequence. Never: losses, weights,
-optimizers. A `MicroBatch` says where the response tokens stand, not how the rows are laid out: packed (one row, no
-padding) and padded (a row a sequence) are two `collate`s and nothing else.
+Comes in: prompt and response ids. Goes out: summed log-probs and token counts per sequence, hidden states where they
+are asked for. Never: losses, weights, optimizers. A `MicroBatch` says where the response tokens stand, not how the rows
+are laid out: packed (one row, no padding) and padded (a row a sequence) are two `collate`s and nothing else.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ class MicroBatch:
     """One forward pass over `sequences` sequences laid out in `input_ids`.
 
     Response token k is `targets[k]`; it is predicted at the flat position `predict[k]` of `input_ids` and belongs to
-    sequence `owner[k]`. `position_ids` is None where each row counts from 0. `offsets` are where packed sequences
-    begin and end, None where each row is a sequence; `longest` is the longest one's tokens. Where packed sequences
-    share their prompt's tokens, `shared` says so and `offsets` are of sequences that have all their tokens.
+    sequence `owner[k]`; where no sequence has a response, one token is predicted and is nobody's. `prompt_ends` are the
+    flat positions of the prompts' last tokens. `position_ids` is None where each row counts from 0. `offsets` are where
+    packed sequences begin and end, None where each row is a sequence; `longest` is the longest one's tokens. Where
+    packed sequences share their prompt's tokens, `shared` says so and `offsets` are of sequences that have all their
+    tokens.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -43,6 +45,7 @@ class MicroBatch:
     predict: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
     owner: Int[Tensor, " tokens"]
+    prompt_ends: Int[Tensor, " sequences"]
     sequences: int
     real_tokens: int
 
@@ -116,7 +119,10 @@ def _micro_batch(
     owner = np.repeat(np.arange(len(prompts)), responses)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(responses) - responses, responses)
     at = response_at[owner] + within
-    before = np.where(within == 0, prompt_at[owner] + prompts[owner] - 1, at - 1)
+    ends = prompt_at + prompts - 1
+    before = np.where(within == 0, ends[owner], at - 1)
+    if not len(at):  # the head runs all the same: ZeRO-3 gathers its weights, forward and backward
+        at = before = ends[:1]
 
     def on_device(values: np.ndarray | None) -> Any:
         return None if values is None else torch.from_numpy(values).to(device, non_blocking=True)
@@ -130,6 +136,7 @@ def _micro_batch(
         predict=on_device(before),
         targets=on_device(ids.reshape(-1)[at]),
         owner=on_device(owner),
+        prompt_ends=on_device(ends),
         sequences=len(prompts),
         real_tokens=int((prompts + responses).sum()),
     )
@@ -138,18 +145,23 @@ def _micro_batch(
 class ResponseLogps(nn.Module):
     """A causal LM that answers with its responses' log-probs.
 
-    `packed` says which layout its attention computes. With a `logits_budget` the head computes log-probs itself, a few
+    `packed` says which layout its attention computes, `hidden` whether it also answers with each prompt's last hidden
+    state, as the head reads it. With a `logits_budget` the head computes log-probs itself, a few
     tokens at a time (`head_logps`); without one, and for a head that is not a plain linear layer, the model's own
     logits are taken, all at once, where a response token is predicted and nowhere else.
     """
 
-    def __init__(self, model: Any, *, packed: bool = False, logits_budget: int | None = None) -> None:
+    def __init__(
+        self, model: Any, *, packed: bool = False, logits_budget: int | None = None, hidden: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.packed = packed
+        self.hidden = hidden
         self.logits_budget = None
         self._batch: MicroBatch | None = None
         self._kept: Tensor | None = None
+        self._states: Tensor | None = None
         self._catch: RemovableHandle | None = None
         self._transform = LogitTransform.of(model.config.get_text_config())
         self._head.register_forward_pre_hook(self._pick)
@@ -165,11 +177,14 @@ class ResponseLogps(nn.Module):
         """Lay sequences out as this model reads them."""
         return (collate_packed if self.packed else collate_padded)(sequences, device)
 
-    def forward(self, batch: MicroBatch) -> tuple[Float[Tensor, " sequences"], Int[Tensor, " sequences"]]:
-        """Summed response log-probs in float32 and response token counts."""
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, ...]:
+        """Summed response log-probs in float32 (sequences), response token counts (sequences) and, where the module is
+        asked for them, hidden states in float32 (sequences × width)."""
         logps = self.token_logps(batch)
-        summed = logps.new_zeros(batch.sequences).index_add(0, batch.owner, logps)
-        return summed, torch.bincount(batch.owner, minlength=batch.sequences)
+        summed = logps.new_zeros(batch.sequences).index_add(0, batch.owner, logps[: len(batch.owner)])
+        counts = torch.bincount(batch.owner, minlength=batch.sequences)
+        states, self._states = self._states, None
+        return (summed, counts) if states is None else (summed, counts, states.to(summed.dtype))
 
     def token_logps(self, batch: MicroBatch) -> Float[Tensor, " tokens"]:
         """log π of every response token, in the order of `batch.targets`."""
@@ -201,7 +216,10 @@ class ResponseLogps(nn.Module):
 
     def _pick(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         assert self._batch is not None
-        return (inputs[0].flatten(0, 1)[self._batch.predict],)
+        hidden = inputs[0].flatten(0, 1)
+        if self.hidden:
+            self._states = hidden[self._batch.prompt_ends]
+        return (hidden[self._batch.predict],)
 
     def _keep(self, head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._kept = output

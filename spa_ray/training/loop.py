@@ -30,6 +30,7 @@ from spa_ray.training.guards import CollapseAlarm, check_dropped, check_lr, chec
 from spa_ray.training.host_memory import kept_for_reuse
 from spa_ray.training.job import RESULT, Progress, TrainJob, TrainResult, read_job, write_job
 from spa_ray.training.method import method_of
+from spa_ray.training.own_modules import Beside, OwnModules
 from spa_ray.training.policy import make_engine, parameter_count
 from spa_ray.training.prepare import Prepared, prepare
 from spa_ray.training.reference import Reference, cached_reference, compute_reference, reference_path
@@ -60,11 +61,13 @@ def _run_job(job: TrainJob, progress: Progress | None) -> TrainResult:
         return done
     engine = make_engine(job)
     try:
-        first = _resume(job, engine, prepared)
+        own = OwnModules.of(job, prepared.state, engine.module.model)
+        first = _resume(job, engine, prepared, own)
         comm.on_rank_zero(lambda: write_job(job))
+        comm.on_rank_zero(lambda: Beside(prepared.state).write(job.work, job.train.method))
         # Under ZeRO-3 whole layers come and go between what stays: kept, they would leave holes.
         with kept_for_reuse() if job.train.zero_stage < 3 and not torch.cuda.is_available() else nullcontext():
-            loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first))
+            loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first), own)
             _say("job begins", step=first, steps=loop.plan.steps, pairs=len(prepared.selection))
             metrics = _run_steps(loop, prepared, first, progress)
         result = TrainResult(
@@ -81,7 +84,8 @@ def _run_job(job: TrainJob, progress: Progress | None) -> TrainResult:
         # Before the model, which appears by a rename: whoever finds the model knows whose it is, whenever this dies.
         about = {"fingerprint": prepared.fingerprint, **result.to_dict()}
         comm.on_rank_zero(lambda: _write_json(job.work / RESULT, about))
-        export_model(job, engine)
+        modules = {} if own is None else own.modules.state_dict()
+        export_model(job, engine, Beside(prepared.state, modules))
         _say("job ends", step=loop.plan.steps, seconds=result.seconds)
     finally:
         dispose(engine)
@@ -120,7 +124,9 @@ def _run_steps(loop: StepLoop, prepared: Prepared, first: int, progress: Progres
                 meta = _meta(job, prepared, step + 1)
                 frozen_excluded = job.train.lora is not None
                 keep = job.train.keep_checkpoints
-                checkpoint.save(loop.engine, _checkpoints(job), meta, keep=keep, frozen_excluded=frozen_excluded)
+                checkpoint.save(
+                    loop.engine, _checkpoints(job), meta, keep=keep, frozen_excluded=frozen_excluded, own=loop.own
+                )
                 timer.restart()
                 _say("checkpoint written", step=step + 1)
     finally:
@@ -156,7 +162,7 @@ def _read_log(job: TrainJob) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _resume(job: TrainJob, engine: Any, prepared: Prepared) -> int:
+def _resume(job: TrainJob, engine: Any, prepared: Prepared, own: OwnModules | None) -> int:
     """The step to start at: 0, or where the newest checkpoint stands; the log is cut back to it."""
     found = comm.on_rank_zero(lambda: checkpoint.newest(_checkpoints(job)))
     first = 0
@@ -164,7 +170,7 @@ def _resume(job: TrainJob, engine: Any, prepared: Prepared) -> int:
         path, meta = found
         first = meta.step
         expected = _meta(job, prepared, first)
-        checkpoint.load(engine, path, meta, expected, frozen_excluded=job.train.lora is not None)
+        checkpoint.load(engine, path, meta, expected, frozen_excluded=job.train.lora is not None, own=own)
     comm.on_rank_zero(lambda: _cut_log(job.work / LOG, first))
     return first
 

@@ -1,4 +1,5 @@
-"""What training asks of a method: which sequences an example has, its loss, its statistics, its defaults.
+"""What training asks of a method: what it learns from the pairs first, which sequences an example has, which modules it
+trains beside the model, its loss, its statistics, its defaults.
 
 Planning, packing, distinct sequences, the step loop, resuming and export are the same for all methods and know none of
 them by name. This module and the methods import torch only inside the functions that need it, because a config is read
@@ -7,11 +8,12 @@ without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float, Int
 
 from spa_ray.config.plugs import source_hash
@@ -19,37 +21,79 @@ from spa_ray.config.training import Train, method_class
 from spa_ray.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+ANSWERS = ("chosen", "rejected")  # what every pair has
+Messages = list[dict[str, str]]
 Stats = dict[str, "Tensor"]
 Gaps = Float[np.ndarray, " pairs"]
 C = TypeVar("C", bound=Train)
 
 
 @dataclass(frozen=True)
+class Read:
+    """One sequence that the model reads: a prompt and a response, which may be empty. The loss gets the log-probs of
+    the response's tokens, or with span `all` those of every token but the first."""
+
+    prompt: Sequence[int]
+    response: Sequence[int] = ()
+    span: Literal["response", "all"] = "response"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one loss is computed from: sequences by the names in the method's `sides`, and numbers for the loss, equally
+    many in every example."""
+
+    sequences: Mapping[str, Read]
+    targets: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of `pairs/` as `Method.examples` sees it. `columns` are those that the method names."""
+
+    messages: Messages
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    columns: Mapping[str, Any]
+    prompt_ids: Callable[[Messages], list[int]]  # rendered up to where the answer begins
+    message_ids: Callable[[Messages], list[int]]  # rendered to the last message's end: no generation prompt
+
+
+@dataclass(frozen=True)
 class LossInputs:
-    """Some pairs of a step. `sides` are the pairs' sequences, the chosen one first; `summed`, `counts` and `reference`
-    (summed log-probs of the policy before step 0) are by sequence. A sequence is computed once, in however many pairs
-    it is."""
+    """Some pairs of a step. `sides` are the pairs' sequences, in the order of the method's `sides`; `summed`, `counts`,
+    `reference` (summed log-probs of the policy before step 0) and `hidden` are by sequence, `targets` by pair. A
+    sequence is computed once, in however many pairs it is."""
 
     summed: Float[Tensor, " sequences"]
     counts: Int[Tensor, " sequences"]
     sides: Int[Tensor, "pairs sides"]
     weights: Float[Tensor, " pairs"]
     reference: Float[Tensor, " sequences"] | None = None
+    hidden: Float[Tensor, "sequences width"] | None = None
+    targets: Float[Tensor, "pairs k"] | None = None
+    modules: nn.Module | None = None
+    state: Any = None
 
     def summed_logps(self) -> list[Float[Tensor, " pairs"]]:
-        """Of each side, the chosen one first."""
+        """Of each side, in the order of the method's `sides`."""
         return self._of_sides(self.summed)
 
     def mean_logps(self) -> list[Float[Tensor, " pairs"]]:
-        """Of each side, over its response's tokens."""
-        return self._of_sides(self.summed / self.counts)
+        """Of each side, over its response's tokens; 0 where it has none."""
+        return self._of_sides(self.summed / self.counts.clamp(min=1))
 
     def reference_logps(self, *, mean: bool = False) -> list[Float[Tensor, " pairs"]]:
         """Of each side, of the policy before step 0."""
         assert self.reference is not None
-        return self._of_sides(self.reference / self.counts if mean else self.reference)
+        return self._of_sides(self.reference / self.counts.clamp(min=1) if mean else self.reference)
+
+    def hidden_states(self) -> list[Float[Tensor, "pairs width"]]:
+        """Of each side, float32."""
+        assert self.hidden is not None
+        return self._of_sides(self.hidden)
 
     def _of_sides(self, values: Tensor) -> list[Tensor]:
         return [values[side] for side in self.sides.unbind(dim=1)]
@@ -61,13 +105,41 @@ class Method(Generic[C]):
     Config: ClassVar[type[Train]] = Train  # the method's keys under `train`, with their defaults
     # Learning rates that are known to work with AdamW on every weight of a model of 7 to 8 billion parameters.
     known_lr: ClassVar[tuple[float, float] | None] = None
-    sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")  # the sequences that a pair is to this method
+    sides: ClassVar[tuple[str, ...]] = ANSWERS  # the sequences of an example, by name
+    columns: ClassVar[tuple[str, ...]] = ()  # of pairs/, that `fit` and `examples` read: `chosen_scores`, say
+    # What the loss gets of every sequence: log-probs, and the backbone's last hidden state at the prompt's last token.
+    outputs: ClassVar[tuple[Literal["logps", "hidden"], ...]] = ("logps",)
     needs_reference: ClassVar[bool] = False  # log-probs of the policy before step 0
     weighted: ClassVar[bool] = False  # whether `weights` looks at the gaps
     stats: ClassVar[tuple[str, ...]] = ()  # the names of `loss`'s statistics
 
     def __init__(self, config: C) -> None:
         self.config = config
+        self.state: Any = None  # what `fit` returned, once it has
+
+    def fit(self, table: pa.Table) -> Any:
+        """What is learnt from the pairs before training, as JSON: written into the model folder, and the same for the
+        same table. `table` has `columns`, and the objectives in its metadata (`spa_ray.data.schemas.objectives_of`)."""
+        return None
+
+    def render(self, messages: Messages, scores: Sequence[float] | None, state: Any) -> Messages:
+        """The prompt in training and inference. `scores`: in the order of the objectives."""
+        return messages
+
+    def examples(self, row: Row) -> list[Example]:
+        """What a pair is trained on: by default both answers behind the prompt, which the chosen one's scores may
+        change."""
+        prompt = row.prompt_ids(self.render(row.messages, row.columns.get("chosen_scores"), self.state))
+        return [Example({"chosen": Read(prompt, row.chosen_ids), "rejected": Read(prompt, row.rejected_ids)})]
+
+    def modules(self, model: Any) -> nn.Module | None:
+        """Modules that are trained beside the model, in float32; every rank starts from the job's seed."""
+        return None
+
+    @property
+    def modules_lr(self) -> float | None:
+        """Their peak learning rate; by default the model's."""
+        return self.config.lr
 
     def weights(self, gap: Gaps, *, mean_gap: float | None = None) -> Gaps:
         """Constant weights of the pairs of one optimizer step; `mean_gap` is all pairs' with `gap_mean: epoch`."""
@@ -81,10 +153,11 @@ class Method(Generic[C]):
         raise NotImplementedError
 
 
-def method_of(train: Train) -> Method[Train]:
-    """The method that a `train` section names."""
-    found: Callable[[Train], Method[Train]] = method_class(train.method)
-    return found(train)
+def method_of(train: Train, state: Any = None) -> Method[Train]:
+    """The method that a `train` section names, with what it learnt from the pairs."""
+    method: Method[Train] = method_class(train.method)(train)
+    method.state = state
+    return method
 
 
 def check_section_of_method(train: Train, *, name: str) -> None:

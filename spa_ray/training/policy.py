@@ -27,6 +27,7 @@ from spa_ray.training.job import TrainJob
 from spa_ray.training.kernels import use_liger
 from spa_ray.training.linear import use_fast_linear
 from spa_ray.training.memory import logits_mib, shape_of, step_memory
+from spa_ray.training.method import method_of
 from spa_ray.training.rope import pin_rope
 from spa_ray.training.zero3 import gathered_at_once, partitioned
 
@@ -91,7 +92,7 @@ def add_lora(model: Any, lora: Lora, seed: int) -> Any:
 
 @freed_at_once()
 def make_engine(job: TrainJob) -> Any:
-    """A fresh DeepSpeed engine over the job's policy; `engine(batch)` returns (summed log-probs, counts)."""
+    """A fresh DeepSpeed engine over the job's policy; `engine(batch)` returns what `ResponseLogps` does."""
     train = job.train
     quiet_deepspeed()
     import deepspeed
@@ -114,11 +115,12 @@ def make_engine(job: TrainJob) -> Any:
     use_attention(model, packed=packed)
     held = logits_mib(train, torch.cuda.is_available())
     budget = None if held is None else int(held * 2**20 / 4)
-    policy = ResponseLogps(model, packed=packed, logits_budget=budget)
+    hidden = "hidden" in method_of(train).outputs
+    policy = ResponseLogps(model, packed=packed, logits_budget=budget, hidden=hidden)
     engine, *_ = deepspeed.initialize(
         model=policy,
         model_parameters=[p for p in policy.parameters() if p.requires_grad],
-        optimizer=lambda parameters: torch.optim.AdamW(_decay_groups(parameters, train), lr=train.lr, fused=True),
+        optimizer=lambda parameters: torch.optim.AdamW(decay_groups(parameters, train), lr=train.lr, fused=True),
         config=deepspeed_config(train, parameters=parameter_count(policy)),
     )
     engine.train()
@@ -168,7 +170,7 @@ def check_layout(engine: Any, job: TrainJob) -> None:
     rows = _short_rows(policy.model.config.get_text_config().vocab_size)
 
     def means() -> Tensor:
-        summed, counts = engine(policy.collate(rows, comm.device()))
+        summed, counts, *_ = engine(policy.collate(rows, comm.device()))
         return summed / counts
 
     with torch.no_grad():
@@ -241,7 +243,7 @@ def quiet_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__ = {}
 
 
-def _decay_groups(parameters: list[nn.Parameter], train: Train) -> list[dict[str, Any]]:
+def decay_groups(parameters: list[nn.Parameter], train: Train) -> list[dict[str, Any]]:
     """Weight decay on matrices only."""
     if train.weight_decay == 0:
         return [{"params": parameters, "weight_decay": 0.0}]

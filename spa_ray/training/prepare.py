@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from spa_ray.config.training import TRAIN_BYSTANDERS
 from spa_ray.errors import InputError
@@ -23,10 +24,10 @@ from spa_ray.training.batches import Order, order_pairs, step_weights
 from spa_ray.training.dataset import Selection, TokenizedPairs, select_pairs
 from spa_ray.training.deal import Plan
 from spa_ray.training.job import TrainJob
-from spa_ray.training.method import check_section_of_method, method_of, method_source
+from spa_ray.training.method import Method, check_section_of_method, method_of, method_source
 from spa_ray.training.own_pairs import end_ids
 from spa_ray.training.rope import long_factors
-from spa_ray.training.tokenize import content_hash, tokenize_pairs
+from spa_ray.training.tokenize import content_hash, read_columns, tokenize_pairs
 from spa_ray.training.trainable import check_trainable
 
 
@@ -39,6 +40,7 @@ class Prepared:
     order: Order
     dropped: dict[str, int]
     fingerprint: str
+    state: Any = None  # what the method learnt from the pairs
 
     def plan(self, job: TrainJob, *, packed: bool) -> Plan:
         """Every step of the job, for as many ranks as there are now."""
@@ -57,13 +59,31 @@ class Prepared:
 
 def fingerprint(job: TrainJob) -> str:
     """A hash of all that decides a job's result: the pairs' bytes, the model's files, the settings, the seed."""
+    return _fingerprint(job, fitted(job))
+
+
+def _fingerprint(job: TrainJob, state: Any) -> str:
     settings = job.train.identity().model_dump_json(exclude=set(TRAIN_BYSTANDERS))
     chat = "" if job.chat is None else job.chat.model_dump_json()
     parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat, *method_source(job.train)]
     chosen = long_factors(_config(job), job.context)
     if chosen is not None:
         parts.append(f"long rotary factors: {chosen}")
+    if state is not None:
+        parts.append(f"method: {json.dumps(state, sort_keys=True)}")
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def fitted(job: TrainJob) -> Any:
+    """What the job's method learns from its pairs before training, as JSON gives it back. Raises: InputError."""
+    method = method_of(job.train)
+    if type(method).fit is Method.fit:
+        return None
+    state = method.fit(read_columns(job.pairs, method.columns))
+    try:
+        return json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"train.method: {job.train.method}: fit must return finite JSON values ({e})") from e
 
 
 def model_hash(model: Path) -> str:
@@ -83,9 +103,9 @@ def model_hash(model: Path) -> str:
 
 def prepare(job: TrainJob) -> Prepared:
     """Tokenise once (kept in the job's folder), then select and order on every rank alike. Raises: InputError."""
-    mark, dropped = comm.on_rank_zero(lambda: _tokenize(job))
+    mark, dropped, state = comm.on_rank_zero(lambda: _tokenize(job))
     data = TokenizedPairs(tokens_path(job, mark))
-    selection, also = select_pairs(data, method_of(job.train), seed=job.seed)
+    selection, also = select_pairs(data, method_of(job.train, state), seed=job.seed)
     train = job.train
     order = order_pairs(
         len(selection),
@@ -95,20 +115,21 @@ def prepare(job: TrainJob) -> Prepared:
         max_steps=train.max_steps,
         prompts=selection.sequences.prompt_of_pair if train.order == "prompts" else None,
     )
-    return Prepared(data, selection, order, {**dropped, **also}, mark)
+    return Prepared(data, selection, order, {**dropped, **also}, mark, state)
 
 
 def tokens_path(job: TrainJob, mark: str) -> Path:
-    return job.work / f"tokens_{mark}.arrow"
+    return job.work / f"tokens_{mark}_v2.arrow"  # files of an earlier layout are not read
 
 
-def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
+def _tokenize(job: TrainJob) -> tuple[str, dict[str, int], Any]:
     check_section_of_method(job.train, name=job.name)
     check_model_folder(job.model)
     check_trainable(job.model, job.train, trust_remote_code=job.trust_remote_code)
     if not job.pairs.exists():
         raise InputError(f"{job.pairs}: no such file or folder; give the pairs that `spa build` wrote")
-    mark = fingerprint(job)
+    state = fitted(job)
+    mark = _fingerprint(job, state)
     job.work.mkdir(parents=True, exist_ok=True)
     tokens, counts = tokens_path(job, mark), job.work / f"tokens_{mark}.json"
     if not (tokens.is_file() and counts.is_file()):
@@ -119,12 +140,13 @@ def _tokenize(job: TrainJob) -> tuple[str, dict[str, int]]:
             vocab_size=_vocab_size(job),
             max_length=job.train.max_length,
             gap=job.train.gap,
+            method=method_of(job.train, state),
             ends=cache(lambda: end_ids(job.model)),
         )
         partial = counts.with_suffix(".partial")
         partial.write_text(json.dumps(dropped))
         os.replace(partial, counts)
-    return mark, json.loads(counts.read_text())
+    return mark, json.loads(counts.read_text()), state
 
 
 def _chat(job: TrainJob) -> Chat:

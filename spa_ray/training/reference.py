@@ -22,7 +22,6 @@ from spa_ray.training.dataset import Selection, TokenizedPairs, read_sequences
 from spa_ray.training.deal import Plan, Sequences
 from spa_ray.training.job import TrainJob
 from spa_ray.training.prepare import model_hash
-from spa_ray.training.tokenize import content_hash
 
 Reference = Float[np.ndarray, " sequences"]
 
@@ -30,18 +29,17 @@ AT_ONCE = 1024  # sequences that are dealt to the ranks together
 
 
 def reference_path(job: TrainJob, selection: Selection) -> Path:
-    """Where these log-probs are kept, for this job and for every other one with the same model, template and data.
+    """Where these log-probs are kept, for this job and for every other one with the same model and sequences.
 
-    The name covers the model's files (its chat template is one of them), the chat settings, the pairs' bytes, which of
-    them are trained on, the dtype and QLoRA's quantisation; no learning rate, no loss.
+    The name covers the model's files, the sequences, the dtype and QLoRA's quantisation; no learning rate, no loss.
     """
     train = job.train
+    assert selection.keys is not None
     quantize = str(train.lora and train.lora.quantize)
     digest = hashlib.blake2b(digest_size=16)
-    chat = "" if job.chat is None else job.chat.model_dump_json()
-    for part in (model_hash(job.model), content_hash(job.pairs), train.dtype, quantize, str(train.max_length), chat):
+    for part in (model_hash(job.model), train.dtype, quantize):
         digest.update(part.encode() + b"\0")
-    digest.update(selection.source.astype("<i8").tobytes())
+    digest.update(selection.keys.astype("<i8").tobytes())
     return job.shared / f"reference_{digest.hexdigest()}.npz"
 
 
@@ -68,7 +66,7 @@ def compute_reference(
             # ZeRO-3 gathers weights in step: every rank runs every pass.
             rows = read_sequences(data, selection, mine if len(mine) else step.sequences[:1])
             with torch.no_grad():
-                summed, _ = engine(engine.module.collate(rows, comm.device()))
+                summed, *_ = engine(engine.module.collate(rows, comm.device()))
             if len(mine):
                 found[torch.from_numpy(mine)] = summed.double().cpu()
     reference = comm.all_sum(found.to(comm.device())).cpu().numpy()

@@ -128,11 +128,11 @@ class Case:
         seen: list[Tensor] = []
         export = loop.export_model
 
-        def look_and_export(job: TrainJob, engine: Any) -> None:
+        def look_and_export(job: TrainJob, engine: Any, beside: Any) -> None:
             with torch.no_grad():
                 policy = engine.module
                 seen.append(policy.token_logps(policy.collate(self.rows, "cpu")).clone())
-            export(job, engine)
+            export(job, engine, beside)
 
         loop.export_model = look_and_export
         try:
