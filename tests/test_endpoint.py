@@ -381,6 +381,10 @@ def test_a_budget_in_dollars_needs_prices_and_is_the_runs_own() -> None:
     with pytest.raises(InputError, match=r"budget\.usd needs scoring\.judge\.price; \{input: 0, output: 0\}"):
         generate_key({**raw_config(), "budget": {"usd": 1}})
     generate_key({**raw_config(price={"input": 1, "output": 2}), "budget": {"usd": 1}})
+    local = {"model": {"path": "none"}, "budget": {"usd": 1}}
+    with pytest.raises(InputError, match=r"budget\.usd bounds nothing here: .* set resources\.price_per_gpu_hour"):
+        generate_key(local)
+    generate_key({**local, "resources": {"price_per_gpu_hour": 3}})
     with pytest.raises(InputError, match=r"'budget\.usd' belongs to the run and cannot differ between arms"):
         generate_key({**raw_config(), "arms": {"main": {"budget.usd": 1}}})
 

@@ -48,11 +48,7 @@ class Endpoint(JudgeSection):
             raise ValueError("a URL in a config holds no user or key; name the key's variable in api_key_env")
         return url.rstrip("/")
 
-    @property
-    def unpriced(self) -> bool:
-        return self.price is None
-
-    def bill(self, work: Mapping[str, float], *, seconds: float) -> dict[str, float | None]:
+    def bill(self, work: Mapping[str, float], *, seconds: float = 0.0) -> dict[str, float | None]:
         prompt, generated = work["prompt_tokens"], work["generated_tokens"]
         requests, tokens = self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf
         minutes = max(work["requests"] / requests, (prompt + generated) / tokens)

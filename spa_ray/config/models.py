@@ -330,13 +330,20 @@ class Config(Section):
             raise ValueError(
                 f"pairs.thresholds: {sorted(stray)[0]!r} is not one of the objectives {list(self.objectives)}"
             )
-        judges = {"scoring": self.scoring.judged_by, "evaluation": self.evaluation.judged_by}
-        for name, judge in judges.items() if self.budget and self.budget.usd else ():
-            if judge.unpriced:
-                raise ValueError(
-                    f"budget.usd needs {name}.judge.price; {{input: 0, output: 0}} is one that costs nothing"
-                )
+        if self.budget and self.budget.usd:
+            self._check_prices()
         return self
+
+    def _check_prices(self) -> None:
+        """That `budget.usd` bounds something. Raises: ValueError."""
+        nothing = dict.fromkeys(("requests", "prompt_tokens", "generated_tokens"), 0.0)
+        judges = {"scoring": self.scoring.judged_by, "evaluation": self.evaluation.judged_by}
+        bills = {name: judge.bill(nothing) for name, judge in judges.items()}
+        for name, bill in bills.items():
+            if bill and bill["usd"] is None:
+                raise ValueError(f"budget.usd needs {name}.judge.price; {{input: 0, output: 0}} costs nothing")
+        if not any(bills.values()) and self.resources.price_per_gpu_hour is None:
+            raise ValueError("budget.usd bounds nothing here: no judge has a price; set resources.price_per_gpu_hour")
 
 
 def named_plugs(config: Config) -> list[str]:

@@ -23,14 +23,10 @@ class JudgeSection(Section):
     reads_prompts: ClassVar[bool] = False  # whether it is asked by `scoring`'s prompts
     only_mode: ClassVar[str | None] = None  # the `scoring.mode` that it can be asked in
 
-    @property
-    def unpriced(self) -> bool:
-        """Whether it costs money, and no price is given."""
-        return False
-
-    def bill(self, work: Mapping[str, float], *, seconds: float) -> dict[str, float | None]:
+    def bill(self, work: Mapping[str, float], *, seconds: float = 0.0) -> dict[str, float | None]:
         """For `requests`, `prompt_tokens` and `generated_tokens` that no engine of ours answers, each request in so
-        many seconds: `usd`, null without a price, and the `seconds` that its limits make of all of them."""
+        many seconds: `usd`, null without a price, and the `seconds` that its limits make of all of them. Empty where
+        our engines answer all."""
         return {}
 
     def plugs(self) -> list[str]:
