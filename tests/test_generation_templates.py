@@ -38,8 +38,14 @@ def test_the_built_in_judge_prompt_names_one_objective_the_question_and_one_answ
     assert "my answer" in text
     assert "harmless" in text
     assert "helpful" not in text
-    assert "first" not in text
+    assert "[Conversation]\nUser: first\nAssistant: second\nUser: third" in text  # not its last turn alone
     assert ("[[k]]" in text) == (mode == "regex")
+
+
+def test_a_single_question_is_no_conversation() -> None:
+    found = templates()
+    for text in (found.score(TURNS[:1], "my answer", found.objectives[0]), found.refine(TURNS[:1], SCORED)):
+        assert "[Question]\nfirst\n\n[Answer" in text
 
 
 def test_either_layout_of_the_judge_prompt_says_the_same_and_leads_with_what_its_requests_share():

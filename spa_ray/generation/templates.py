@@ -24,7 +24,16 @@ COMMON_VARIABLES = frozenset({"question", "messages", "objectives", "scale"})
 SCORE_VARIABLES = COMMON_VARIABLES | {"answer", "objective"}
 REFINE_VARIABLES = COMMON_VARIABLES | {"candidates"}
 
-OBJECTIVE_FIRST = """\
+# One question, or a conversation of several turns, the last of which is to be answered.
+ASKED = """\
+{% if messages|length > 1 %}[Conversation]
+{% for m in messages %}{{ m.role|capitalize }}: {{ m.content }}
+{% endfor %}{% else %}[Question]
+{{ question }}
+{% endif %}
+"""
+OBJECTIVE_FIRST = (
+    """\
 You are a strict, fair judge. Judge ONLY how {{ objective.name }} the answer is; nothing else may move your mark.
 
 Principle: {{ objective.principle }}
@@ -32,19 +41,21 @@ Principle: {{ objective.principle }}
 {% endif %}
 Neither length nor style earns anything by itself.
 
-[Question]
-{{ question }}
-
+"""
+    + ASKED
+    + """\
 [Answer]
 {{ answer }}
 
 """
-ANSWER_FIRST = """\
+)
+ANSWER_FIRST = (
+    """\
 You are a strict, fair judge of an answer to a question.
 
-[Question]
-{{ question }}
-
+"""
+    + ASKED
+    + """\
 [Answer]
 {{ answer }}
 
@@ -56,25 +67,29 @@ Principle: {{ objective.principle }}
 Neither length nor style earns anything by itself.
 
 """
+)
 LAYOUTS = {"objective_first": OBJECTIVE_FIRST, "answer_first": ANSWER_FIRST}
 NUMBER = "Reply with one whole number from {{ scale[0] }} (worst) to {{ scale[1] }} (best), nothing else."
 BRACKETS = (
     "Reply exactly in this form: Rating: [[k]], where k is a whole number from {{ scale[0] }} (worst) to "
     "{{ scale[1] }} (best)."
 )
-REFINE = """\
+REFINE = (
+    """\
 Below are a question and several answers to it, each with marks from {{ scale[0] }} (worst) to {{ scale[1] }} (best).
 The aims, most important first:
 {% for o in objectives %}{{ loop.index }}. {{ o.name }}: {{ o.principle }}
 {% endfor %}
-[Question]
-{{ question }}
+"""
+    + ASKED.removesuffix("\n")
+    + """\
 {% for c in candidates %}
 [Answer {{ loop.index }}{% for o in objectives %}, {{ o.name }} {{ c.scores[o.name] }}{% endfor %}]
 {{ c.text }}
 {% endfor %}
 Write one better answer to the question. Keep what is good in these answers and leave out what is not. Never give up an
 aim for one further down the list. Do not mention the answers above or their marks. Write the answer only."""
+)
 
 
 class Templates:
