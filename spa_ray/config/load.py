@@ -80,7 +80,7 @@ def arm_configs(raw: Mapping[str, Any], overrides: Iterable[Override], *, where:
     if not isinstance(arms, dict) or not all(isinstance(v, dict | None) for v in arms.values()):
         raise InputError(f"{where}: arms: must map a name to overrides, for example {{sft: {{train.method: sft}}}}")
     base["arms"] = {str(name): changes or {} for name, changes in arms.items()}
-    return {name: _validate(_with_arm(base, name, where), where, name) for name in base["arms"]}
+    return {name: validated(_with_arm(base, name, where), where, name) for name in base["arms"]}
 
 
 def _with_arm(base: Raw, arm: str, where: str) -> Raw:
@@ -169,7 +169,8 @@ def _copy(tree: Any) -> Any:
     return {k: _copy(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _validate(raw: Raw, where: str, arm: str) -> Config:
+def validated(raw: Raw, where: str, arm: str) -> Config:
+    """The config of a tree of plain values. Raises: InputError for its first fault."""
     try:
         return Config.model_validate(raw)
     except ValidationError as e:

@@ -6,12 +6,15 @@ The pipeline walks these levels with real files, the plan with symbolic hashes, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from spa_ray.config.load import set_dotted, validated
 from spa_ray.config.models import Config
+from spa_ray.config.training import BY_METHOD, Train
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES, first_prompt
 from spa_ray.storage.hashing import digest
+from spa_ray.training.method import method_of
 
 VANILLA = "vanilla"  # the model before training
 BASE, JUDGE = "base", "judge"  # what a run is given and makes in no stage: two model folders
@@ -20,7 +23,7 @@ BASE, JUDGE = "base", "judge"  # what a run is given and makes in no stage: two 
 @dataclass(frozen=True, eq=False)
 class Node:
     """One arm's use of a stage, or of something given. `inputs` by the stage's roles; `tau` is the build whose τ holds
-    here as well. An iteration of 0 is the evaluation."""
+    here as well. An iteration of 0 is the evaluation. `part`: the benchmark, or the model of the method's `recipe`."""
 
     stage: str
     arm: str
@@ -28,16 +31,41 @@ class Node:
     iteration: int = 0
     inputs: Mapping[str, Node] = field(default_factory=dict)
     tau: Node | None = None
-    benchmark: str = ""
+    part: str = ""
 
     @property
     def label(self) -> str:
         """What the stage is called in records and plans."""
-        return f"{self.stage}:{self.benchmark}" if self.benchmark else self.stage
+        return f"{self.stage}:{self.part}" if self.part else self.stage
+
+    @property
+    def user(self) -> str:
+        """Who uses the stage: an arm, or `arm:part` for a model of its recipe."""
+        return f"{self.arm}:{self.part}" if self.part and self.iteration else self.arm
+
+    @property
+    def known(self) -> Known:
+        return Known(self.iteration or 1, benchmark="" if self.iteration else self.part)
 
 
 def has_evaluation(config: Config) -> bool:
     return config.evaluation.prompts is not None or bool(config.evaluation.families)
+
+
+def extra_models(config: Config) -> dict[str, Config]:
+    """The models that an arm's method wants trained first (`Method.recipe`), as arms of their own on the same episodes:
+    by name, the arm's config with other keys. What is left of `train` is what all methods know.
+
+    Raises: InputError for keys that no config has.
+    """
+    found = {}
+    for name, keys in method_of(config.train).recipe().items():
+        raw = config.model_dump(mode="json")
+        raw["train"] = {key: raw["train"][key] for key in Train.model_fields if key not in ("method", *BY_METHOD)}
+        for key, value in keys.items():
+            set_dotted(raw, key, value, where=f"{config.train.method}: recipe: {name}")
+        found[name] = validated(raw, f"{config.train.method}: recipe", name)
+    return found
 
 
 def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
@@ -59,14 +87,23 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
             episodes[arm] = Node("generate", arm, config, iteration, inputs)
         episodes |= given
         yield from filter(None, ([*given.values()], [*prompts.values()], [episodes[arm] for arm in asked]))
+        parts = {(arm, ""): config for arm, config in active.items()}
+        parts |= {(arm, part): c for arm, config in active.items() for part, c in extra_models(config).items()}
         builds = {
-            arm: Node("build", arm, config, iteration, {"episodes": episodes[arm]}, tau.get(arm))
-            for arm, config in active.items()
+            (arm, part): Node("build", arm, c, iteration, {"episodes": episodes[arm]}, tau.get(arm), part)
+            for (arm, part), c in parts.items()
         }
         yield list(builds.values())
-        tau = {**builds, **tau}  # the first iteration's
+        tau = {**{arm: builds[arm, ""] for arm in active}, **tau}  # the first iteration's
+        extra: dict[str, dict[str, Node]] = {arm: {} for arm in active}
+        for (arm, part), c in parts.items():
+            inputs = {"pairs": builds[arm, part], "model": models[arm]}
+            if part:
+                extra[arm][part] = Node("train", arm, c, iteration, inputs, part=part)
+        yield from filter(None, [[node for nodes in extra.values() for node in nodes.values()]])
         for arm, config in active.items():
-            models[arm] = Node("train", arm, config, iteration, {"pairs": builds[arm], "model": models[arm]})
+            inputs = {"pairs": builds[arm, ""], "model": models[arm], **extra[arm]}
+            models[arm] = Node("train", arm, config, iteration, inputs)
         yield [models[arm] for arm in active]
     if has_evaluation(first):
         held_out, judge = Node("evalprompts", VANILLA, first), Node(JUDGE, VANILLA, first)
@@ -76,10 +113,10 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
             for arm, model in {VANILLA: base, **models}.items()
         ]
     for name in first.evaluation.benchmarks:
-        prompts_of = Node("benchprompts", VANILLA, first, benchmark=name)
+        prompts_of = Node("benchprompts", VANILLA, first, part=name)
         yield [prompts_of]
         yield [
-            Node("benchmark", arm, first, 0, {"prompts": prompts_of, "model": model}, benchmark=name)
+            Node("benchmark", arm, first, 0, {"prompts": prompts_of, "model": model}, part=name)
             for arm, model in {VANILLA: base, **models}.items()
         ]
 
@@ -117,9 +154,9 @@ def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
                 keys[node] = at = digest(source)
             else:
                 # Which τ an iteration is held to follows from its episodes and settings: a stand-in tells as much.
-                known = Known(node.iteration, 0.0 if node.tau else None, node.benchmark)
+                known = replace(node.known, tau=0.0 if node.tau else None)
                 keys[node] = at = key(node, known, hash_of)
             if STAGES[node.stage].recorded:
                 planned = found.setdefault(at, PlannedStage(node.label, at, node.config, node.iteration))
-                planned.arms.append(node.arm)
+                planned.arms += [node.arm] if node.arm not in planned.arms else []
     return list(found.values())

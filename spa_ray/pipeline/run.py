@@ -32,7 +32,6 @@ from spa_ray.pipeline.preflight_memory import check_training_memory
 from spa_ray.pipeline.progress import Progress
 from spa_ray.pipeline.prompt_files import PromptFiles
 from spa_ray.pipeline.recipe import BASE, JUDGE, VANILLA, Node, key, levels
-from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import ORDER, STAGES, UNTIL, Draw
 from spa_ray.pipeline.work import Context, Work, meter_of
 from spa_ray.rollout.settings import ChatSettings
@@ -144,7 +143,7 @@ class Pipeline:
         self._record(nodes)
         if stage.check:
             for node in nodes:
-                stage.check(replace(works[self.stages[node].folder.name], arms={node.arm: node.config}))
+                stage.check(replace(works[self.stages[node].folder.name], arms={node.user: node.config}))
         todo = [work for work in works.values() if not self._done(work.stage)]
         if todo:
             if stage.draw is None:
@@ -163,7 +162,7 @@ class Pipeline:
         for node in nodes:
             work = self._work(node)
             self.stages[node] = work.stage
-            works.setdefault(work.stage.folder.name, work).arms[node.arm] = node.config
+            works.setdefault(work.stage.folder.name, work).arms[node.user] = node.config
         return works
 
     def _work(self, node: Node) -> Work:
@@ -171,7 +170,7 @@ class Pipeline:
         if stage.draw:
             return self._drawn(node, stage.draw)
         tau = self.stages[node.tau].facts()["funnel"]["tau"] if node.tau else None
-        known = Known(node.iteration or 1, tau, node.benchmark, self.chat_key)
+        known = replace(node.known, tau=tau, chat=self.chat_key)
         folder = self.folder.stage(stage.name, key(node, known, self._hash))
         inputs = {"base": self.shared_base, **{role: self._path(given) for role, given in node.inputs.items()}}
         return Work(folder, node.config, inputs, known)
@@ -179,8 +178,7 @@ class Pipeline:
     def _drawn(self, node: Node, draw: Draw) -> Work:
         """Each command draws its prompts again (a bad row must show at once); their contents are the address."""
         fresh = Path(self._scratch.name) / f"{node.label}-{node.arm}-{node.iteration}.parquet"
-        known = Known(node.iteration, benchmark=node.benchmark)
-        counts = draw(self.prompt_files, node.config, known, fresh)
+        counts = draw(self.prompt_files, node.config, node.known, fresh)
         address = STAGES[node.stage].key(node.config, {"contents": file_hash(fresh)})
         return Work(self.folder.stage(node.stage, address), node.config, {"contents": fresh}, facts=counts.to_dict())
 
@@ -229,7 +227,7 @@ class Pipeline:
             record = self.records.setdefault((node.arm, node.iteration), {"stages": {}})
             stage, found = STAGES[node.stage], self.stages[node]
             record["stages"][node.label] = found.folder.name
-            if finished and stage.recorded:
+            if finished and stage.recorded and node.user == node.arm:
                 record[stage.output] = str(found.folder / stage.output)
                 record |= {name: found.facts()[name] for name in stage.told}
             if node.iteration:
@@ -255,7 +253,7 @@ class Pipeline:
         """The measures of every benchmark: arm -> name -> measures; and `benchmarks/NAME.json` of each."""
         found: dict[str, dict[str, Any]] = {}
         for name, section in self.config.evaluation.benchmarks.items():
-            played = {n.arm: at for n, at in self.stages.items() if (n.stage, n.benchmark) == ("benchmark", name)}
+            played = {n.arm: at for n, at in self.stages.items() if (n.stage, n.part) == ("benchmark", name)}
             where = f"evaluation.benchmarks.{name}"
             for arm, stage in played.items():
                 measured = benchmark_measures(section, stage.folder / "episodes", where=where)

@@ -47,9 +47,10 @@ class Stage:
     gpus: Callable[[Config], float] = lambda config: 0.0  # that it holds while it runs
 
     def key(self, config: Config, hashes: Mapping[str, str], known: keys.Known | None = None) -> str:
-        """The address of the stage's output."""
+        """The address of the stage's output. Roles beyond `inputs` (the models of a method's recipe) count by name."""
         settings = self.settings(config, known or keys.Known())
-        return stage_hash(self.name, self.version, settings, [hashes[r] for r in self.inputs if r in hashes])
+        more = [f"{role}:{hashes[role]}" for role in sorted({*hashes} - {*self.inputs})]
+        return stage_hash(self.name, self.version, settings, [hashes[r] for r in self.inputs if r in hashes] + more)
 
     @property
     def recorded(self) -> bool:
@@ -155,6 +156,7 @@ def run_train(works: Sequence[Work], context: Context) -> None:
     jobs = []
     for work in works:
         config = work.config
+        models = {role: work.input(role) for role in work.inputs if role not in ("pairs", "model", "base")}
         job = train_job(
             name=work.name,
             pairs=work.input("pairs"),
@@ -168,6 +170,7 @@ def run_train(works: Sequence[Work], context: Context) -> None:
             cache=context.cache,
             chat=context.chat,
             context=config.model.max_model_len,
+            models=models,
         )
         jobs.append(job)
     for work in works:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class TrainJob:
     must not stand yet), `work` the job's own folder for tokens, logs and checkpoints. All lie where every rank reads.
     `tracking` says where the log goes besides; it is no part of what the job is. `chat` is how generation rendered the
     prompts; null: a template without variables, today. `context` is `model.max_model_len`, by which generation chose
-    the rotary factors of a model that has two sets.
+    the rotary factors of a model that has two sets. `models` are the trained models of the method's recipe, by name.
     """
 
     name: str
@@ -45,6 +45,7 @@ class TrainJob:
     cache: Path | None = None
     chat: ChatSettings | None = None
     context: int | None = None
+    models: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def shared(self) -> Path:
@@ -62,6 +63,7 @@ class TrainJob:
             "cache": None if self.cache is None else str(self.cache.absolute()),
             "chat": None if self.chat is None else self.chat.model_dump(mode="json"),
             "context": self.context,
+            "models": {name: str(path.absolute()) for name, path in self.models.items()},
         }
 
     @classmethod
@@ -72,7 +74,8 @@ class TrainJob:
             "tracking": Tracking.model_validate(raw.get("tracking", {})),
             "chat": None if raw.get("chat") is None else ChatSettings.model_validate(raw["chat"]),
         }
-        return cls(**{**raw, **paths, **sections})
+        models = {name: Path(path) for name, path in raw.get("models", {}).items()}
+        return cls(**{**raw, **paths, **sections, "models": models})
 
 
 @dataclass(frozen=True)

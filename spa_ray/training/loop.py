@@ -59,6 +59,7 @@ def _run_job(job: TrainJob, progress: Progress | None) -> TrainResult:
     done = comm.on_rank_zero(lambda: _finished(job, prepared.fingerprint))
     if done is not None:
         return done
+    others = _others(job, prepared)
     engine = make_engine(job)
     try:
         own = OwnModules.of(job, prepared.state, engine.module.model)
@@ -67,7 +68,7 @@ def _run_job(job: TrainJob, progress: Progress | None) -> TrainResult:
         comm.on_rank_zero(lambda: Beside(prepared.state).write(job.work, job.train.method))
         # Under ZeRO-3 whole layers come and go between what stays: kept, they would leave holes.
         with kept_for_reuse() if job.train.zero_stage < 3 and not torch.cuda.is_available() else nullcontext():
-            loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first), own)
+            loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first), own, others)
             _say("job begins", step=first, steps=loop.plan.steps, pairs=len(prepared.selection))
             metrics = _run_steps(loop, prepared, first, progress)
         result = TrainResult(
@@ -189,6 +190,25 @@ def _reference(job: TrainJob, engine: Any, prepared: Prepared, first: int) -> Re
     return compute_reference(
         engine, prepared.data, prepared.selection, path, micro_batch_tokens=job.train.micro_batch_limit
     )
+
+
+def _others(job: TrainJob, prepared: Prepared) -> dict[str, Reference]:
+    """The log-probs of the models of the method's recipe, one model in memory at a time. Raises: InputError without."""
+    found = {}
+    for name in method_of(job.train).recipe():
+        if name not in job.models:
+            raise InputError(f"train.method: {job.train.method} trains the model {name!r} first; use `spa run`")
+        other = replace(job, model=job.models[name], models={})
+        path = comm.on_rank_zero(partial(reference_path, other, prepared.selection))
+        cached = comm.on_rank_zero(partial(cached_reference, path))
+        if cached is None:
+            engine, tokens = make_engine(other), job.train.micro_batch_limit
+            try:
+                cached = compute_reference(engine, prepared.data, prepared.selection, path, micro_batch_tokens=tokens)
+            finally:
+                dispose(engine)
+        found[name] = cached
+    return found
 
 
 def dispose(engine: Any) -> None:

@@ -9,7 +9,7 @@ without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
@@ -64,14 +64,15 @@ class Row:
 @dataclass(frozen=True)
 class LossInputs:
     """Some pairs of a step. `sides` are the pairs' sequences, in the order of the method's `sides`; `summed`, `counts`,
-    `reference` (summed log-probs of the policy before step 0) and `hidden` are by sequence, `targets` by pair. A
-    sequence is computed once, in however many pairs it is."""
+    `reference` (summed log-probs of the policy before step 0), `others` (those of the models of `recipe`) and `hidden`
+    are by sequence, `targets` by pair. A sequence is computed once, in however many pairs it is."""
 
     summed: Float[Tensor, " sequences"]
     counts: Int[Tensor, " sequences"]
     sides: Int[Tensor, "pairs sides"]
     weights: Float[Tensor, " pairs"]
     reference: Float[Tensor, " sequences"] | None = None
+    others: Mapping[str, Float[Tensor, " sequences"]] = field(default_factory=dict)
     hidden: Float[Tensor, "sequences width"] | None = None
     targets: Float[Tensor, "pairs k"] | None = None
     modules: nn.Module | None = None
@@ -89,6 +90,10 @@ class LossInputs:
         """Of each side, of the policy before step 0."""
         assert self.reference is not None
         return self._of_sides(self.reference / self.counts.clamp(min=1) if mean else self.reference)
+
+    def logps_of(self, model: str) -> list[Float[Tensor, " pairs"]]:
+        """Of each side, summed, of a model of the method's `recipe`."""
+        return self._of_sides(self.others[model])
 
     def hidden_states(self) -> list[Float[Tensor, "pairs width"]]:
         """Of each side, float32."""
@@ -116,6 +121,12 @@ class Method(Generic[C]):
     def __init__(self, config: C) -> None:
         self.config = config
         self.state: Any = None  # what `fit` returned, once it has
+
+    def recipe(self) -> Mapping[str, Mapping[str, Any]]:
+        """Models that are trained first, on the same episodes: name -> dotted keys of the config that differ (MODPO's
+        margin model: `{"margin": {"train.method": "spa_dpo", "pairs.thresholds": ..}}`). The loss sees their log-probs
+        by `LossInputs.logps_of`."""
+        return {}
 
     def fit(self, table: pa.Table) -> Any:
         """What is learnt from the pairs before training, as JSON: written into the model folder, and the same for the

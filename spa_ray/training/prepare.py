@@ -66,6 +66,7 @@ def _fingerprint(job: TrainJob, state: Any) -> str:
     settings = job.train.identity().model_dump_json(exclude=set(TRAIN_BYSTANDERS))
     chat = "" if job.chat is None else job.chat.model_dump_json()
     parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat, *method_source(job.train)]
+    parts += [f"{name}: {model_hash(model)}" for name, model in sorted(job.models.items())]
     chosen = long_factors(_config(job), job.context)
     if chosen is not None:
         parts.append(f"long rotary factors: {chosen}")

@@ -49,6 +49,7 @@ class StepLoop:
         prepared: Prepared,
         reference: Reference | None,
         own: OwnModules | None = None,
+        others: Mapping[str, Reference] | None = None,
     ) -> None:
         self.job = job
         self.engine = engine
@@ -57,6 +58,7 @@ class StepLoop:
         self.selection = prepared.selection
         self.plan = prepared.plan(job, packed=engine.module.packed)
         self.reference = reference
+        self.others = others or {}
         self.method = method_of(job.train, prepared.state)
         self._passes_left = 0  # backward passes of the running step
 
@@ -178,6 +180,7 @@ class StepLoop:
             sides=to_device(sides),
             weights=to_device(step.weights[pairs]).to(summed),
             reference=None if self.reference is None else to_device(self.reference[sequences]).to(summed),
+            others={name: to_device(logps[sequences]).to(summed) for name, logps in self.others.items()},
             hidden=hidden[0] if hidden else None,
             targets=None if targets is None else to_device(targets[step.pairs[pairs]]).to(summed),
             modules=None if self.own is None else self.own.modules,

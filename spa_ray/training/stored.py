@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,15 @@ class StoredJob:
     cache: AnyPath | None = None
     chat: ChatSettings | None = None
     context: int | None = None
+    models: Mapping[str, AnyPath] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         sections = {name: getattr(self, name).model_dump(mode="json") for name in ("train", "tracking")}
         paths = {name: str(path) for name in PATHS if (path := getattr(self, name)) is not None}
         plain = {"name": self.name, "seed": self.seed, "trust_remote_code": self.trust_remote_code}
         chat = None if self.chat is None else self.chat.model_dump(mode="json")
-        return {**plain, "chat": chat, "context": self.context, **sections, **paths}
+        models = {name: str(path) for name, path in self.models.items()}
+        return {**plain, "chat": chat, "context": self.context, "models": models, **sections, **paths}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> StoredJob:
@@ -74,7 +76,9 @@ class StoredJob:
             "tracking": Tracking.model_validate(raw["tracking"]),
             "chat": None if raw.get("chat") is None else ChatSettings.model_validate(raw["chat"]),
         }
-        return cls(**{**raw, **sections, **{name: as_path(raw[name]) for name in PATHS if raw.get(name)}})
+        models = {name: as_path(path) for name, path in raw.get("models", {}).items()}
+        paths = {name: as_path(raw[name]) for name in PATHS if raw.get(name)}
+        return cls(**{**raw, **sections, **paths, "models": models})
 
     @property
     def scratch(self) -> Path:
@@ -97,13 +101,15 @@ class StoredJob:
             cache=scratch / "cache",
             chat=self.chat,
             context=self.context,
+            models={name: local_folder(path) for name, path in self.models.items()},
         )
 
 
 def train_job(**fields: Any) -> TrainJob | StoredJob:
     """A job from `TrainJob`'s fields: a plain one where every folder that it reads or writes is local."""
     job = StoredJob(**fields)
-    return TrainJob(**fields) if all(is_local(getattr(job, n)) for n in PATHS if getattr(job, n)) else job
+    folders = [*job.models.values(), *(folder for name in PATHS if (folder := getattr(job, name)))]
+    return TrainJob(**fields) if all(map(is_local, folders)) else job
 
 
 def run_stored(stored: StoredJob, run: Callable[[TrainJob], TrainResult]) -> TrainResult:
