@@ -109,6 +109,15 @@ def test_draws_that_scatter_more_than_the_answers(spread: float, noisy: bool) ->
     assert "noisy_judge" not in advice(healthy())  # with one draw nothing is known
 
 
+@pytest.mark.parametrize("judge", ["mine:judge", {"kind": "reward", "path": "r"}])
+def test_no_change_of_prompts_is_advised_for_a_judge_that_reads_none(judge: Any) -> None:
+    same = advice(scores(lambda at: [7, 7]), scoring__judge=judge)
+    assert {"constant", "all_tie"} <= set(same)
+    fails = changed(lambda response, at: response.update(scores=[None, 5], score_status=["parse_failure: x", "ok"]))
+    found = advice(fails, scoring__judge=judge, scoring__mode="regex")
+    assert [same["constant"]["change"], same["all_tie"]["change"], found["parse_failures"]["change"]] == [None] * 3
+
+
 @pytest.mark.parametrize(("mass", "warned"), [(0.5, False), (0.51, True)])
 def test_mass_off_the_scale(mass: float, warned: bool) -> None:
     rows = changed(lambda response, at: response.update(off_scale=[mass, 0.0]))

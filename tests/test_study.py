@@ -151,6 +151,15 @@ def test_pair_precision_is_the_share_in_the_other_judges_lexicographic_order(tmp
     assert row["pairs"] == [3.5]
 
 
+def test_pairs_are_looked_at_by_a_judge_of_any_form_and_left_out_where_it_has_no_score(tmp_path: Path) -> None:
+    pairs = [("p", "9/1", "4/9"), ("p", "4/9", "9/1"), ("p", "?", "4/9"), ("q", "9/1", "?")]
+    evaluation = {"judge": "tests.study_runs:Reader", "prompts": {"source": "p.jsonl"}, "bootstrap": 200}
+    answers = {arm: {"test": SPA[0]} for arm in ("vanilla", "no_filter")}
+    run = write_run(tmp_path / "s", answers, pairs={"no_filter": pairs}, evaluation=evaluation)
+    row = study_of(tmp_path, run)[0]["filters"]["rows"]["no_filter"]
+    assert (row["right"]["mean"], row["pairs"]) == (0.5, [2])
+
+
 def test_pair_order_counts_by_prompt() -> None:
     counted = pair_order([("p", (9, 1), (4, 9)), ("p", (1, 1), (1, 1)), ("q", (1, 1), (2, 1))])
     assert counted.right == {"p": 1, "q": 0}

@@ -44,6 +44,10 @@ class Folder(JudgeSection):
     kind: Literal["model"]
     path: str = Field(description="its folder or URI")
 
+    @property
+    def folder(self) -> str | None:
+        return self.path
+
 
 class Function(JudgeSection):
     """A function, or a class derived from `spa_ray.Judge`, in a file of the user's own."""

@@ -23,6 +23,11 @@ class JudgeSection(Section):
     reads_prompts: ClassVar[bool] = False  # whether it is asked by `scoring`'s prompts
     only_mode: ClassVar[str | None] = None  # the `scoring.mode` that it can be asked in
 
+    @property
+    def folder(self) -> str | None:
+        """Of the model with a pass of its own; None: the model before training."""
+        return None
+
     def bill(self, work: Mapping[str, float], *, seconds: float = 0.0) -> dict[str, float | None]:
         """For `requests`, `prompt_tokens` and `generated_tokens` that no engine of ours answers, each request in so
         many seconds: `usd`, null without a price, and the `seconds` that its limits make of all of them. Empty where

@@ -91,7 +91,8 @@ def saturated(sample: Sample, signal: Signal) -> Iterator[Advice]:
 
 def _finer(sample: Sample) -> str | None:
     """The change that makes ratings finer than whole numbers, where it is not made."""
-    return None if sample.config.scoring.mode == "expected" else "scoring.mode=expected"
+    scoring = sample.config.scoring
+    return None if scoring.mode == "expected" or not scoring.judged_by.asks_engine else "scoring.mode=expected"
 
 
 def ties(sample: Sample, signal: Signal) -> Iterator[Advice]:
@@ -120,7 +121,8 @@ def noisy(sample: Sample, signal: Signal) -> Iterator[Advice]:
                 "noisy_judge", f"{text}; with {wanted} draws it would be {share:.0%}", f"scoring.draws={wanted}"
             )
         else:
-            yield Advice("noisy_judge", f"{text}; probabilities instead of draws have none", _finer(sample))
+            finer = _finer(sample)
+            yield Advice("noisy_judge", f"{text}; probabilities instead of draws have none" if finer else text, finer)
 
 
 def off_scale(sample: Sample, signal: Signal) -> Iterator[Advice]:
@@ -149,7 +151,9 @@ def unreadable(sample: Sample, signal: Signal) -> Iterator[Advice]:
         worst = max(sorted(set(bad)), key=bad.count)
         change = {
             "truncated": f"scoring.max_tokens={2 * scoring.max_tokens}",
-            "parse_failure": "scoring.mode=choice" if scoring.mode == "regex" else None,
+            "parse_failure": "scoring.mode=choice"
+            if scoring.mode == "regex" and scoring.judged_by.asks_engine
+            else None,
         }.get(worst)
         yield Advice("parse_failures", f"{name}: {found['parse_failures'][0]:.0%} of the judgements gave no rating, "
                      f"mostly {worst}", change)  # fmt: skip

@@ -281,7 +281,8 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     check_model_folder(model)
     check_settings(config, model)
     check_evaluation(config, model)
-    base = fetch_model(config.model) if config.evaluation.judge == "base" else model
+    own = config.evaluation.judged_by
+    base = fetch_model(config.model) if own.own_pass and own.folder is None else model
     judge = judge_folder(config, base)
     progress = Progress()
     with closing(progress), tempfile.TemporaryDirectory() as scratch:

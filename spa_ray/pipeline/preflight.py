@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.judge import Folder
 from spa_ray.config.models import Config, Model, evaluation_scoring
 from spa_ray.data.prompts import Check
 from spa_ray.engine import check_capabilities
@@ -221,7 +220,7 @@ def judge_folder(config: Config, base: AnyPath) -> AnyPath | None:
     judge = config.evaluation.judged_by
     if not judge.own_pass:
         return None
-    folder = as_path(judge.path) if isinstance(judge, Folder) else base
+    folder = base if judge.folder is None else as_path(judge.folder)
     if not is_file(folder / "config.json"):
         raise InputError(
             f"evaluation.judge: {str(folder)!r} is not `base`, `self`, a dotted path module:judge or a model folder"

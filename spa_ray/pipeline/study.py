@@ -1,26 +1,28 @@
 """From finished run folders, one a seed, to the study beside them: Markdown and JSON.
 
 Comes in: run folders of the same arms, settings and held-out prompts. Goes out: two files. Reads finished stages only;
-the judge of the pairs is the one that the config names by dotted path.
+the judge of the pairs is the evaluation's where it is code of the user's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spa_ray.config.models import Config
-from spa_ray.config.plugs import load_dotted
+from spa_ray.config.plugs import JUDGES, load_dotted
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.study import ORDERED, PairOrder, SeedRun, build_study, pair_order, study_markdown
+from spa_ray.generation.judging import Item, Parts, Scorer
+from spa_ray.objectives import Objective, load_objectives
 from spa_ray.pipeline.inspect import run_configs
 from spa_ray.storage.files import AnyPath, is_file, parquet_dataset, read_json, write_json, write_text
 from spa_ray.storage.folder import EVALUATION, RunFolder, StageFolder, open_run
 
-Judge = Callable[[Sequence[dict[str, str]], str, str, str], float]
 OF_A_SEED = {"name", "run_dir", "seed", "resources"}  # what the runs of a study may differ in
 
 
@@ -101,29 +103,36 @@ def _read(run: _Run) -> SeedRun:
     arms = {name: folder for name, folder in run.stages.items() if name != "evalprompts"}
     answers = {arm: read_answers(run.stage(folder) / "episodes") for arm, folder in arms.items()}
     orders: dict[str, PairOrder] = {}
-    for name in run.config.evaluation.judged_by.plugs():
-        judge = load_dotted(name, where="evaluation.judge")
-        score = _Scorer(judge, run.config.objectives)
-        orders = {arm: pair_order(_judged(run, arm, score)) for arm in ORDERED if arm in run.configs}
+    section = run.config.evaluation.judged_by
+    if section.plugs():
+        no_engine: Any = None
+        parts = Parts(run.config, no_engine, no_engine, no_engine)
+        judge = load_dotted(JUDGES[section.kind], where="evaluation.judge").of(section, parts)
+        with asyncio.Runner() as runner:
+            score = _Asked(judge, load_objectives(run.config), runner)
+            orders = {arm: pair_order(_judged(run, arm, score)) for arm in ORDERED if arm in run.configs}
     return SeedRun(run.config.seed, answers, orders)
 
 
-class _Scorer:
-    """The judge's scores of an answer, in objective order; the same answer is asked about once."""
+class _Asked:
+    """The judge's scores of an answer, in objective order, none where a judgement failed; the same answer is asked
+    about once."""
 
-    def __init__(self, judge: Judge, objectives: Sequence[str]) -> None:
-        self._judge, self._objectives = judge, objectives
-        self._known: dict[tuple[str, str], tuple[float, ...]] = {}
+    def __init__(self, judge: Scorer, objectives: Sequence[Objective], runner: asyncio.Runner) -> None:
+        self._judge, self._objectives, self._runner = judge, objectives, runner
+        self._known: dict[tuple[str, str], list[float]] = {}
 
-    def __call__(self, prompt_id: str, prompt: Sequence[dict[str, str]], meta: str, text: str) -> tuple[float, ...]:
+    def __call__(self, prompt_id: str, prompt: Sequence[dict[str, str]], meta: str, text: str) -> list[float]:
         key = (prompt_id, text)
         if key not in self._known:
-            self._known[key] = tuple(float(self._judge(prompt, meta, text, name)) for name in self._objectives)
+            item = Item(prompt, meta, text, self._objectives, lambda *_: 0)
+            scores = [found.score for found in self._runner.run(self._judge.score(item))]
+            self._known[key] = [] if None in scores else [float(score) for score in scores if score is not None]
         return self._known[key]
 
 
-def _judged(run: _Run, arm: str, score: _Scorer) -> Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]:
-    """Every pair of the arm's first iteration: its prompt_id and both answers' scores."""
+def _judged(run: _Run, arm: str, score: _Asked) -> Iterator[tuple[str, list[float], list[float]]]:
+    """Every pair of the arm's first iteration whose answers both have scores: its prompt_id and those scores."""
     stages = read_json(run.folder.arm_file(arm, 1))["stages"]
     ids = EpisodeFolder(run.stage(stages["generate"]) / "episodes").table(["prompt_id", "meta"]).to_pydict()
     meta = dict(zip(ids["prompt_id"], ids["meta"], strict=True))
@@ -132,4 +141,6 @@ def _judged(run: _Run, arm: str, score: _Scorer) -> Iterator[tuple[str, tuple[fl
         for pair in batch.to_pylist():
             asked = (pair["prompt_id"], pair["prompt"], meta[pair["prompt_id"]])
             chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
-            yield pair["prompt_id"], score(*asked, chosen), score(*asked, rejected)
+            scores = score(*asked, chosen), score(*asked, rejected)
+            if all(scores):
+                yield pair["prompt_id"], *scores
