@@ -57,8 +57,8 @@ def test_every_shipped_config_is_planned(spa: Any, path: Path) -> None:
         assert arm["train"]["lr"] > 0
 
 
-def test_a_named_data_set_without_a_loader_is_refused_by_run(spa: Any, config: Any) -> None:
-    refused(spa("run", config(prompts={"source": "honeset"})), "honeset", "loader")
+def test_a_named_data_set_that_no_hub_has_is_refused_by_run_without_a_local_copy(spa: Any, config: Any) -> None:
+    refused(spa("run", config(prompts={"source": "honeset"})), "honeset", "prompts.path=FILE")
 
 
 def test_unknown_keys_name_the_nearest(spa: Any, config: Any) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa_ray.config.models import Prompts
-from spa_ray.data.prompts import PromptCounts, messages_digest, read_prompts, write_prompts
+from spa_ray.data.forms import messages_digest
+from spa_ray.data.prompts import PromptCounts, read_prompts, write_prompts
 from spa_ray.data.readers import source_kind
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
@@ -281,11 +282,6 @@ def test_skipping_more_prompts_than_there_are_is_refused(tmp_path: Path) -> None
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_named_data_set_has_no_loader_yet_and_says_so() -> None:
-    assert source_kind(Prompts(source="honeset")) == "named"
-    assert "prompts.source: the named data set 'honeset' has no loader yet" in refusal("honeset")
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "data/nowhere.csv", "/nowhere/at/all"])

@@ -19,7 +19,9 @@ import yaml
 
 from spa_ray.config import Config, arm_configs
 from spa_ray.config.models import Episodes
-from spa_ray.data.given import HELPSTEER2, ULTRAFEEDBACK, EpisodeCounts, write_episodes
+from spa_ray.data.given import EpisodeCounts, write_episodes
+from spa_ray.data.loaders.helpsteer2 import ATTRIBUTES as HELPSTEER2
+from spa_ray.data.loaders.ultrafeedback import ATTRIBUTES as ULTRAFEEDBACK
 from spa_ray.data.schemas import EPISODES, is_imported, objectives_of
 from spa_ray.errors import InputError
 from spa_ray.pipeline.recipe import planned_stages
@@ -162,7 +164,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "no scores": ({"prompt": "q", "responses": [{"text": "a"}]}, "`responses`[0] is no answer; give {text, scores:"),
     "text score": ({**ONE, "scores": {"x": "high"}}, "`x` is 'high'; a score is a finite number"),
     "endless": ({**ONE, "scores": {"x": float("inf")}}, "`x` is inf; a score is a finite number"),
-    "no completions": ({**ULTRAFEEDBACK_ROW, "completions": ["a"]}, "`completions` are not UltraFeedback's (TypeError"),
+    "no completions": (
+        {**ULTRAFEEDBACK_ROW, "completions": ["a"]},
+        "`completions` is not of the form that it shows (TypeError",
+    ),
     "beyond the scale": (rated("q", "a", 5, 0, 0, 0, 0), "helpfulness is 5; a rating is a number from 0 to 4"),
     "no rating": (
         {**ULTRAFEEDBACK_ROW, "completions": [completion("a", "good", "1", "1", "1")]},
@@ -304,10 +309,11 @@ def test_import_is_done_once_and_leaves_nothing_half_written(tmp_path: Path, spa
     assert "finished with other settings or input" in err
 
 
-def test_a_hubs_answers_are_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["hf://nvidia/HelpSteer2", "helpsteer2"])
+def test_a_hubs_answers_are_imported(tmp_path: Path, source: str) -> None:
     rows = "".join(json.dumps(row) + "\n" for row in HELPSTEER2_ROWS).encode()
     with Hub({"nvidia/HelpSteer2": {"train.jsonl": rows, "validation.jsonl": rows}}) as hub:
-        run = [sys.executable, "-m", "spa_ray.cli.main", "import", "hf://nvidia/HelpSteer2", "--out", "out", "--json"]
+        run = [sys.executable, "-m", "spa_ray.cli.main", "import", source, "--out", "out", "--json"]
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
                        "PYTHONPATH": str(ROOT)}  # fmt: skip
         done = subprocess.run(

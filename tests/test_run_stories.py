@@ -16,6 +16,7 @@ from spa_ray.data.readers import Row
 from spa_ray.pipeline.examples import RULE, Example, median_and_worst, print_examples
 from spa_ray.pipeline.inspect import print_story
 from spa_ray.pipeline.prompt_files import PromptFiles
+from tests.scripted import scripted_config
 
 
 def chapter(text: str, *, kept: bool, iteration: int = 1) -> dict[str, Any]:
@@ -106,13 +107,14 @@ def test_the_checks_and_the_run_read_each_source_once(tmp_path: Path, monkeypatc
     for name in ("train.jsonl", "held.jsonl"):
         (tmp_path / name).write_text("{}\n")
     files = PromptFiles()
+    config = scripted_config(prompts={"source": str(tmp_path / "train.jsonl")})
     evaluation = Evaluation(prompts=Prompts(source=str(tmp_path / "held.jsonl")))
     for number in range(3):
         out = tmp_path / f"{number}.parquet"
-        assert files.write(Prompts(source=str(tmp_path / "train.jsonl")), out).rows == 2
+        assert files.write(config, out).rows == 2
         assert pq.read_table(out).num_rows == 2
         assert files.write_held_out(evaluation, out).rows == {"test": 2}
         assert pq.read_table(out)["prompt_id"][0].as_py().startswith("test/")
     assert read == ["train.jsonl", "held.jsonl"]
-    assert files.write(Prompts(source=str(tmp_path / "train.jsonl")), tmp_path / "x.parquet", skip=1).rows == 1
+    assert files.write(config, tmp_path / "x.parquet", skip=1).rows == 1
     assert len(read) == 3

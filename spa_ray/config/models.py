@@ -89,12 +89,23 @@ class Prompts(Section):
     """Where prompts come from."""
 
     source: str | None = Field(
-        None, description="file, folder, data set of a hub (`hf://owner/name`), dotted path `module:reader`"
+        None,
+        description="file, folder, data set by name (docs/DATA.md) or of a hub (`hf://owner/name`), dotted path"
+        " `module:reader`",
     )
+    path: str | None = Field(None, description="local copy of a data set by name: a file or a folder; null: the hub")
     split: str | None = Field(
         None, description="of a folder or a data set; null: `train`, or the only one. Handed to a reader"
     )
-    limit: int | None = Field(None, ge=1, description="take the first N prompts")
+    limit: int | None = Field(None, ge=1, description="take N prompts")
+    sample: int | None = Field(
+        None,
+        description="seed of a random sample of `limit` prompts, the same on every machine and in every order of the"
+        " rows; null: the first ones",
+    )
+    decontaminate: Literal["evaluation"] | None = Field(
+        None, description="`evaluation`: leave out and count prompts that share 13 words in a row with held-out ones"
+    )
     columns: dict[Literal["prompt", "messages", "prompt_id"], str] = Field(
         default_factory=dict, description="names of the user's columns, by ours; `a.b` is `b` inside `a`"
     )
@@ -103,6 +114,12 @@ class Prompts(Section):
         "error",
         description="of conversations that end with the assistant's turn (SFT data): refuse the row, or drop it",
     )
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Prompts:
+        if self.sample is not None and self.limit is None:
+            raise ValueError("limit: null, and prompts are sampled; say how many")
+        return self
 
 
 class Episodes(Section):
@@ -256,6 +273,17 @@ class Evaluation(Section):
     def judged_by(self) -> JudgeSection:
         return judge_section(self.judge)
 
+    @property
+    def held_out(self) -> list[Prompts]:
+        """All sets of prompts."""
+        return [*([self.prompts] if self.prompts else []), *self.families.values()]
+
+    @model_validator(mode="after")
+    def _are_held_out(self) -> Evaluation:
+        if any(prompts.decontaminate for prompts in self.held_out):
+            raise ValueError("prompts.decontaminate: of prompts to train on; remove the key")
+        return self
+
 
 class Config(Section):
     """One arm's whole config. `name`, `seed` and `run_dir` belong to the run."""
@@ -301,6 +329,11 @@ class Config(Section):
         off = {section: {**keys, **(raw.get(section) or {})} for section, keys in GIVEN_ANSWERS.items()}
         return {**raw, **same, **off}
 
+    @property
+    def decontaminated_by(self) -> list[Prompts]:
+        """Whose prompts may share no 13 words in a row with those to train on."""
+        return self.evaluation.held_out if self.prompts.decontaminate else []
+
     def _check_given(self) -> None:
         names = self.episodes.attributes
         if names is not None and names != self.objectives:
@@ -325,6 +358,8 @@ class Config(Section):
                 f"sampling.n is {self.sampling.n}, at least {k + 1} (objectives + 1) are needed: "
                 f"{k} points are always perfectly correlated and no prompt would be kept"
             )
+        if self.prompts.decontaminate and not self.evaluation.held_out:
+            raise ValueError("prompts.decontaminate: evaluation has no prompts; name them, or remove the key")
         stray = set(self.pairs.thresholds) - set(self.objectives)
         if stray:
             raise ValueError(

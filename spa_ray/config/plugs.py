@@ -39,6 +39,26 @@ JUDGES = {
     "endpoint": "spa_ray.generation.endpoint_judge:EndpointJudge",
 }
 
+SOURCES = {  # each a `data.named.DataSet`
+    "saferlhf": "spa_ray.data.loaders.saferlhf:SET",
+    "wildguard": "spa_ray.data.loaders.wildguard:SET",
+    "honeset": "spa_ray.data.loaders.honeset:SET",
+    "jailbreak_trigger": "spa_ray.data.loaders.jailbreak_trigger:SET",
+    "hh_rlhf": "spa_ray.data.loaders.hh_rlhf:SET",
+    "ultrafeedback": "spa_ray.data.loaders.ultrafeedback:SET",
+    "helpsteer2": "spa_ray.data.loaders.helpsteer2:SET",
+    "advbench": "spa_ray.data.loaders.advbench:SET",
+    "harmbench": "spa_ray.data.loaders.harmbench:SET",
+    "xstest": "spa_ray.data.loaders.xstest:SET",
+    "strongreject": "spa_ray.data.loaders.strongreject:SET",
+    "do_not_answer": "spa_ray.data.loaders.do_not_answer:SET",
+    "mt_bench": "spa_ray.data.loaders.mt_bench:SET",
+    "arena_hard": "spa_ray.data.loaders.arena_hard:SET",
+    "truthfulqa": "spa_ray.data.loaders.truthfulqa:SET",
+    "safetybench": "spa_ray.data.loaders.safetybench:SET",
+    "mmlu": "spa_ray.data.loaders.mmlu:SET",
+}
+
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -6,9 +6,10 @@ One table (`FORMS`) reads, another (`TOLD`) names forms that take a word from th
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -300,6 +301,12 @@ def encodable(text: str, name: str) -> str:
     except UnicodeEncodeError as e:
         raise BadRowError(f"{name} is not valid Unicode (character {e.start + 1}); save the file as UTF-8") from e
     return text
+
+
+def messages_digest(messages: Sequence[Mapping[str, str]]) -> bytes:
+    """A hash (16 bytes) of roles and contents, the same on every machine."""
+    canonical = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).digest()
 
 
 def in_words(value: object) -> str:

@@ -1,43 +1,32 @@
 """Answers with scores that a data set already holds, as episodes: no engine and no judge takes part.
 
-`FORMS` reads the public ones (HelpSteer2, UltraFeedback, HH-RLHF) and rows of one's own, each known by its columns.
+`forms` has those of public data sets, which their own files know, and of rows of one's own, each shown by its columns.
 Rows are read, checked, refused and counted as prompts are (`prompts.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spa_ray.config.models import Episodes, Prompts
+from spa_ray.config.plugs import SOURCES, load_plug
 from spa_ray.data.episodes import WRITE_OPTIONS
 from spa_ray.data.forms import BadRowError, check_text, in_words
 from spa_ray.data.left_out import DUPLICATE
-from spa_ray.data.own_pairs import own_pair, score_of, split_turns
+from spa_ray.data.named import Answer, DataSet, Values
+from spa_ray.data.overlap import Wordings
+from spa_ray.data.own_pairs import own_pair, score_of
 from spa_ray.data.prompts import Prompt, PromptCounts, Seen, to_prompt, write_rows
 from spa_ray.data.readers import Row, read_rows
 from spa_ray.data.schemas import imported
 from spa_ray.errors import InputError
 
-HELPSTEER2 = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-ULTRAFEEDBACK = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 PREFERRED = "preferred"  # the one score of a preference pair: 1 for the chosen answer, 0 for the rejected one
-_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # HelpSteer2's, in prompts of several turns
-
-Values = dict[str, Any]
-
-
-class Answer(NamedTuple):
-    """`scores` by name, null where there is none; `system` is what it was sampled under."""
-
-    text: str
-    scores: Mapping[str, float | None]
-    system: str | None = None
 
 
 @dataclass
@@ -74,27 +63,6 @@ def _own_row(values: Values) -> list[Answer]:
     return [_answer({"text": values.pop("response"), "scores": values.pop("scores")}, "`response`")]
 
 
-def _helpsteer2(values: Values) -> list[Answer]:
-    """One answer with five ratings of 0-4; r / 4."""
-    scores = {name: _rating(values.pop(name), name, 0, 4) for name in HELPSTEER2}
-    if isinstance(values.get("prompt"), str) and _TURN.search(values["prompt"]):
-        values["messages"] = split_turns(values.pop("prompt"), _TURN, "prompt")
-    return [Answer(check_text(values.pop("response"), "`response`", "an answer"), scores)]
-
-
-def _ultrafeedback(values: Values) -> list[Answer]:
-    """`completions`, each with four ratings of 1-5 as text, «N/A» for none; (r - 1) / 4."""
-    answers = []
-    for number, given in enumerate(values.pop("completions")):
-        name, scores = f"`completions`[{number}]", {}
-        for attribute in ULTRAFEEDBACK:
-            rating = given["annotations"][attribute]["Rating"]
-            scores[attribute] = None if rating in (None, "N/A") else _rating(rating, f"{name} {attribute}", 1, 5)
-        text = check_text(given["response"], name, "an answer")
-        answers.append(Answer(text, scores, given.get("custom_system_prompt")))
-    return answers
-
-
 def _pair(values: Values) -> list[Answer]:
     """`chosen` and `rejected` in any of the forms that `own_pairs` reads (HH-RLHF, TRL): the label is the score."""
     pair = own_pair(Row("", dict(values)))
@@ -104,24 +72,20 @@ def _pair(values: Values) -> list[Answer]:
     return [Answer(pair.chosen, {PREFERRED: 1.0}), Answer(pair.rejected, {PREFERRED: 0.0})]
 
 
-def _rating(value: Any, name: str, low: int, high: int) -> float:
-    """A rating from `low` to `high` as a score from 0 to 1, two decimals."""
-    try:
-        rating = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        rating = math.nan
-    if not low <= rating <= high:
-        raise BadRowError(f"{name} is {value!r}; a rating is a number from {low} to {high}")
-    return round((rating - low) / (high - low), 2)
+class _Form(NamedTuple):
+    columns: tuple[str, ...]  # show it
+    answers: Callable[[Values], list[Answer]]
+    prompt: Callable[[Values], Values] = dict  # what is left of the row
 
 
-FORMS: Mapping[tuple[str, ...], Callable[[Values], list[Answer]]] = {  # by the columns that show each
-    ("responses",): _own,
-    ("completions",): _ultrafeedback,
-    ("chosen", "rejected"): _pair,
-    ("response", "scores"): _own_row,
-    ("response", *HELPSTEER2): _helpsteer2,
-}
+@cache
+def forms() -> tuple[_Form, ...]:
+    """Our own, and those of public data sets."""
+    own = (_Form(("responses",), _own), _Form(("chosen", "rejected"), _pair), _Form(("response", "scores"), _own_row))
+    sets: list[DataSet] = [load_plug(SOURCES, name, where="episodes.source") for name in SOURCES]
+    return (*own, *(_Form(found.shown_by, found.answers, found.row) for found in sets if found.answers is not None))
+
+
 NO_FORM = "no answers with scores (columns: {}); give `prompt` and `responses`: [{{text, scores: {{name: number}}}}]"
 
 # --- episodes --------------------------------------------------------------------------------------------------------
@@ -141,7 +105,7 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
     Raises: InputError at a bad row (unless `on_bad_row` is skip), where the source cannot be read, and where no answer
     has a score of an attribute's name.
     """
-    seen, counts.attributes = Seen(), section.attributes or ()
+    seen, wordings, counts.attributes = Seen(), Wordings(), section.attributes or ()
     for _, rows in itertools.groupby(_given(section, counts), key=lambda given: given.key):
         first, *others = rows
         try:
@@ -157,6 +121,7 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
         counts.named.update(*(answer.scores for answer in answers))
         counts.attributes = counts.attributes or tuple(dict.fromkeys(n for answer in answers for n in answer.scores))
         counts.rows, counts.answers = counts.rows + 1, counts.answers + len(answers)
+        counts.near += wordings.repeats(first.prompt["messages"])
         yield _episode(first.prompt, answers, counts.attributes)
         if counts.rows == section.limit:
             break
@@ -171,7 +136,8 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
 
 
 def _given(section: Episodes, counts: EpisodeCounts) -> Iterator[_Given]:
-    for row in read_rows(Prompts(source=section.source, split=section.split), where="episodes", notes=counts.told):
+    source = Prompts(source=section.source, split=section.split)
+    for row in read_rows(source, where="episodes", notes=counts.told, raw=True):
         if row.blank:
             counts.dropped.add("empty", row.place, "an empty line")
             continue
@@ -186,15 +152,16 @@ def _read(row: Row, counts: EpisodeCounts) -> _Given:
     if row.values is None:
         raise BadRowError(str(row.problem), "unreadable")
     values = dict(row.values)
-    form = next((form for columns, form in FORMS.items() if all(values.get(c) is not None for c in columns)), None)
+    form = next((form for form in forms() if all(values.get(c) is not None for c in form.columns)), None)
     if form is None:
         raise BadRowError(NO_FORM.format(", ".join(map(str, values))), "no answers")
     try:
-        answers = form(values)
+        answers = form.answers(values)
+        values = form.prompt(values)
     except (AttributeError, KeyError, TypeError) as e:
-        raise BadRowError(f"`completions` are not UltraFeedback's ({type(e).__name__}: {e})") from e
+        raise BadRowError(f"`{form.columns[0]}` is not of the form that it shows ({type(e).__name__}: {e})") from e
     prompt = to_prompt(Row(row.place, values), {}, left_out=counts.left_out)
-    alone = form in (_own_row, _helpsteer2)
+    alone = "response" in form.columns
     return _Given(row.place, prompt, answers, (prompt["prompt_id"], prompt["messages"]) if alone else object())
 
 

@@ -9,6 +9,7 @@ Never: chat templates, tokenizers.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 import os
@@ -29,16 +30,19 @@ from spa_ray.data.forms import (
     encodable,
     in_words,
     is_missing,
+    messages_digest,
     take,
     take_messages,
 )
 from spa_ray.data.left_out import DUPLICATE, LeftOut
+from spa_ray.data.overlap import Grams, Wordings
 from spa_ray.data.readers import Row, read_rows
 from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
 
 ROWS_PER_GROUP = 1024
+CONTAMINATED = "in the evaluation"
 LONGEST_VECTOR = 64  # numbers in a list that is kept in `meta`
 LONGEST_NAME = 80  # characters of a column's name in a note
 MOST_NAMES = 50  # columns that notes name
@@ -56,6 +60,7 @@ class PromptCounts:
 
     rows: int = 0
     duplicates: int = 0
+    near: int = 0  # prompts that came out and differ from an earlier one in case, punctuation and spaces alone
     bad: int = 0
     first_bad: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)  # column -> rows in which it was left out
@@ -65,7 +70,8 @@ class PromptCounts:
     def to_dict(self) -> dict[str, Any]:
         """What a stage's record says of them."""
         return {
-            "rows": self.rows, "duplicates": self.duplicates, "bad": self.bad, "first_bad": self.first_bad,
+            "rows": self.rows, "duplicates": self.duplicates, "near_duplicates": self.near, "bad": self.bad,
+            "first_bad": self.first_bad,
             "left_out": self.left_out, "told": list(self.told),
         }  # fmt: skip
 
@@ -82,11 +88,14 @@ class PromptCounts:
             self.dropped.add(fault.reason, place, message.removeprefix(f"{place}: "))
 
     def notes(self, where: str = "prompts") -> list[str]:
-        """One line for each file and column that was left out."""
-        if not self.left_out:
-            return list(self.told)
-        columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.left_out.items())
-        return [*self.told, f"{where}: columns left out (bytes, long lists of numbers, row numbers): {columns}"]
+        """One line for each file and column that was left out, and one for near-duplicates."""
+        notes = list(self.told)
+        if self.left_out:
+            columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.left_out.items())
+            notes.append(f"{where}: columns left out (bytes, long lists of numbers, row numbers): {columns}")
+        if self.near:
+            notes.append(f"{where}: {self.near:,} prompts have the words of an earlier one; they are kept")
+        return notes
 
 
 def read_prompts(
@@ -96,19 +105,45 @@ def read_prompts(
     skip: int = 0,
     counts: PromptCounts | None = None,
     check: Check | None = None,
+    against: Sequence[Prompts] = (),
+    look: int | None = None,
 ) -> Iterator[Prompt]:
     """The valid prompts of a source, in its order: at most `prompts.limit`, after leaving out the first `skip` of them.
 
     Two calls with `skip` 0 and `limit` thus share no prompt. `counts` is filled while the iterator runs, and counts
-    only what comes after the skipped prompts. Nothing is read beyond the last prompt that is wanted. Where `check`
-    raises a ValueError, the row is a bad one.
+    only what comes after the skipped prompts. Nothing is read beyond the last prompt that is wanted. With
+    `prompts.sample` the whole source is read, or its first `look` rows, and the order is that of a sample. Where
+    `check` raises a ValueError, the row is a bad one. Prompts that share a gram with those of `against` are left out.
     Raises: InputError naming file, row and the fix: at a bad row (unless `on_bad_row` is skip), and when the source
     cannot be read.
     """
     counts = PromptCounts() if counts is None else counts
+    held_out = (row for section in against for row in read_prompts(section, where="evaluation.prompts", look=look))
+    grams = Grams(row["messages"] for row in held_out)
+    if prompts.sample is None:
+        found = _valid(prompts, where, skip, counts, check, grams, None)
+    else:
+        valid, seed = _valid(prompts, where, 0, counts, check, grams, look), prompts.sample
+        drawn = heapq.nsmallest(skip + (prompts.limit or 0), valid, key=lambda prompt: _ticket(prompt, seed))
+        found = iter(drawn[skip:])
+    wordings = Wordings()
+    for prompt in islice(found, prompts.limit):
+        counts.near += wordings.repeats(prompt["messages"])
+        counts.rows += 1
+        yield prompt
+
+
+def _ticket(prompt: Prompt, seed: int) -> bytes:
+    """A prompt's place in a sample: by its text and the seed alone."""
+    return hashlib.blake2b(messages_digest(prompt["messages"]), digest_size=16, key=str(seed).encode()).digest()
+
+
+def _valid(
+    prompts: Prompts, where: str, skip: int, counts: PromptCounts, check: Check | None, grams: Grams, look: int | None
+) -> Iterator[Prompt]:
     seen = Seen()
     left = skip
-    for row in read_rows(prompts, where=where, notes=counts.told):
+    for row in islice(read_rows(prompts, where=where, notes=counts.told), look):
         if row.blank:
             if left == 0:
                 counts.dropped.add("empty", row.place, "an empty line")
@@ -123,16 +158,16 @@ def read_prompts(
         except BadRowError as e:
             counts.refuse(row.place, e, prompts.on_bad_row, counted=left == 0)
             continue
-        if left > 0:
+        if new and prompt["messages"] in grams:
+            if left == 0:
+                counts.dropped.add(CONTAMINATED, row.place, "shares 13 words in a row with a held-out prompt")
+        elif left > 0:
             left -= new
         elif not new:
             counts.duplicates += 1
             counts.dropped.add(DUPLICATE, row.place, "the same messages as in an earlier row")
         else:
-            counts.rows += 1
             yield prompt
-            if counts.rows == prompts.limit:
-                return
 
 
 def _checked(prompt: Prompt, check: Check) -> None:
@@ -143,9 +178,15 @@ def _checked(prompt: Prompt, check: Check) -> None:
 
 
 def write_prompts(
-    prompts: Prompts, out: Path, *, where: str = "prompts", skip: int = 0, check: Check | None = None
+    prompts: Prompts,
+    out: Path,
+    *,
+    where: str = "prompts",
+    skip: int = 0,
+    check: Check | None = None,
+    against: Sequence[Prompts] = (),
 ) -> PromptCounts:
-    """Write a source's prompts to one Parquet file of the `PROMPTS` schema.
+    """Write a source's prompts to one Parquet file of the `PROMPTS` schema, as `read_prompts` gives them.
 
     The file appears whole, by rename, after the last row was checked; on an error nothing is left behind.
     Raises: InputError as `read_prompts` does, and when no prompt is left.
@@ -153,7 +194,7 @@ def write_prompts(
     counts = PromptCounts()
 
     def rows() -> Iterator[Prompt]:
-        yield from read_prompts(prompts, where=where, skip=skip, counts=counts, check=check)
+        yield from read_prompts(prompts, where=where, skip=skip, counts=counts, check=check, against=against)
         if counts.rows == 0:
             raise InputError(_nothing_left(prompts, counts, where, skip))
 
@@ -210,12 +251,6 @@ class Seen:
             return False
         self.hashes.add(digest)
         return True
-
-
-def messages_digest(messages: Sequence[Mapping[str, str]]) -> bytes:
-    """A hash (16 bytes) of roles and contents, the same on every machine."""
-    canonical = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(canonical.encode(), digest_size=16).digest()
 
 
 def to_prompt(

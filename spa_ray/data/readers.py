@@ -3,12 +3,13 @@
 
 Takes `config.prompts`; gives `Row`s, each with its place (file and line) for messages, and either a dict or the reason
 why it cannot be read. One row (a JSON text that is no line: one file) is in memory at a time. What a column means is
-decided in `forms.py`.
+decided in `forms.py`; what the rows of a public data set become, in its own file (`named.py`).
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
 import inspect
 import io
 import itertools
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from spa_ray.config.models import Prompts
-from spa_ray.config.plugs import is_dotted, load_dotted
+from spa_ray.config.plugs import SOURCES, is_dotted, load_plug
 from spa_ray.data import json_rows
 from spa_ray.data.containers import HEAD, Unreadable, encoding_of, is_compressed, kind_of, open_data
 from spa_ray.data.folders import files_of
@@ -33,8 +34,6 @@ from spa_ray.errors import InputError
 PARQUET_BATCH = 1024
 UNHOLDABLE = (ValueError, OverflowError, LookupError)
 CSV_CELL_LIMIT = 2**31 - 1  # the csv module's own limit, 131,072 characters, refuses long documents
-
-NAMED = ("honeset",)  # public, and on no hub: a plan may assume its prompts
 
 SourceKind = Literal["file", "folder", "reader", "datasets", "named"]
 
@@ -58,9 +57,11 @@ def source_kind(prompts: Prompts, *, where: str = "prompts") -> SourceKind:
     source = prompts.source
     if not source:
         raise InputError(
-            f"{where}.source: missing; give a file, a folder, a hub's data set (hf://owner/name) or a reader "
-            "(package.module:function)"
+            f"{where}.source: missing; give a file, a folder, a data set by name or of a hub (hf://owner/name) or a "
+            "reader (package.module:function)"
         )
+    if source in SOURCES:
+        return "named"
     path = Path(os.path.expanduser(source))
     try:
         if path.is_file():
@@ -73,9 +74,9 @@ def source_kind(prompts: Prompts, *, where: str = "prompts") -> SourceKind:
         raise InputError(f"{where}.source: {source[:200]!r}: {e.strerror}") from e
     if is_dotted(source):
         return "reader"
-    if source.lower() in NAMED:
-        return "named"
-    hint = "give one that is there, a hub's data set (hf://owner/name) or a reader (package.module:function)"
+    near = difflib.get_close_matches(source.lower().replace("-", "_"), SOURCES, n=1)
+    meant = f"did you mean {near[0]}? Or " if near else ""
+    hint = f"{meant}give one that is there, a hub's data set (hf://owner/name) or a reader (package.module:function)"
     if "://" in source:
         hint = "only Parquet is read from afar (its name ends in .parquet); copy others to this machine's disks"
     elif any(sign in source for sign in "*?["):
@@ -83,24 +84,28 @@ def source_kind(prompts: Prompts, *, where: str = "prompts") -> SourceKind:
     raise InputError(f"{where}.source: {source!r}: no such file or folder; {hint}")
 
 
-def read_rows(prompts: Prompts, *, where: str = "prompts", notes: dict[str, None] | None = None) -> Iterator[Row]:
-    """Every row of the source, in the order of the files' names and of the rows in them.
+def read_rows(
+    prompts: Prompts, *, where: str = "prompts", notes: dict[str, None] | None = None, raw: bool = False
+) -> Iterator[Row]:
+    """Every row of the source, in the order of the files' names and of the rows in them; with `raw` those of a named
+    data set as they are published.
 
     A row that cannot be read comes with its `problem`; a file that cannot be read at all ends the reading. `notes`
-    is told what is left out. Raises: InputError (at the first row at the latest), also for a named data set, since none
-    has a loader yet.
+    is told what is left out. Raises: InputError (at the first row at the latest).
     """
+    from spa_ray.data.named import DataSet  # reads by this module
+
     kind, notes = source_kind(prompts, where=where), {} if notes is None else notes
     column = prompts.columns.get("prompt", "prompt")
     source = str(prompts.source)
     path = Path(os.path.expanduser(source))
-    if kind == "named":
-        raise InputError(
-            f"{where}.source: the named data set {source!r} has no loader yet; give its rows as a "
-            "JSONL, JSON, CSV or Parquet file, or a reader (package.module:function)"
-        )
-    if kind == "reader":
-        yield from _rows_of_reader(source, prompts.split, where)
+    plug = load_plug(SOURCES, source, where=f"{where}.source") if kind in ("named", "reader") else None
+    if prompts.path is not None and not isinstance(plug, DataSet):
+        raise InputError(f"{where}.path: {source!r} is no data set by name; give the file as {where}.source")
+    if isinstance(plug, DataSet):
+        yield from plug.rows(prompts, where=where, notes=notes, raw=raw)
+    elif kind == "reader":
+        yield from _rows_of_reader(source, plug, prompts.split, where)
     elif kind == "datasets":
         yield from _read_datasets(str(address_of(source)), prompts.split, where, notes)
     elif kind == "folder":
@@ -128,8 +133,7 @@ def _read_datasets(address: str, split: str | None, where: str, notes: dict[str,
         number += table.num_rows
 
 
-def _rows_of_reader(source: str, split: str | None, where: str) -> Iterator[Row]:
-    reader = load_dotted(source, where=f"{where}.source")
+def _rows_of_reader(source: str, reader: Any, split: str | None, where: str) -> Iterator[Row]:
     if not callable(reader):
         raise InputError(f"{where}.source: {source!r} is a {type(reader).__name__}; a reader is a function")
     try:

@@ -138,7 +138,8 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
     with closing(progress), tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
         lengths = Lengths(config, model)
-        counts = write_prompts(config.prompts, fresh, check=lengths.check([config]))
+        against = config.decontaminated_by
+        counts = write_prompts(config.prompts, fresh, check=lengths.check([config]), against=against)
         for line in [*lengths.warnings(config), *counts.notes(), *lengths.of_prompts(fresh, config)]:
             progress.say(f"warning: {line}")
         context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)

@@ -117,7 +117,8 @@ class _Lookup:
         return open_chat(self.first.model, folder, estimate=True)
 
     def prompts(self, config: Config) -> PromptFacts:
-        key = ["prompts", config.model_dump(mode="json", include={"prompts", "episodes"})]
+        against = [section.model_dump_json() for section in config.decontaminated_by]
+        key = ["prompts", config.model_dump(mode="json", include={"prompts", "episodes"}), against]
         return self._once(key, lambda: self._prompts(config))
 
     def _prompts(self, config: Config) -> PromptFacts:
@@ -125,7 +126,7 @@ class _Lookup:
         if config.episodes.source:
             where, given = "episodes", config.episodes
             prompts = Prompts(source=given.source, split=given.split, limit=given.limit)
-        facts = prompt_facts(prompts, self.notes, where, self._check(config), given)
+        facts = prompt_facts(prompts, self.notes, where, self._check(config), given, config.decontaminated_by)
         self.notes += lines({where: facts.dropped})
         return facts
 

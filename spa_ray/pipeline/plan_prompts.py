@@ -7,7 +7,7 @@ whole large data set; what was not counted is assumed and said so.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -44,14 +44,22 @@ class PromptFacts:
 
 
 def prompt_facts(
-    prompts: Prompts, notes: list[str], where: str, check: Check | None = None, given: Episodes | None = None
+    prompts: Prompts,
+    notes: list[str],
+    where: str,
+    check: Check | None = None,
+    given: Episodes | None = None,
+    against: Sequence[Prompts] = (),
 ) -> PromptFacts:
     """Reads at most COUNTED prompts, those of `given` answers where there are any. Raises: InputError for a source that
     is missing, or wrong within what is read."""
-    if source_kind(prompts, where=where) == "named":
-        return _assumed(prompts, notes, f"{where}: {prompts.source} has no loader here")
     counts = EpisodeCounts()
-    rows = read_episodes(given, counts) if given else read_prompts(prompts, where=where, counts=counts, check=check)
+    look = max(COUNTED, 2 * (prompts.limit or 0))  # a sample of as many rows is taken for one of all
+    rows = (
+        read_episodes(given, counts)
+        if given
+        else read_prompts(prompts, where=where, counts=counts, check=check, against=against, look=look)
+    )
     try:
         read = [row["messages"] for row in islice(rows, COUNTED)]
     except UnreachableError as e:

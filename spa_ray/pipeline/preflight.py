@@ -174,14 +174,14 @@ def each_prompts(
     """
     rounds, limit = config.iterations.count, config.prompts.limit
     if rounds == 1 or config.iterations.prompts == "same":
-        counts = files.write(config.prompts, scratch, check=check)
+        counts = files.write(config, scratch, check=check)
         notes += counts.notes()
         yield counts.rows
         return
     if limit is None:
         raise InputError("iterations.prompts: diff needs prompts.limit, so that the next iteration can take the next")
     for iteration in range(1, rounds + 1):
-        counts = files.write(config.prompts, scratch, skip=first_prompt(config, iteration), check=check)
+        counts = files.write(config, scratch, skip=first_prompt(config, iteration), check=check)
         notes += counts.notes()
         found = counts.rows
         if found < limit:

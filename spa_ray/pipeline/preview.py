@@ -55,7 +55,8 @@ def preview_prompts(
     model = fetch_model(config.model)
     chat = None if config.model.own_engine else open_chat(config.model, model)
     notes = thinking_warnings(chat, config)
-    facts = prompt_facts(config.prompts, notes, "prompts", prompt_check(chat, [config]))
+    check, against = prompt_check(chat, [config]), config.decontaminated_by
+    facts = prompt_facts(config.prompts, notes, "prompts", check, against=against)
     dropped = {"prompts": facts.dropped}
     if out is None:
         notes += left_out_lines(dropped)
@@ -63,7 +64,7 @@ def preview_prompts(
         make_folder(out)
         notes += write_list(dropped, out / LEFT_OUT)
     total = facts.count
-    rows = list(islice(read_prompts(config.prompts, check=prompt_check(chat, [config])), count))
+    rows = list(islice(read_prompts(config.prompts, check=check, against=against), count))
     progress = Progress()
     with closing(progress):
         for line in notes:

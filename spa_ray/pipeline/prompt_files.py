@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spa_ray.config.models import Episodes, Evaluation, Prompts
+from spa_ray.config.models import Config, Episodes, Evaluation
 from spa_ray.data.given import EpisodeCounts, write_episodes
 from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, write_prompts
@@ -33,12 +33,13 @@ class PromptFiles:
         self._made: dict[str, tuple[Path, Any]] = {}
         self.dropped: dict[str, LeftOut] = {}  # what was left out of all that was written, by the source's key
 
-    def write(self, prompts: Prompts, out: Path, *, skip: int = 0, check: Check | None = None) -> PromptCounts:
-        """As `data.prompts.write_prompts`. Raises: InputError as it does."""
+    def write(self, config: Config, out: Path, *, skip: int = 0, check: Check | None = None) -> PromptCounts:
+        """`config.prompts`, as `data.prompts.write_prompts`. Raises: InputError as it does."""
+        prompts, against = config.prompts, config.decontaminated_by
         counts: PromptCounts = self._once(
-            f"{skip} {prompts.model_dump_json()}",
+            f"{skip} {[section.model_dump_json() for section in (prompts, *against)]}",
             out,
-            lambda file: write_prompts(prompts, file, skip=skip, check=check),
+            lambda file: write_prompts(prompts, file, skip=skip, check=check, against=against),
         )
         beyond = f", beyond the first {skip:,}" if skip else ""
         self.dropped[f"prompts ({prompts.source}{beyond})"] = counts.dropped

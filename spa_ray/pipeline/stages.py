@@ -77,7 +77,7 @@ def first_prompt(config: Config, iteration: int) -> int:
 
 
 def _draw_prompts(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
-    return files.write(config.prompts, out, skip=first_prompt(config, known.iteration))
+    return files.write(config, out, skip=first_prompt(config, known.iteration))
 
 
 def _draw_held_out(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:

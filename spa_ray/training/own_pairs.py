@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spa_ray.data.forms import messages_digest
 from spa_ray.data.own_pairs import SIDES, OwnPair
-from spa_ray.data.prompts import messages_digest
 from spa_ray.data.schemas import PAIRS
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
