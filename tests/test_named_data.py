@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from spa_ray.config import arm_configs
 from spa_ray.config.models import Prompts
-from spa_ray.config.plugs import SOURCES
+from spa_ray.config.plugs import SOURCES, load_plug
 from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.data.readers import source_kind
 from spa_ray.errors import InputError
@@ -322,6 +323,33 @@ def test_the_shipped_configs_are_planned_on_local_files_of_the_true_schema(
         assert any("prompts: 1 rows left out: in the evaluation" in note for note in plan["notes"])
     for arm in plan["arms"].values():
         assert arm["generate"]["requests"] > 0
+
+
+PAGE = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_every_set_and_where_it_is() -> None:
+    listed = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `") and "](http" in line}
+    assert list(listed) == list(SOURCES)
+    for name, line in listed.items():
+        found = load_plug(SOURCES, name, where="test")
+        assert f"]({found.page})" in line
+        assert ("file only" in line) == (found.hub is None)
+        if found.hub is not None and "| hub" not in line:
+            assert "/".join(found.hub.removeprefix("hf://").split("/")[:2]) in line
+
+
+def test_the_page_s_examples_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, plug = re.findall(r"```(?:yaml|python)\n(.*?)```", PAGE, re.DOTALL)[:2]
+    raw = {"model": {"path": "m"}, **yaml.safe_load(config)}
+    found = arm_configs(raw, [], where="c.yaml", stem="c")["main"]
+    assert [section.source for section in found.decontaminated_by] == ["saferlhf", "xstest"]
+    (tmp_path / "riddles.py").write_text(plug)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = put(tmp_path / "r.jsonl", [{"riddle": f"What has {k} legs?", "solution": "a stool", "k": k} for k in (3, 4)])
+    rows = prompts("riddles:SET", path)
+    assert rows[0]["messages"] == [{"role": "user", "content": "What has 3 legs?"}]
+    assert rows[0]["meta"] == {"answer": "a stool", "k": 3}
 
 
 def test_honeset_s_rows_are_never_committed() -> None:
