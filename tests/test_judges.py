@@ -10,19 +10,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from spa_ray.config import arm_configs
 from spa_ray.config.judge import Reward, judge_section
 from spa_ray.config.models import Config, named_plugs
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.schemas import PROMPTS
 from spa_ray.errors import InputError
 from spa_ray.generation.judging import Item, Judgement
 from spa_ray.generation.reward_judge import RewardJudge
-from spa_ray.generation.setup import check_generation
+from spa_ray.generation.setup import Task, check_generation
+from spa_ray.generation.stage import generate
 from spa_ray.objectives import Objective
 from spa_ray.pipeline.plan import make_plan
+from spa_ray.pipeline.preflight import judge_folder
 from spa_ray.pipeline.stages import STAGES
-from tests.scripted import WEIGHTS, play, scripted_config
+from tests.scripted import WEIGHTS, play, prompt, scripted_config
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 NAMES = ("harmless", "helpful")
@@ -86,6 +93,20 @@ def test_a_plan_asks_no_engine_for_what_a_function_scores() -> None:
 
     assert requests(judge="mine:judge") == 10 * (5 + 1)  # samples and the refinement
     assert requests() == 10 * (5 + 1 + 2 * (5 + 1))
+
+
+def test_a_models_hub_id_is_the_folder_that_was_fetched(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = tmp_path / "models--org--judge" / "snapshots" / "abc"
+    shutil.copytree(tiny_model, fetched)
+    (tmp_path / "models--org--judge" / "refs").mkdir()
+    (tmp_path / "models--org--judge" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for judge in ("org/judge", {"kind": "model", "path": "org/judge"}):
+        assert judge_folder(config(evaluation={"judge": judge}), tiny_model) == fetched
+    with pytest.raises(InputError, match=r"^evaluation\.judge: 'org/none' could not be fetched"):
+        judge_folder(config(evaluation={"judge": "org/none"}), tiny_model)
 
 
 # --- functions and classes ------------------------------------------------------------------------------------------
@@ -324,8 +345,46 @@ def test_a_reward_models_files_are_part_of_the_stage_and_its_device_is_not(rewar
     assert key(path=str(other)) != before
 
 
-def test_a_whole_episode_is_scored_by_a_reward_model(reward_model: Path) -> None:
-    judge = {"kind": "reward", "path": str(reward_model)}
-    row = play(scripted_config(scoring={"judge": judge}))
-    assert row["error"] is None
-    assert all(isinstance(score, float) for response in row["responses"] for score in response["scores"])
+# --- a pass on Ray --------------------------------------------------------------------------------------------------
+
+
+def blocks_of_the_page() -> list[dict[str, Any]]:
+    """The judges that docs/JUDGES.md shows."""
+    page = (EXAMPLES.parent / "JUDGES.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)]
+    return [block for block in blocks if "scoring" in block]
+
+
+def test_the_page_shows_configs_that_are_read() -> None:
+    kinds = [config(**block).scoring.judged_by.kind for block in blocks_of_the_page()]
+    assert kinds == ["endpoint", "reward"]
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("kind", ["function", "class", "reward"])
+def test_a_pass_is_scored_by_each_kind_of_judge(kind: str, tmp_path: Path, reward_model: Path) -> None:
+    """The page's examples in the actors of a real pass: every response has finite scores by that judge."""
+    by_page = next(b["scoring"]["judge"] for b in blocks_of_the_page() if "reward" in str(b))
+    judge = {
+        "function": "docs.examples.plain_words:judge",
+        "class": {"kind": "function", "name": "docs.examples.careful:Careful", "config": {"words": ["moss"]}},
+        "reward": {**by_page, "path": str(reward_model)},
+    }[kind]
+    prompts = tmp_path / "prompts.parquet"
+    rows = [prompt(f"question {k}?") for k in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), prompts)
+    out = tmp_path / "stage" / "episodes"
+    counts = generate(scripted_config(scoring={"judge": judge}), Task(), prompts=prompts, out=out,
+                      checkpoint=tmp_path / "checkpoint", model=WEIGHTS, config_hash="h")  # fmt: skip
+    assert (counts.rows, counts.errors) == (6, 0)
+    responses = [r for row in EpisodeFolder(out).table().to_pylist() for r in row["responses"]]
+    assert {status for r in responses for status in r["score_status"]} == {"ok"}
+    assert all(1 <= score <= 10 for r in responses for score in r["scores"])
+    assert all(
+        float(text) != score
+        for r in responses
+        if kind == "reward"
+        for text, score in zip(r["judge_texts"], r["scores"], strict=True)
+    )  # the output and what became of it
+    assert len({tuple(r["scores"]) for r in responses}) > 3

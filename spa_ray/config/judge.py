@@ -42,7 +42,7 @@ class Folder(JudgeSection):
     own_pass: ClassVar[bool] = True
     reads_prompts: ClassVar[bool] = True
     kind: Literal["model"]
-    path: str = Field(description="its folder or URI")
+    path: str = Field(description="its folder, URI or hub id")
 
     @property
     def folder(self) -> str | None:

@@ -259,8 +259,8 @@ class Evaluation(Section):
     families: dict[str, Prompts] = Field(default_factory=dict, description="further held-out sets, by name")
     judge: str | JudgeKinds = Field(
         "base",
-        description="`base` (the model before training), `self`, a model folder, `module:judge`, or a section as"
-        " `scoring.judge` has",
+        description="`base` (the model before training), `self`, a model folder or hub id, `module:judge`, or a section"
+        " as `scoring.judge` has",
     )
     objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
     sampling: EvalSampling = EvalSampling()

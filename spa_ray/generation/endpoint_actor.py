@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spa_ray.config.endpoint import Endpoint
+from spa_ray.config.section import JudgeSection
 from spa_ray.engine.answers import open_answers
 from spa_ray.engine.openai import (
     Allowance,
@@ -121,22 +122,22 @@ class EndpointLine:
 
 @contextmanager
 def served(
-    endpoint: Endpoint | None, folder: AnyPath, allowance: Allowance | None = None
+    judge: JudgeSection | None, folder: AnyPath, allowance: Allowance | None = None
 ) -> Iterator[EndpointLine | None]:
-    """The pass's line to its endpoint, None where it has none. Answers are kept in `folder`.
+    """The pass's line to its judge's endpoint, None where it has none. Answers are kept in `folder`.
 
     Raises: InputError where the endpoint is not there, or does not know the model or the key.
     """
-    if endpoint is None:
+    if not isinstance(judge, Endpoint):
         yield None
         return
-    key = api_key(endpoint)
-    check_endpoint(endpoint, key)
+    key = api_key(judge)
+    check_endpoint(judge, key)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here,
                "max_concurrency": 10_000}  # fmt: skip
-    handle = ray.remote(EndpointActor).options(**options).remote(endpoint, folder if endpoint.cache else None)
-    name = f"endpoint actor {handle._actor_id.hex()}, which asks {endpoint.base_url},"
+    handle = ray.remote(EndpointActor).options(**options).remote(judge, folder if judge.cache else None)
+    name = f"endpoint actor {handle._actor_id.hex()}, which asks {judge.base_url},"
     line = EndpointLine(handle, name, SIGN_OF_LIFE, key)
     line.allow(allowance or Allowance())
     try:

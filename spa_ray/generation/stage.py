@@ -28,7 +28,6 @@ from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
-from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.left_out import ErrorKinds, add_errors
@@ -119,11 +118,10 @@ def generate(
     usage = Usage(checkpoint / "usage")
     gpus = engine_resources(config.model, config.resources, cluster_gpus=_cluster_gpus()).get("num_gpus", 0.0)
     cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
-    judge = config.scoring.judged_by
-    endpoint = judge if task.scored and isinstance(judge, Endpoint) else None
+    judge = config.scoring.judged_by if task.scored else None
     with (
         Token.left(checkpoint) as token,
-        served(endpoint, kept_answers(out.parent), meter.left() if meter else None) as line,
+        served(judge, kept_answers(out.parent), meter.left() if meter else None) as line,
         followed(lambda: finished_rows(out), total, on_progress, Record(usage, meter, line)) as ledger,
     ):
         source = prompts
@@ -147,7 +145,7 @@ def generate(
                 break
             source = again
     spent = usage.total()
-    counts = replace(count_rows(out, spent), judge=spent.judge if endpoint else None)
+    counts = replace(count_rows(out, spent), judge=spent.judge if line else None)
     _check_counts(counts, total, config, out, task)
     return counts
 

@@ -21,6 +21,7 @@ from spa_ray.errors import InputError
 from spa_ray.generation.setup import check_generation
 from spa_ray.objectives import load_objectives
 from spa_ray.pipeline.manifest import versions
+from spa_ray.pipeline.models import fetch_model, is_hub_id
 from spa_ray.pipeline.plan_model import context_of, text_settings
 from spa_ray.pipeline.preflight_files import context_warning, find_too_long
 from spa_ray.pipeline.prompt_files import PromptFiles
@@ -215,14 +216,20 @@ def check_evaluation(config: Config, base: Path) -> None:
 def judge_folder(config: Config, base: AnyPath) -> AnyPath | None:
     """The model folder that judges in a pass of its own; None where the judge answers within the first pass.
 
-    Raises: InputError for a judge that is neither known, nor a dotted path, nor a model folder.
+    Raises: InputError for a judge that is neither known, nor a dotted path, nor a model folder, nor on the hub.
     """
     judge = config.evaluation.judged_by
     if not judge.own_pass:
         return None
     folder = base if judge.folder is None else as_path(judge.folder)
+    if judge.folder and not is_file(folder / "config.json") and is_hub_id(judge.folder):
+        try:
+            return fetch_model(Model(path=judge.folder))
+        except InputError as e:
+            raise InputError(str(e).replace("model.path", "evaluation.judge", 1)) from e
     if not is_file(folder / "config.json"):
         raise InputError(
-            f"evaluation.judge: {str(folder)!r} is not `base`, `self`, a dotted path module:judge or a model folder"
+            f"evaluation.judge: {str(folder)!r} is not `base`, `self`, a dotted path module:judge, a model folder or a "
+            "hub id (owner/name)"
         )
     return folder
