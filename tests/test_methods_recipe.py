@@ -18,6 +18,7 @@ from spa_ray.pipeline.recipe import planned_stages
 from spa_ray.training.loop import run_job
 from spa_ray.training.method import method_of
 from spa_ray.training.prepare import fingerprint
+from tests.test_plugs import spa_run
 from tests.training_support import make_job, pair_rows, write_pairs
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "margin.py"
@@ -105,18 +106,19 @@ def test_without_its_models_a_job_is_refused(home: Path, tiny_model: Path) -> No
 
 @pytest.mark.engine
 @pytest.mark.long
-def test_a_run_trains_them_first_and_resumes(home: Path, ray_session: None) -> None:
+def test_a_run_trains_them_first_and_resumes(home: Path) -> None:
     from spa_ray.cli.demo import demo_config
-    from spa_ray.pipeline.commands import run_config
 
-    raw = demo_config(full=False)
-    raw["arms"] = {"modpo": {"train.method": METHOD, "profile": "robust"}}
-    small = ["prompts.limit=96", "evaluation.prompts=null", "train.batch_size=16", f"run_dir={home / 'run'}"]
-    configs = arm_configs(raw, small, where="test", stem="test")
-    first = run_config(configs, until="train", verbose=False)
+    raw = {**demo_config(full=False), "arms": {"modpo": {"train.method": METHOD, "profile": "robust"}}}
+    raw |= {"evaluation": {}, "run_dir": str(home / "run")}
+    raw["prompts"]["limit"], raw["train"]["batch_size"] = 96, 16
+    (home / "c.yaml").write_text(json.dumps(raw))
+    first, again = (spa_run(home, "--until", "train") for _ in range(2))
+    assert first.returncode == 0, first.stderr[-3000:]
     record = json.loads((home / "run" / "arms" / "modpo" / "iter_1.json").read_text())
     assert {"build", "build:margin", "train", "train:margin"} <= set(record["stages"])
     assert len({record["stages"]["train"], record["stages"]["train:margin"]}) == 2
     log = next((home / "run" / "stages" / record["stages"]["train"]).rglob("train_log.jsonl"))
     assert json.loads(log.read_text().splitlines()[-1])["margins"] != 0
-    assert run_config(configs, until="train", verbose=False)["arms"] == first["arms"]
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert "steps" not in again.stderr  # nothing is trained again

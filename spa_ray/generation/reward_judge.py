@@ -147,9 +147,14 @@ def load_classifier(section: Reward, folder: Path, *, trust_remote_code: bool) -
     from transformers import AutoModelForSequenceClassification
 
     dtype = "auto" if section.dtype is None else getattr(torch, section.dtype)
-    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **options)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
         model = model.to(section.device).eval()
     except Exception as e:  # files, libraries and devices each have errors of their own
         raise InputError(f"reward model {folder}: it cannot be loaded ({why(e)})") from e
