@@ -165,10 +165,11 @@ def test_a_budget_ends_the_pass_before_it_is_passed_and_a_larger_one_goes_on_wit
         assert spent.tokens > 12 * requests  # and the engines'
 
 
+@pytest.mark.long
 def test_an_actor_that_asks_and_hangs_ends_the_pass(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_actor, "SIGN_OF_LIFE", 8.0)  # it has to start within twice that
+    monkeypatch.setattr(endpoint_actor, "SIGN_OF_LIFE", 20.0)  # it has to start within twice that
     stopped: list[int] = []
 
     def stop(number: int, body: dict[str, Any]) -> str:

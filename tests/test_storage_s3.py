@@ -179,7 +179,8 @@ def test_an_endpoints_answers_are_kept_on_the_store_and_nothing_that_it_answered
         assert twice <= 4 if kept else twice > 4  # those on their way to the store when the stage ended
         assert len(list(run.glob("judge_answers/*/*.json"))) == kept * (50 + len(fake.bodies) - before - twice)
     (stage,) = run.glob("stages/generate-*")
-    assert read_json(stage / "stage.json")["judge"]["requests"] == len(fake.bodies)
+    sent = read_json(stage / "stage.json")["judge"]["requests"]
+    assert 0 <= sent - len(fake.bodies) <= 4  # the server may not have read what was on its way when the stage ended
     spent = [read_json(file) for file in children(run / "spent")]
     assert len(spent) == 2
     assert all(call["tokens"] > 0 and call["hours"] > 0 for call in spent)
