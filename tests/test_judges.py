@@ -255,6 +255,42 @@ def test_attributes_and_transforms(reward_model: Path, keys: dict[str, Any], wan
     assert [harmless.score, helpful.score] == pytest.approx(wanted(*outputs), abs=1e-4)
 
 
+PAIR_WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] how do i clean it yes no ask first [ ] sep . ?"
+
+
+@pytest.fixture(scope="module")
+def pair_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT with one output: it has no chat template, and tells question from answer by token types."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("pair")
+    words = PAIR_WORDS.split()
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = BertConfig(vocab_size=len(words), num_labels=1, initializer_range=0.5, **sizes)
+    BertForSequenceClassification(shape).save_pretrained(folder)
+    BertTokenizer(vocab={word: k for k, word in enumerate(words)}).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_without_a_chat_template_scores_question_and_answer_as_a_pair(pair_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    answers = ("Yes.", "No, ask first. Ask first. Do it?", "I do clean it.")
+    tokenizer = AutoTokenizer.from_pretrained(pair_model)
+    model = AutoModelForSequenceClassification.from_pretrained(pair_model).eval()
+    for answer, found in zip(answers, scores(reward(pair_model, attribute=0), answers), strict=True):
+        one = tokenizer("How do I clean it?", answer, return_tensors="pt")
+        assert one["token_type_ids"].sum() > 0
+        with torch.no_grad():
+            wanted = float(model(**one).logits[0, 0])
+        assert [j.score for j in found] == pytest.approx([wanted, wanted], abs=1e-5)
+    separators = reward(pair_model, attribute=0)._encode(item("Yes. [SEP] no"))["input_ids"].count(3)
+    assert separators == 2  # the tokenizer's own
+
+
 @pytest.mark.parametrize("transform", ["identity", "sigmoid", [2, 1]])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_output_that_is_no_number_is_no_score(reward_model: Path, transform: Any, value: float) -> None:
