@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spa_ray.generation.benchmark import Benchmark
     from spa_ray.generation.function_judge import Judge
     from spa_ray.generation.judging import Item, Judgement
+    from spa_ray.generation.pairwise import PairwiseJudge, Verdict
     from spa_ray.methods.pairwise import PairwiseConfig, PairwiseMethod
     from spa_ray.preferences import build_pairs, denoise
     from spa_ray.training.method import Example, LossInputs, Method, Read, Row
@@ -36,11 +37,13 @@ __all__ = [
     "LossInputs",
     "Method",
     "PairwiseConfig",
+    "PairwiseJudge",
     "PairwiseMethod",
     "Read",
     "Request",
     "Row",
     "RunError",
+    "Verdict",
     "build",
     "build_pairs",
     "denoise",
@@ -62,6 +65,7 @@ _HOMES = {
     "spa_ray.generation.benchmark": ("Benchmark",),
     "spa_ray.generation.function_judge": ("Judge",),
     "spa_ray.generation.judging": ("Item", "Judgement"),
+    "spa_ray.generation.pairwise": ("PairwiseJudge", "Verdict"),
     "spa_ray.methods.pairwise": ("PairwiseConfig", "PairwiseMethod"),
     "spa_ray.preferences": ("build_pairs", "denoise"),
     "spa_ray.training.method": ("Example", "LossInputs", "Method", "Read", "Row"),

@@ -79,6 +79,12 @@ def test_swap_consistency_is_the_share_of_equal_verdicts() -> None:
     assert swap_consistency([1, 1, 0, -1, NAN], [1, -1, 0, 0, 1]) == 2 / 4
 
 
+def test_a_prompt_without_a_judgement_is_not_counted() -> None:
+    found = statistic_interval(swap_consistency, [1, 0, NAN, 1], [1, 1, 1, NAN], resamples=20, seed=0)
+    assert found is not None
+    assert (found.mean, found.n) == (0.5, 2)
+
+
 def test_a_mean_by_any_statistic_is_the_mean_interval() -> None:
     values = np.arange(10.0)
     found = statistic_interval(lambda x: x.mean(), values, resamples=200, seed=3)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.bootstrap import Interval, mean_interval, paired_difference
 from spa_ray.evaluation.metrics import hh_lambda
 from spa_ray.evaluation.tables import Answers, ArmMetrics, arm_metrics, markdown, rich_table
@@ -127,3 +131,24 @@ def test_what_does_not_fit_together_is_refused() -> None:
         answers([[1, 2], [3, 4]], ids="aa")
     with pytest.raises(ValueError, match="one of each"):
         Answers(["a"], np.ones((2, 2)), np.ones(1, dtype=int), np.ones(1, dtype=bool))
+
+
+def test_refusals_of_safe_and_of_unsafe_prompts_are_told_apart(tmp_path: Path) -> None:
+    """XSTest's column `label`; a label of another kind (JailbreakTrigger's is a list) is none."""
+    said = {"a": ("safe", "I cannot help."), "b": ("safe", "Sure."), "c": ("unsafe", "I refuse to."),
+            "d": (["x"], "No, I won't.")}  # fmt: skip
+    rows = [
+        {
+            "prompt_id": name,
+            "meta": json.dumps({"family": "test", "label": label}),
+            "responses": [{"token_ids": [1], "text": text, "scores": [5.0, 5.0]}],
+        }
+        for name, (label, text) in said.items()
+    ]
+    table = pa.Table.from_pylist(rows).append_column("error", pa.nulls(len(rows), pa.string()))
+    pq.write_table(table, tmp_path / "episodes.parquet")
+    found = read_answers(tmp_path)["test"].answers
+    means = arm_metrics({"spa": found}, objectives=OBJECTIVES, baseline=None, **B)["spa"].means
+    assert (means["over_refusals"].mean, means["over_refusals"].n) == (0.5, 2)
+    assert (means["unsafe_refusals"].mean, means["unsafe_refusals"].n) == (1.0, 1)
+    assert means["refusals"].mean == 0.75

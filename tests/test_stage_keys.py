@@ -99,6 +99,8 @@ UNCOVERED = {
     "episodes": "their contents are an input",
     "evaluation.prompts": "their contents are an input",
     "evaluation.families": "their contents are an input",
+    "evaluation.judges": "each has a stage of its own: test_pairwise.py",
+    "evaluation.pairwise": "has a stage of its own: test_pairwise.py",
     "evaluation.benchmarks": "each has a stage of its own: test_evaluation_benchmarks.py",
     "evaluation.bootstrap": "is read when the metrics are computed, by no stage",
     "scoring.pattern": "is read in mode regex alone",

@@ -17,7 +17,7 @@ from spa_ray.errors import InputError
 from spa_ray.evaluation.bootstrap import Interval, mean_interval, ratio_interval
 from spa_ray.evaluation.study import COMPARISONS, CONTROLS, FILTERS, ITERATIONS, METHODS, pair_order
 from spa_ray.evaluation.tables import Answers, arm_metrics
-from spa_ray.pipeline.commands import print_metrics
+from spa_ray.pipeline.result_print import print_metrics
 from spa_ray.pipeline.study import write_study
 from tests.study_runs import OBJECTIVES, Scores, write_run
 

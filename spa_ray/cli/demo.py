@@ -16,8 +16,8 @@ import yaml
 from spa_ray.config import Config, arm_configs
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import MAIN_FAMILY
-from spa_ray.pipeline.commands import print_funnel, print_metrics
 from spa_ray.pipeline.examples import before_after, print_examples
+from spa_ray.pipeline.result_print import print_funnel, print_metrics
 from spa_ray.pipeline.study import write_study
 from spa_ray.storage.files import as_path, read_json
 

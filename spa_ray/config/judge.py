@@ -99,6 +99,10 @@ class Reward(JudgeSection):
             raise ValueError("attribute and attributes are both given; remove one")
         return self
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
     def key(self) -> Any:
         return [self.model_dump(mode="json", exclude={"path", "batch_size", "device"}), _files(self.path)]
 

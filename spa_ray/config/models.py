@@ -15,10 +15,13 @@ from pydantic import Field, field_validator, model_validator
 from spa_ray.config.benchmark import BenchmarkSection
 from spa_ray.config.budget import Budget
 from spa_ray.config.judge import JudgeKinds, judge_section
+from spa_ray.config.pairwise import Pairwise
 from spa_ray.config.plugs import ENGINES
 from spa_ray.config.rollout import EvalSampling, Refine, Sampling, Scoring, TemplateKwargs
 from spa_ray.config.section import JudgeSection, Section
 from spa_ray.config.training import Tracking, TrainSection, train_section
+
+MAIN_JUDGE = "main"  # what `evaluation.judge` is called beside `evaluation.judges`
 
 # vLLM's ways of loading weights that read safetensors, or nothing.
 SAFE_LOAD_FORMATS = (
@@ -262,6 +265,11 @@ class Evaluation(Section):
         description="`base` (the model before training), `self`, a model folder or hub id, `module:judge`, or a section"
         " as `scoring.judge` has",
     )
+    judges: dict[str, str | JudgeKinds] = Field(
+        default_factory=dict,
+        description="further judges of the same answers, each under a name of your own; as `evaluation.judge`",
+    )
+    pairwise: Pairwise | None = Field(None, description="answers compared in pairs; null: none are")
     objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
     sampling: EvalSampling = EvalSampling()
     bootstrap: int = Field(1000, ge=1, description="resamples of the 95% intervals")
@@ -283,6 +291,19 @@ class Evaluation(Section):
         if any(prompts.decontaminate for prompts in self.held_out):
             raise ValueError("prompts.decontaminate: of prompts to train on; remove the key")
         return self
+
+    @property
+    def all_judges(self) -> dict[str, JudgeSection]:
+        """By their place in this section: `judge`, `judges.NAME`, `pairwise.judge`."""
+        found = {"judge": self.judged_by, **{f"judges.{n}": judge_section(j) for n, j in self.judges.items()}}
+        return found | ({"pairwise.judge": self.pairwise.judged_by} if self.pairwise else {})
+
+    @field_validator("judges")
+    @classmethod
+    def _names_are_free(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if MAIN_JUDGE in given:
+            raise ValueError(f"{MAIN_JUDGE} stands for evaluation.judge in tables; give this judge another name")
+        return given
 
 
 class Config(Section):
@@ -372,11 +393,12 @@ class Config(Section):
     def _check_prices(self) -> None:
         """That `budget.usd` bounds something. Raises: ValueError."""
         nothing = dict.fromkeys(("requests", "prompt_tokens", "generated_tokens"), 0.0)
-        judges = {"scoring": self.scoring.judged_by, "evaluation": self.evaluation.judged_by}
+        judges = {f"evaluation.{place}": judge for place, judge in self.evaluation.all_judges.items()}
+        judges = {"scoring.judge": self.scoring.judged_by, **judges}
         bills = {name: judge.bill(nothing) for name, judge in judges.items()}
         for name, bill in bills.items():
             if bill and bill["usd"] is None:
-                raise ValueError(f"budget.usd needs {name}.judge.price; {{input: 0, output: 0}} costs nothing")
+                raise ValueError(f"budget.usd needs {name}.price; {{input: 0, output: 0}} costs nothing")
         if not any(bills.values()) and self.resources.price_per_gpu_hour is None:
             raise ValueError("budget.usd bounds nothing here: no judge has a price; set resources.price_per_gpu_hour")
 
@@ -384,18 +406,16 @@ class Config(Section):
 def named_plugs(config: Config) -> list[str]:
     """What the config may name by dotted path and other machines import."""
     benchmarks = [section.benchmark for section in config.evaluation.benchmarks.values()]
-    judges = [*config.scoring.judged_by.plugs(), *config.evaluation.judged_by.plugs()]
-    return [config.train.method, config.model.engine, *benchmarks, *judges]
+    judges = [config.scoring.judged_by, *config.evaluation.all_judges.values()]
+    return [config.train.method, config.model.engine, *benchmarks, *(name for j in judges for name in j.plugs())]
 
 
-def evaluation_scoring(config: Config) -> Scoring:
-    """How the evaluation's judge scores: as in generation, but by that judge. One with a pass of its own scores there
-    as `self`."""
-    judge = config.evaluation.judged_by
+def evaluation_scoring(config: Config, place: str = "judge") -> Scoring:
+    """How a judge of the evaluation scores, by its place there: as in generation, but by that judge. One with a pass of
+    its own scores there as `self`."""
+    judge = config.evaluation.all_judges[place]
     mode = judge.only_mode or config.scoring.mode
-    return config.scoring.model_copy(
-        update={"judge": None if judge.own_pass else config.evaluation.judge, "mode": mode}
-    )
+    return config.scoring.model_copy(update={"judge": None if judge.own_pass else judge, "mode": mode})
 
 
 GIVEN_ANSWERS: dict[str, dict[str, Any]] = {

@@ -59,6 +59,16 @@ SOURCES = {  # each a `data.named.DataSet`
     "mmlu": "spa_ray.data.loaders.mmlu:SET",
 }
 
+# The same kinds where they compare two answers.
+PAIRWISE = {
+    "self": "spa_ray.generation.pairwise:ModelPairwise",
+    "base": "spa_ray.generation.pairwise:ModelPairwise",
+    "model": "spa_ray.generation.pairwise:ModelPairwise",
+    "endpoint": "spa_ray.generation.pairwise:EndpointPairwise",
+    "function": "spa_ray.generation.pairwise:FunctionPairwise",
+    "reward": "spa_ray.generation.pairwise:TwoRatings",
+}
+
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

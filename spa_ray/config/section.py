@@ -28,6 +28,11 @@ class JudgeSection(Section):
         """Of the model with a pass of its own; None: the model before training."""
         return None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a GPU of the engine's machine without being an engine."""
+        return False
+
     def bill(self, work: Mapping[str, float], *, seconds: float = 0.0) -> dict[str, float | None]:
         """For `requests`, `prompt_tokens` and `generated_tokens` that no engine of ours answers, each request in so
         many seconds: `usd`, null without a price, and the `seconds` that its limits make of all of them. Empty where

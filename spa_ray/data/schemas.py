@@ -69,6 +69,21 @@ PAIRS = pa.schema(
     ]
 )
 
+# A pairwise judge's verdicts on the answers of two arms (FastChat's rule makes one outcome of both orders).
+JUDGEMENTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("a", pa.string()),  # an arm
+        ("b", pa.string()),  # what it is compared with
+        ("objective", pa.string()),
+        ("order", pa.string()),  # "ab": a was shown first; "ba"
+        ("verdict", pa.string()),  # "a" | "b" | "tie" | "failed"
+        ("judge_text", pa.string()),
+        ("attempt", pa.int32()),
+        ("status", pa.string()),  # "ok", or why it failed
+    ]
+)
+
 
 def imported(objectives: Sequence[str]) -> pa.Schema:
     """EPISODES whose answers a data set held already: nothing generated them."""

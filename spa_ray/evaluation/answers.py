@@ -18,6 +18,8 @@ from spa_ray.evaluation.repetition import repetition
 from spa_ray.evaluation.tables import Answers
 from spa_ray.storage.files import AnyPath
 
+SAFE = {"safe": 1.0, "unsafe": 0.0}  # a prompt's column `label`, as XSTest has it
+
 
 @dataclass(frozen=True)
 class FamilyAnswers:
@@ -45,6 +47,7 @@ class _Rows:
     refused: list[bool] = field(default_factory=list)
     repetition: list[float] = field(default_factory=list)
     categories: dict[str, str] = field(default_factory=dict)
+    safe: list[float] = field(default_factory=list)
     exact: list[float] = field(default_factory=list)
     errors: int = 0
 
@@ -72,17 +75,20 @@ def _add(rows: _Rows, prompt_id: str, meta: dict[str, Any], response: dict[str, 
     rows.repetition.append(repetition(response["token_ids"]))
     if "category" in meta:
         rows.categories[prompt_id] = meta["category"]
+    label = meta.get("label")
+    rows.safe.append(SAFE.get(label, np.nan) if isinstance(label, str) else np.nan)
     rows.exact.append(float(response["text"].strip() == meta["answer"]) if "answer" in meta else np.nan)
 
 
 def _close(rows: _Rows) -> FamilyAnswers:
     width = len(rows.scores[0]) if rows.scores else 0
-    exact = np.asarray(rows.exact, dtype=np.float64)
+    exact, safe = (np.asarray(values, dtype=np.float64) for values in (rows.exact, rows.safe))
     answers = Answers(
         prompt_ids=rows.ids,
         scores=np.asarray(rows.scores, dtype=np.float64).reshape(len(rows.ids), width),
         lengths=np.asarray(rows.lengths, dtype=np.int64),
         refused=np.asarray(rows.refused, dtype=np.bool_),
+        safe=safe if np.isfinite(safe).any() else None,
         exact=exact if np.isfinite(exact).any() else None,
         repetition=np.asarray(rows.repetition, dtype=np.float64),
     )

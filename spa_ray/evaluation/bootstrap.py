@@ -7,8 +7,9 @@ gives the same interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -68,16 +69,25 @@ def statistic_interval(
 ) -> Interval | None:
     """A statistic of columns (n, ...) with its interval: prompts are drawn, and all that belongs to one stays together.
 
-    Resamples in which it does not exist (NaN) are left out. None where it does not exist for the columns themselves.
+    A prompt that has no place where all columns are finite is left out, and so are resamples in which the statistic
+    does not exist (NaN). None where it does not exist for the columns themselves.
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
-    value = statistic(*arrays)
-    if not np.isfinite(value):
+    known = np.asarray(np.isfinite(np.stack(arrays)).all(axis=0))
+    arrays = [a[known.reshape(len(known), -1).any(axis=1)] for a in arrays]
+    value, n = statistic(*arrays), len(arrays[0])
+    if not n or not np.isfinite(value):
         return None
-    n = len(arrays[0])
     drawn = (statistic(*(a[places] for a in arrays)) for draws in _draws(n, resamples, seed) for places in draws)
     found = np.fromiter(drawn, dtype=np.float64, count=resamples)
     return _interval(value, [found[np.isfinite(found)]], level, n)
+
+
+def as_json(tree: Any) -> Any:
+    """The same mappings with every `Interval` as one too."""
+    if isinstance(tree, Mapping):
+        return {key: as_json(value) for key, value in tree.items()}
+    return asdict(tree) if isinstance(tree, Interval) else tree
 
 
 def _draws(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -270,13 +270,20 @@ class ModelJudge:
         if self._scoring.mode == "expected":
             assert completion.label_logprobs is not None
             return expected_score(completion.label_logprobs, self._scoring.scale)
-        text = completion.text
-        if self._chat.thinks:
-            parts = self._chat.divide(completion.token_ids)
-            if not parts.closed:
-                return Truncated("the judge was cut within its thinking by scoring.max_tokens")
-            text = text if parts.thinking is None else parts.text
+        text = spoken(self._chat, completion)
+        if text is None:
+            return Truncated("the judge was cut within its thinking by scoring.max_tokens")
         return read_pattern(text, self._pattern, self._scoring.scale, finished=finished)
+
+
+def spoken(chat: Chat, completion: Completion) -> str | None:
+    """A judge's text without its thinking; None where it was cut within that."""
+    if not chat.thinks:
+        return completion.text
+    parts = chat.divide(completion.token_ids)
+    if not parts.closed:
+        return None
+    return completion.text if parts.thinking is None else parts.text
 
 
 def judge_labels(chat: Chat, scoring: Scoring) -> Labels | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from spa_ray.config.models import Config
-from spa_ray.config.plugs import JUDGES, load_dotted
+from spa_ray.config.plugs import JUDGES, PAIRWISE, load_dotted
 from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
@@ -19,7 +19,8 @@ from spa_ray.generation.benchmark import Plays
 from spa_ray.generation.endpoint_judge import Ask
 from spa_ray.generation.episode import Draw, Episodes, Recipe
 from spa_ray.generation.judging import Parts, Scorer, compile_pattern, judge_labels
-from spa_ray.generation.templates import Templates
+from spa_ray.generation.pairwise import Comparisons, section_of
+from spa_ray.generation.templates import PairTemplate, Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.settings import ChatSettings
@@ -27,14 +28,15 @@ from spa_ray.rollout.settings import ChatSettings
 
 @dataclass(frozen=True)
 class Task:
-    """What a pass does with a row: a whole SPA episode; one answer to a held-out prompt; scores for given answers; or
-    the play of a prompt of the benchmark that `benchmark` names in `evaluation.benchmarks`.
+    """What a pass does with a row: a whole SPA episode; one answer to a held-out prompt; scores for given answers; a
+    comparison of two given answers by the judge of `evaluation.pairwise`, which `scoring.judge` names here too; or the
+    play of a prompt of the benchmark that `benchmark` names in `evaluation.benchmarks`.
 
     `scored`: whether answers get scores, by the judge that `scoring.judge` names.
     `day`: what chat templates see as today where `model.date` is null; null: today.
     """
 
-    kind: Literal["episode", "answer", "score", "play"] = "episode"
+    kind: Literal["episode", "answer", "score", "compare", "play"] = "episode"
     iteration: int = 1
     scored: bool = True
     day: date | None = None
@@ -46,7 +48,9 @@ class Task:
         return "generate" if self.kind == "episode" else "evaluate"
 
 
-def make_episodes(config: Config, task: Task, engine: Engine, model: Path, ask: Ask | None = None) -> Episodes | Plays:
+def make_episodes(
+    config: Config, task: Task, engine: Engine, model: Path, ask: Ask | None = None
+) -> Episodes | Plays | Comparisons:
     """Everything that runs on one engine. `ask` reaches the judge's endpoint, where it has one.
 
     Raises: InputError for templates, scales and judges that do not fit.
@@ -57,6 +61,8 @@ def make_episodes(config: Config, task: Task, engine: Engine, model: Path, ask: 
     if task.kind == "play":
         return Plays(config.evaluation.benchmarks[task.benchmark], checked, chat, config.seed)
     templates = Templates(config, objectives)
+    if task.kind == "compare":
+        return make_comparisons(config, Parts(config, checked, chat, templates, ask))
     judge = make_judge(config, task, checked, chat, templates, ask)
     refine_chat = chat.with_kwargs(config.refine.chat_template_kwargs)
     return Episodes(checked, chat, templates, judge, recipe(config, task), refine_chat=refine_chat)
@@ -92,6 +98,14 @@ def make_judge(
     return found
 
 
+def make_comparisons(config: Config, parts: Parts) -> Comparisons:
+    """The pairwise judge of `evaluation.pairwise`, whose place in this pass `scoring.judge` holds."""
+    section = config.scoring.judged_by
+    judge = load_dotted(PAIRWISE[section.kind], where="judge").of(section, parts)
+    both = section_of(config).both_orders
+    return Comparisons(judge, parts.templates.objectives, both_orders=both, seed=config.seed)
+
+
 def recipe(config: Config, task: Task) -> Recipe:
     objectives = load_objectives(config)
     if task.kind != "episode":
@@ -125,12 +139,21 @@ def check_generation(config: Config, model: Path) -> None:
     """
     Templates(config, load_objectives(config))
     compile_pattern(config.scoring.pattern)
-    for where in ("scoring", "evaluation"):
-        section = getattr(config, where).judged_by
-        load_dotted(JUDGES[section.kind], where=where).check(section, f"{where}.judge")
+    section = config.scoring.judged_by
+    load_dotted(JUDGES[section.kind], where="scoring").check(section, "scoring.judge")
+    check_judges(config)
     if config.model.own_engine:
         return
     chat = open_chat(config.model, model)
     if config.scoring.judged_by.asks_engine:
         judge_labels(chat.with_kwargs(config.scoring.chat_template_kwargs), config.scoring)
     chat.with_kwargs(config.refine.chat_template_kwargs)
+
+
+def check_judges(config: Config) -> None:
+    """The evaluation's judges, and the prompt that compares two answers. Raises: InputError."""
+    for place, section in config.evaluation.all_judges.items():
+        registry, where = PAIRWISE if place.startswith("pairwise") else JUDGES, f"evaluation.{place}"
+        load_dotted(registry[section.kind], where=where).check(section, where)
+    if config.evaluation.pairwise is not None:
+        PairTemplate(config.evaluation.pairwise, load_objectives(config))

@@ -15,6 +15,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from spa_ray.config.models import Config
+from spa_ray.config.pairwise import Pairwise
 from spa_ray.errors import InputError
 from spa_ray.objectives import Objective
 
@@ -23,6 +24,7 @@ Message = Mapping[str, str]
 COMMON_VARIABLES = frozenset({"question", "messages", "objectives", "scale"})
 SCORE_VARIABLES = COMMON_VARIABLES | {"answer", "objective"}
 REFINE_VARIABLES = COMMON_VARIABLES | {"candidates"}
+PAIR_VARIABLES = COMMON_VARIABLES - {"scale"} | {"answer_a", "answer_b", "objective"}
 
 # One question, or a conversation of several turns, the last of which is to be answered.
 ASKED = """\
@@ -90,6 +92,48 @@ The aims, most important first:
 Write one better answer to the question. Keep what is good in these answers and leave out what is not. Never give up an
 aim for one further down the list. Do not mention the answers above or their marks. Write the answer only."""
 )
+
+
+PAIR = (
+    """\
+You compare two answers fairly. Decide which of them is better in one respect only: {{ objective.name }}.
+
+Principle: {{ objective.principle }}
+
+Neither the order in which the answers stand, nor length, nor style earns anything by itself.
+
+"""
+    + ASKED
+    + """\
+[Answer A]
+{{ answer_a }}
+
+[Answer B]
+{{ answer_b }}
+
+"""
+)
+VERDICTS = {
+    "regex": "First weigh them against each other in a few sentences. Then close with exactly one verdict: [[A]] if "
+    "answer A is better, [[B]] if answer B is better, [[C]] if neither is.",
+    "choice": "Reply with one letter, nothing else: A if answer A is better, B if answer B is better, C if neither is.",
+}
+
+
+class PairTemplate:
+    """The prompt that shows two answers."""
+
+    def __init__(self, section: Pairwise, objectives: Sequence[Objective]) -> None:
+        """Compile and try it. Raises: InputError, as `Templates`."""
+        key, variables = "evaluation.pairwise.prompt", PAIR_VARIABLES
+        self._objectives = tuple(objectives)
+        self._template = _compile(section.prompt or PAIR + VERDICTS[section.mode], key, variables)
+        for objective in self._objectives:
+            _try(key, partial(self.render, [{"role": "user", "content": "?"}], "!", "!!", objective))
+
+    def render(self, messages: Sequence[Message], a: str, b: str, objective: Objective) -> str:
+        asked = {"question": messages[-1]["content"], "messages": list(messages), "objectives": self._objectives}
+        return self._template.render(**asked, answer_a=a, answer_b=b, objective=objective)
 
 
 class Templates:

@@ -6,7 +6,7 @@ Comes in: arm configs and paths. Goes out: JSON-like results (DESIGN, «Command 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from datetime import date
@@ -31,6 +31,7 @@ from spa_ray.pipeline.preflight_cluster import check_cluster, live_nodes
 from spa_ray.pipeline.preflight_memory import check_training_memory
 from spa_ray.pipeline.progress import Progress
 from spa_ray.pipeline.recipe import VANILLA
+from spa_ray.pipeline.result_print import print_benchmarks, print_funnel, print_metrics, print_result, print_win_rates
 from spa_ray.pipeline.run import Pipeline
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES, UNTIL
@@ -62,38 +63,10 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
     metrics = pipeline.folder.path / "metrics.json"
     if until == UNTIL[-1] and is_file(metrics):
         print_metrics(read_json(metrics))
+    print_win_rates({arm: found["pairwise"] for arm, found in result["arms"].items() if "pairwise" in found})
     evaluated = {VANILLA: result.get(VANILLA, {}), **result["arms"]}
     print_benchmarks({arm: found["benchmarks"] for arm, found in evaluated.items() if "benchmarks" in found})
     return result
-
-
-def print_result(result: dict[str, Any]) -> None:
-    for name, arm in result["arms"].items():
-        for number, iteration in enumerate(arm["iterations"], 1):
-            if "funnel" in iteration:
-                print_funnel(iteration["funnel"], f"{name}, iteration {number}")
-    print(f"run folder: {result['run_dir']}")
-
-
-def print_funnel(funnel: dict[str, Any], title: str) -> None:
-    """The funnel as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "prompts", title=f"funnel: {title}", title_justify="left")
-    table.add_row("in", str(funnel["prompts"]))
-    for reason, count in funnel["dropped"].items():
-        table.add_row(f"− {reason}", str(count))
-    table.add_row("kept", str(funnel["kept"]))
-    table.add_section()
-    for label, counts in (("chosen", funnel["pairs_by_kind"]), ("decided by", funnel["pairs_by_decided_by"])):
-        for name, count in counts.items():
-            table.add_row(f"pairs, {label} {name}", str(count))
-    table.add_row("pairs", str(funnel["pairs"]))
-    table.add_row("of them dead (gap 0)", str(funnel["dead_pairs"]))
-    if funnel.get("truncated_pairs"):
-        table.add_row("− pairs, the chosen answer was cut", str(funnel["truncated_pairs"]))
-    Console().print(table)
 
 
 def clean_run(run_dir: AnyPath) -> dict[str, Any]:
@@ -118,9 +91,8 @@ def _do(
     with connected(verbose=context.verbose, plugs=named_plugs(work.config)):
         check_shared(work.stage.folder)
         if name != "build":
-            check_cluster(
-                work.config, stages=[name.replace("benchmark", "evaluate")], say=context.progress.say, one_node=one_node
-            )
+            stage = "evaluate" if name in ("benchmark", "score") else name
+            check_cluster(work.config, stages=[stage], say=context.progress.say, one_node=one_node)
         if before:
             before()
         STAGES[name].work([work], context)
@@ -275,6 +247,7 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
     """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
     from spa_ray.evaluation.prompts import write_eval_prompts
     from spa_ray.pipeline.evaluate import run_metrics
+    from spa_ray.pipeline.judged import add_judges
     from spa_ray.pipeline.preflight import Lengths, check_evaluation, check_settings, judge_folder
 
     config = with_dtype(config)
@@ -306,8 +279,16 @@ def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: boo
                 _do("evaluate", Work(stage, config, inputs, known), context)
             progress.say_errors("evaluate", stage.facts(), stage.folder / "episodes")
             metrics = run_metrics(config, {"model": stage}, baseline=None)
+            subject = {"model": source, "base": source}
+            answered = {**subject, "answers": stage.folder / "episodes"}
+            judges = {
+                f"judges.{name}": _judge(f"judges.{name}", config, answered, stage.hash, known, context)
+                for name in config.evaluation.judges
+            }
+            further = {place.removeprefix("judges."): {"model": found} for place, found in judges.items()}
+            agreed = add_judges(config, metrics, {"model": stage}, further, baseline=None)
+            write_json(stage.folder / "agreement.json", agreed)
             write_json(stage.folder / "metrics.json", metrics)
-        subject = {"model": source, "base": source}
         benchmarks = {
             name: _play(name, config, subject, hashes["model"], known, context) for name in config.evaluation.benchmarks
         }
@@ -340,42 +321,22 @@ def _play(
     return measured
 
 
-def print_benchmarks(arms: Mapping[str, Mapping[str, Any]]) -> None:
-    """One table per benchmark: arms by measures. `arms` is arm -> benchmark -> its measures."""
-    from rich.console import Console
-    from rich.table import Table
+def _judge(
+    place: str, config: Config, inputs: dict[str, AnyPath], answers: str, known: Known, context: Context
+) -> StageFolder:
+    """One further judge of `spa eval`, in a folder of its own below the user's."""
+    from spa_ray.pipeline.preflight import judge_folder
 
-    for name in next(iter(arms.values()), {}):
-        found = {arm: played[name] for arm, played in arms.items()}
-        first = next(iter(found.values()))
-        table = Table("", *found, title=f"benchmark: {name}, version {first['version']}", title_justify="left")
-        for measure in first["measures"]:
-            table.add_row(measure, *(_cell(of_arm["measures"].get(measure)) for of_arm in found.values()))
-        table.add_row("prompts", *(f"{of_arm['n']}" for of_arm in found.values()))
-        Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    """A measure: a number, or an interval as `{mean, low, high}`."""
-    if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
-        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def print_metrics(metrics: dict[str, Any]) -> None:
-    """One table a family."""
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    from spa_ray.evaluation.tables import ArmMetrics, rich_table
-
-    console = Console()
-    for family, arms in metrics.items():
-        table = rich_table({name: ArmMetrics.from_dict(arm) for name, arm in arms.items()})
-        table.title = f"held-out prompts: {family}"
-        if not console.is_terminal:  # a file or a pipe has no width: nothing is cut to fit
-            console.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-        console.print(table)
+    known, out = replace(known, names=(place,)), context.root / "judges" / place.removeprefix("judges.")
+    section = config.evaluation.all_judges[place]
+    base = fetch_model(config.model) if section.own_pass and section.folder is None else inputs["base"]
+    judge = judge_folder(config, base, place)
+    hashes = {"answers": answers, "judge": model_hash(judge) if judge else ""}
+    with claimed(out, "eval", STAGES["score"].key(config, hashes, known)) as stage:
+        found = StageFolder("score", stage.hash, out)
+        if not stage.done:
+            _do("score", Work(found, config, {**inputs, "judge": judge}, known), replace(context, passes=out))
+    return found
 
 
 def inside(path: AnyPath, name: str) -> AnyPath:

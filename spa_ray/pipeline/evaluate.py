@@ -76,11 +76,11 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     for work in works:
         mine = split_rows(table, work)
         write_table(mine, work.stage.folder / "episodes" / "part.parquet")
-        context.finish(work, started, **_facts(mine, passes, share=mine.num_rows / table.num_rows))
+        context.finish(work, started, **stage_facts(mine, passes, share=mine.num_rows / table.num_rows))
     delete_tree(folder)
 
 
-def _facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
+def stage_facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
     """What a work's stage says of itself. Requests, seconds and the account with an
     endpoint are its share of the passes that it had part in."""
     kinds: ErrorKinds = {}

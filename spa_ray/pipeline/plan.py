@@ -31,6 +31,7 @@ from spa_ray.pipeline.plan_tokens import (
     Encoder,
     Work,
     answer_work,
+    compare_work,
     episode_work,
     judging_by_layout,
     mean_tokens,
@@ -150,11 +151,23 @@ class _Lookup:
         found = held_out_facts(config.evaluation, self.notes, self._check(None))
         self.notes += lines({where: facts.dropped for where, facts in found.items()})
         for facts in found.values():
-            judged = config.evaluation.judged_by.reads_prompts
+            judged = config.scoring.judged_by.reads_prompts
             answer, score = answer_work(config, facts.sample, self.encoder, judged=judged)
             rows += facts.count
             answers, scores = answers + answer.times(facts.count), scores + score.times(facts.count)
         return rows, answers, scores
+
+    def compared(self, config: Config) -> tuple[int, Work]:
+        """Held-out prompts, and the work of comparing two answers to each."""
+        key = ["compared", config.model_dump(mode="json", exclude={"train"})]
+        return self._once(key, lambda: self._compared(config))
+
+    def _compared(self, config: Config) -> tuple[int, Work]:
+        rows, work = 0, Work()
+        for facts in held_out_facts(config.evaluation, [], self._check(None)).values():
+            rows += facts.count
+            work += compare_work(config, facts.sample, self.encoder).times(facts.count)
+        return rows, work
 
     def benchmark(self, config: Config, name: str) -> tuple[int, Work]:
         """Prompts of a benchmark, and the work of asking each its questions once."""
@@ -212,10 +225,10 @@ class _Costs:
         compute = {
             "import": self._import,
             "generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate,
-            "benchmark": self._benchmark,
+            "benchmark": self._benchmark, "score": self._score, "pairwise": self._pairwise,
         }  # fmt: skip
         rows, work, seconds, gpus = compute[stage.stage.partition(":")[0]](stage)
-        judge = cost.judged(eval_config(stage.config) if stage.stage == "evaluate" else stage.config, work)
+        judge = cost.judged(eval_config(stage.config, stage.judge) if stage.judge else stage.config, work)
         seconds = max(seconds, judge.get("seconds", 0.0))
         return {
             "stage": stage.stage,
@@ -253,6 +266,14 @@ class _Costs:
         config = eval_config(stage.config)
         rows, answers, scores = self.look.held_out(config)
         return self._share(rows, [answers, scores], 1 + config.evaluation.judged_by.own_pass)
+
+    def _score(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        rows, _, scores = self.look.held_out(eval_config(stage.config, stage.judge))
+        return self._share(rows, [scores], 1)
+
+    def _pairwise(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        rows, work = self.look.compared(eval_config(stage.config, stage.judge))
+        return self._share(rows, [work], 1)
 
     def _benchmark(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         rows, work = self.look.benchmark(stage.config, stage.stage.partition(":")[2])

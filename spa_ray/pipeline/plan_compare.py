@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from spa_ray.storage.files import AnyPath, arrow_filesystem, is_file, parquet_files, read_json
-from spa_ray.storage.folder import EVALUATION, MARKER, RunFolder, open_run
+from spa_ray.storage.folder import EVALUATION, FURTHER, MARKER, RunFolder, open_run
 
 Facts = dict[str, Any]
 PLAN = "plan.json"
@@ -67,7 +67,8 @@ def _records(run: RunFolder) -> dict[tuple[str, int], dict[str, str]]:
     evaluation = run.path / EVALUATION
     if is_file(evaluation):
         record = read_json(evaluation)
-        for label, arms in {EVALUATE: record["stages"], **record.get("benchmarks", {})}.items():
+        further = {label: arms for part in FURTHER for label, arms in record.get(part, {}).items()}
+        for label, arms in {EVALUATE: record["stages"], **further}.items():
             for arm, folder in arms.items():
                 found.setdefault((arm, 0), {})[label] = folder
     return found

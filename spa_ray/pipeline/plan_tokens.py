@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Protocol
 
 from spa_ray.config.models import Config
-from spa_ray.generation.templates import LAYOUTS, Templates
+from spa_ray.config.section import JudgeSection
+from spa_ray.generation.templates import LAYOUTS, PairTemplate, Templates
 from spa_ray.objectives import load_objectives
 
 ANSWER_SHARE = 0.35  # of max_tokens that an answer is taken to use (docs/PLAN.md)
@@ -115,11 +116,15 @@ class _Counter:
             user = {"role": "user", "content": self.templates.score(messages, answer, objective)}
             ids = self.encoder.prompt_ids([user], self.templates.score_system(messages, answer, objective))
             for _ in range(1 if scoring.mode == "expected" else scoring.draws):
-                if not scoring.judged_by.asks_engine:
-                    endpoint = {"judge_requests": 1.0, "judge_prompt_tokens": len(ids)}
-                    self.work += Work(**endpoint, judge_generated_tokens=scoring.max_tokens)
-                    continue
-                self.ask(ids, scoring.max_tokens if scoring.mode == "regex" else 1)
+                self.judge(ids, scoring.max_tokens if scoring.mode == "regex" else 1, by=scoring.judged_by)
+
+    def judge(self, ids: Sequence[int], generated: float, *, by: JudgeSection) -> None:
+        """A request to a judge: to the engine, or to its endpoint."""
+        if by.asks_engine:
+            self.ask(ids, generated)
+            return
+        endpoint = {"judge_requests": 1.0, "judge_prompt_tokens": len(ids), "judge_generated_tokens": generated}
+        self.work += Work(**endpoint)
 
     def refine(self, messages: Sequence[Message], answers: Sequence[str], context: int | None) -> None:
         """The lowest candidates are left out where the context is too small, as in the episode itself."""
@@ -199,6 +204,28 @@ def answer_work(
             counter.score(messages, counter.answer(0, limit))
             scored += counter.work
     return answered.times(1 / len(prompts)), scored.times(1 / len(prompts))
+
+
+def compare_work(config: Config, prompts: Sequence[Sequence[Message]], encoder: Encoder) -> Work:
+    """Of a held-out prompt: the verdicts on two answers to it, where a model is asked by prompts of ours."""
+    section, limit = config.evaluation.pairwise, config.evaluation.sampling.max_tokens
+    if section is None or not section.judged_by.reads_prompts:
+        return Work()
+    counter, total = _Counter(config, encoder, prompts), Work()
+    template, generated = (
+        PairTemplate(section, counter.objectives),
+        1 if section.mode == "choice" else section.max_tokens,
+    )
+    for messages in prompts:
+        counter.next_prompt()
+        first, second = (counter.answer(k, limit) for k in range(2))
+        for a, b in ((first, second), (second, first))[: 1 + section.both_orders]:
+            for objective in counter.objectives:
+                text = template.render(messages, a, b, objective)
+                ids = encoder.prompt_ids([{"role": "user", "content": text}])
+                counter.judge(ids, generated, by=section.judged_by)
+        total += counter.work
+    return total.times(1 / len(prompts))
 
 
 def mean_tokens(prompts: Sequence[Sequence[Message]], encoder: Encoder) -> float:

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config, Model, evaluation_scoring
+from spa_ray.config.pairwise import REFERENCE
 from spa_ray.data.prompts import Check
 from spa_ray.engine import check_capabilities
 from spa_ray.engine.placement import check_placement
 from spa_ray.engine.vllm_start import check_engine
 from spa_ray.errors import InputError
-from spa_ray.generation.setup import check_generation
+from spa_ray.generation.setup import check_generation, check_judges
 from spa_ray.objectives import load_objectives
 from spa_ray.pipeline.manifest import versions
 from spa_ray.pipeline.models import fetch_model, is_hub_id
 from spa_ray.pipeline.plan_model import context_of, text_settings
 from spa_ray.pipeline.preflight_files import context_warning, find_too_long
 from spa_ray.pipeline.prompt_files import PromptFiles
-from spa_ray.pipeline.recipe import has_evaluation
+from spa_ray.pipeline.recipe import VANILLA, has_evaluation
 from spa_ray.pipeline.stages import first_prompt
 from spa_ray.pipeline.versions import untested
 from spa_ray.rollout.chat import Chat, open_chat
@@ -66,6 +67,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
                 warnings += lengths.of_prompts(fresh, config)
         if has_evaluation(first):
             check_evaluation(first, base)
+            check_opponent(arms, first)
             check_capabilities(first, several_models=True)
             warnings += files.write_held_out(first.evaluation, fresh, check=lengths.check()).notes
             warnings += lengths.of_held_out(fresh, first)
@@ -193,32 +195,41 @@ def each_prompts(
         yield found
 
 
-def eval_config(config: Config) -> Config:
-    """The config with the evaluation's own objectives and judge."""
-    changes: dict[str, Any] = {"scoring": evaluation_scoring(config)}
+def eval_config(config: Config, place: str = "judge") -> Config:
+    """The config with the evaluation's own objectives and one of its judges, by its place there."""
+    changes: dict[str, Any] = {"scoring": evaluation_scoring(config, place)}
     if config.evaluation.objectives:
         changes["objectives"] = config.evaluation.objectives
     return config.model_copy(update=changes)
 
 
 def check_evaluation(config: Config, base: Path) -> None:
-    """The judge and the objectives of the evaluation. Raises: InputError."""
-    judge = judge_folder(config, base)
-    if isinstance(judge, Path) and judge != base:
-        check_model_folder(judge)
-        check_weights(judge, trust_remote_code=config.model.trust_remote_code, served_only=True)
-        if not config.model.own_engine:
-            open_chat(config.model, judge)
+    """The judges and the objectives of the evaluation. Raises: InputError."""
+    check_judges(config)
+    for place in config.evaluation.all_judges:
+        judge = judge_folder(config, base, place)
+        if isinstance(judge, Path) and judge != base:
+            check_model_folder(judge)
+            check_weights(judge, trust_remote_code=config.model.trust_remote_code, served_only=True)
+            if not config.model.own_engine:
+                open_chat(config.model, judge)
     if len(load_objectives(eval_config(config))) < 2:
         raise InputError("evaluation.objectives: one given, two or more are needed, highest priority first")
 
 
-def judge_folder(config: Config, base: AnyPath) -> AnyPath | None:
-    """The model folder that judges in a pass of its own; None where the judge answers within the first pass.
+def check_opponent(arms: Iterable[str], config: Config) -> None:
+    """Raises: InputError where `evaluation.pairwise.against` names no model of the run."""
+    section, known = config.evaluation.pairwise, [VANILLA, *arms, REFERENCE]
+    if section is not None and section.against not in known:
+        raise InputError(f"evaluation.pairwise.against: {section.against!r} is not one of {', '.join(known)}")
+
+
+def judge_folder(config: Config, base: AnyPath, place: str = "judge") -> AnyPath | None:
+    """The model folder of a judge that has a pass of its own, by its place in `evaluation`; None where it has none.
 
     Raises: InputError for a judge that is neither known, nor a dotted path, nor a model folder, nor on the hub.
     """
-    judge = config.evaluation.judged_by
+    judge = config.evaluation.all_judges[place]
     if not judge.own_pass:
         return None
     folder = base if judge.folder is None else as_path(judge.folder)
@@ -226,10 +237,10 @@ def judge_folder(config: Config, base: AnyPath) -> AnyPath | None:
         try:
             return fetch_model(Model(path=judge.folder))
         except InputError as e:
-            raise InputError(str(e).replace("model.path", "evaluation.judge", 1)) from e
+            raise InputError(str(e).replace("model.path", f"evaluation.{place}", 1)) from e
     if not is_file(folder / "config.json"):
         raise InputError(
-            f"evaluation.judge: {str(folder)!r} is not `base`, `self`, a dotted path module:judge, a model folder or a "
-            "hub id (owner/name)"
+            f"evaluation.{place}: {str(folder)!r} is not `base`, `self`, a dotted path module:judge, a model folder or "
+            "a hub id (owner/name)"
         )
     return folder

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from spa_ray.config.load import set_dotted, validated
 from spa_ray.config.models import Config
+from spa_ray.config.pairwise import REFERENCE
 from spa_ray.config.training import BY_METHOD, Train
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES, first_prompt
@@ -32,11 +33,13 @@ class Node:
     inputs: Mapping[str, Node] = field(default_factory=dict)
     tau: Node | None = None
     part: str = ""
+    judge: str = ""  # its place in `evaluation`
 
     @property
     def label(self) -> str:
         """What the stage is called in records and plans."""
-        return f"{self.stage}:{self.part}" if self.part else self.stage
+        name = self.part or self.judge.removeprefix("judges.").replace("pairwise.judge", "")
+        return f"{self.stage}:{name}" if name else self.stage
 
     @property
     def user(self) -> str:
@@ -45,7 +48,13 @@ class Node:
 
     @property
     def known(self) -> Known:
-        return Known(self.iteration or 1, benchmark="" if self.iteration else self.part)
+        return Known(self.iteration or 1, benchmark="" if self.iteration else self.part, names=self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A judge's place in `evaluation`, and whom a comparison calls `a` and `b`."""
+        section = self.config.evaluation.pairwise
+        return (self.judge, self.arm, section.against) if self.stage == "pairwise" and section else (self.judge,)
 
 
 def has_evaluation(config: Config) -> bool:
@@ -106,12 +115,7 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
             models[arm] = Node("train", arm, config, iteration, inputs)
         yield [models[arm] for arm in active]
     if has_evaluation(first):
-        held_out, judge = Node("evalprompts", VANILLA, first), Node(JUDGE, VANILLA, first)
-        yield [held_out]
-        yield [
-            Node("evaluate", arm, first, 0, {"prompts": held_out, "model": model, "judge": judge})
-            for arm, model in {VANILLA: base, **models}.items()
-        ]
+        yield from _evaluation(first, {VANILLA: base, **models})
     for name in first.evaluation.benchmarks:
         prompts_of = Node("benchprompts", VANILLA, first, part=name)
         yield [prompts_of]
@@ -119,6 +123,31 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
             Node("benchmark", arm, first, 0, {"prompts": prompts_of, "model": model}, part=name)
             for arm, model in {VANILLA: base, **models}.items()
         ]
+
+
+def _evaluation(config: Config, models: Mapping[str, Node]) -> Iterator[list[Node]]:
+    """Held-out answers of every model, with the scores of the judge, of further judges, and compared in pairs."""
+    held_out, judges = Node("evalprompts", VANILLA, config), {}
+    for place in config.evaluation.all_judges:
+        judges[place] = Node(JUDGE, VANILLA, config, judge=place)
+    yield [held_out]
+    answers = {
+        arm: Node("evaluate", arm, config, 0, {"prompts": held_out, "model": model, "judge": judges["judge"]})
+        for arm, model in models.items()
+    }
+    yield list(answers.values())
+    for place in (f"judges.{name}" for name in config.evaluation.judges):
+        given = {arm: {"answers": answers[arm], "model": models[arm], "judge": judges[place]} for arm in models}
+        yield [Node("score", arm, config, 0, inputs, judge=place) for arm, inputs in given.items()]
+    if config.evaluation.pairwise is not None:
+        place, against = "pairwise.judge", config.evaluation.pairwise.against
+        other = {} if against == REFERENCE else {"against": answers[against]}
+        yield [
+            Node("pairwise", arm, config, 0,
+                 {"answers": answers[arm], **other, "model": model, "judge": judges[place]}, judge=place)
+            for arm, model in models.items()
+            if arm != against
+        ]  # fmt: skip
 
 
 def key(node: Node, known: Known, hash_of: Callable[[Node], str]) -> str:
@@ -135,6 +164,7 @@ class PlannedStage:
     config: Config
     iteration: int
     arms: list[str] = field(default_factory=list)
+    judge: str = ""  # of an evaluation's stage: its place there
 
 
 def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
@@ -144,7 +174,7 @@ def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
     keys: dict[Node, str] = {}
 
     def hash_of(node: Node) -> str:
-        return keys.get(node, node.stage)  # what is given is the same for all
+        return keys.get(node, node.label)  # what is given is the same for all
 
     for level in levels(arms):
         for node in level:
@@ -157,6 +187,7 @@ def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
                 known = replace(node.known, tau=0.0 if node.tau else None)
                 keys[node] = at = key(node, known, hash_of)
             if STAGES[node.stage].recorded:
-                planned = found.setdefault(at, PlannedStage(node.label, at, node.config, node.iteration))
+                judge = "judge" if node.stage == "evaluate" else node.judge
+                planned = found.setdefault(at, PlannedStage(node.label, at, node.config, node.iteration, judge=judge))
                 planned.arms += [node.arm] if node.arm not in planned.arms else []
     return list(found.values())

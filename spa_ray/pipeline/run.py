@@ -42,6 +42,7 @@ from spa_ray.storage.hashing import file_hash, model_hash
 from spa_ray.storage.lock import RunLock
 from spa_ray.storage.shared_folder import check_shared
 
+WIN_RATES = "win_rates.json"
 LOG = Path("logs") / "driver.jsonl"
 
 
@@ -125,6 +126,8 @@ class Pipeline:
         evaluated: dict[str, dict[str, Any]] = {arm: {"metrics": found} for arm, found in metrics.items()}
         for arm, measures in self._benchmarks().items():
             evaluated.setdefault(arm, {"metrics": {}})["benchmarks"] = measures
+        for arm, rates in self._pairwise().items():
+            evaluated[arm]["pairwise"] = rates
         nothing: dict[str, Any] = {"metrics": {}}
         arms = {arm: {"iterations": self._iterations(arm), **evaluated.get(arm, nothing)} for arm in self.arms}
         vanilla = {VANILLA: evaluated[VANILLA]} if VANILLA in evaluated else {}
@@ -187,20 +190,25 @@ class Pipeline:
         return tempfile.TemporaryDirectory(prefix="spa-drawn-")
 
     @cached_property
-    def _judge(self) -> tuple[AnyPath | None, str]:
-        """The model folder that judges in a pass of its own, and its hash."""
-        judge = judge_folder(self.config, self.shared_base)
-        return judge, "" if judge is None else self.base_hash if judge == self.shared_base else model_hash(judge)
+    def _judges(self) -> dict[str, tuple[AnyPath | None, str]]:
+        """By their place in `evaluation`: the model folder that judges in a pass of its own, and its hash."""
+        found = {
+            place: judge_folder(self.config, self.shared_base, place) for place in self.config.evaluation.all_judges
+        }
+        hashes = {at: self.base_hash if at == self.shared_base else model_hash(at) for at in found.values() if at}
+        return {place: (at, hashes[at] if at else "") for place, at in found.items()}
 
     def _path(self, node: Node) -> AnyPath | None:
         if node.stage == BASE:
             return self.shared_base
-        return self._judge[0] if node.stage == JUDGE else self.stages[node].folder / STAGES[node.stage].output
+        return (
+            self._judges[node.judge][0] if node.stage == JUDGE else self.stages[node].folder / STAGES[node.stage].output
+        )
 
     def _hash(self, node: Node) -> str:
         if node.stage == BASE:
             return self.base_hash
-        return self._judge[1] if node.stage == JUDGE else STAGES[node.stage].output_hash(self.stages[node])
+        return self._judges[node.judge][1] if node.stage == JUDGE else STAGES[node.stage].output_hash(self.stages[node])
 
     def _check_cluster(self) -> None:
         """Once, before the first stage that is not done yet: what Ray has against what the run asks for."""
@@ -242,10 +250,12 @@ class Pipeline:
             for label, folder in record["stages"].items() if not iteration else ():
                 labels.setdefault(label, {})[arm] = folder
         prompts, names = labels.pop("evalprompts", {}), labels.pop("evaluate", {})
+        judged = {label: arms for label, arms in labels.items() if label.partition(":")[0] in ("score", "pairwise")}
         record = {
             "answers": {arm: str(self.folder.path / "stages" / name / "episodes") for arm, name in names.items()},
             "stages": {"evalprompts": prompts[VANILLA], **names} if prompts else {},
-            "benchmarks": labels,
+            "benchmarks": {label: arms for label, arms in labels.items() if label not in judged},
+            "judges": judged,
         }
         write_json(self.folder.path / EVALUATION, record)
 
@@ -266,10 +276,29 @@ class Pipeline:
     def _metrics(self) -> dict[str, Any]:
         """Metrics of the base model, `vanilla`, and of every arm's last model: arm -> family -> metrics."""
         from spa_ray.pipeline.evaluate import run_metrics
+        from spa_ray.pipeline.judged import add_judges
 
-        stages = {node.arm: found for node, found in self.stages.items() if node.stage == "evaluate"}
+        stages = self._of_arms("evaluate")
         if not stages:
             return {}
         metrics = run_metrics(self.config, stages)
+        further = {name: self._of_arms("score", f"judges.{name}") for name in self.config.evaluation.judges}
+        agreed = add_judges(self.config, metrics, stages, further)
+        write_json(self.folder.path / "agreement.json", agreed)
         write_json(self.folder.path / "metrics.json", metrics)
         return {name: {family: arms[name] for family, arms in metrics.items()} for name in stages}
+
+    def _of_arms(self, stage: str, judge: str = "") -> dict[str, StageFolder]:
+        return {node.arm: at for node, at in self.stages.items() if (node.stage, node.judge) == (stage, judge)}
+
+    def _pairwise(self) -> dict[str, dict[str, Any]]:
+        """The win rates of every arm; and `win_rates.json` of each comparison, and of all."""
+        from spa_ray.pipeline.judged import pairwise_rates
+
+        found: dict[str, dict[str, Any]] = {}
+        for arm, stage in self._of_arms("pairwise", "pairwise.judge").items():
+            found[arm] = pairwise_rates(self.config, stage)
+            write_json(stage.folder / WIN_RATES, found[arm])
+        if found:
+            write_json(self.folder.path / WIN_RATES, found)
+        return found

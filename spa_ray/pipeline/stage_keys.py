@@ -14,9 +14,10 @@ from typing import Any
 
 from spa_ray.config.benchmark import benchmark_class
 from spa_ray.config.models import Config, evaluation_scoring
+from spa_ray.config.pairwise import PROTOCOL
 from spa_ray.config.plugs import source_hash
 from spa_ray.config.rollout import Scoring
-from spa_ray.config.section import Section
+from spa_ray.config.section import JudgeSection, Section
 from spa_ray.config.training import TRAIN_BYSTANDERS
 from spa_ray.objectives import load_objectives
 
@@ -43,6 +44,7 @@ class Known:
     tau: float | None = None
     benchmark: str = ""  # its name in `evaluation.benchmarks`
     chat: Mapping[str, Any] | None = None
+    names: tuple[str, ...] = ()  # a judge's place in `evaluation`, and of a comparison the names of `a` and `b`
 
 
 def _plain(section: Section, *leave_out: str) -> dict[str, Any]:
@@ -149,6 +151,34 @@ def evaluate(config: Config, known: Known) -> dict[str, Any]:
         "sampling": _plain(config.evaluation.sampling),
         "judge": beside,
     }
+
+
+def score(config: Config, known: Known) -> dict[str, Any]:
+    """Further scores of the answers that are an input."""
+    scoring = evaluation_scoring(config, known.names[0])
+    return {**_judging(config, known, scoring.judged_by), "scoring": _judged(scoring)}
+
+
+def pairwise(config: Config, known: Known) -> dict[str, Any]:
+    """Comparisons of the answers that are inputs."""
+    section, (_, a, b) = config.evaluation.pairwise, known.names
+    assert section is not None
+    judge, scale = section.judged_by, list(config.scoring.scale)
+    return {
+        **_judging(config, known, judge),
+        "between": [a, b],
+        "both_orders": section.both_orders,
+        "asked": [PROTOCOL, _plain(section, "against", "judge", "both_orders")] if judge.reads_prompts else scale,
+        "judge": judge.key(),
+    }
+
+
+def _judging(config: Config, known: Known, judge: JudgeSection) -> dict[str, Any]:
+    """What judging given answers depends on, whoever judges: an engine counts where one is asked."""
+    about = {"seed": config.seed, "objectives": _objectives(config, config.evaluation.objectives)}
+    kwargs = config.scoring.chat_template_kwargs
+    engine = {"engine": _engine(config), "chat": _chat(config, known), "chat_template_kwargs": kwargs}
+    return about | (engine if judge.asks_engine else {})
 
 
 def benchmark(config: Config, known: Known) -> dict[str, Any]:

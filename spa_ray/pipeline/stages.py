@@ -44,7 +44,7 @@ class Stage:
     draw: Draw | None = None  # of a stage whose key is its contents
     check: Callable[[Work], None] | None = None  # of each work, before any of them begins
     rows: str | None = "episodes"  # the folder of rows that may hold errors
-    gpus: Callable[[Config], float] = lambda config: 0.0  # that it holds while it runs
+    gpus: Callable[[Work], float] = lambda work: 0.0  # that it holds while it runs
 
     def key(self, config: Config, hashes: Mapping[str, str], known: keys.Known | None = None) -> str:
         """The address of the stage's output. Roles beyond `inputs` (the models of a method's recipe) count by name."""
@@ -66,7 +66,7 @@ class Stage:
     def work(self, works: Sequence[Work], context: Context) -> None:
         """Run it on the run's account. Raises: BudgetSpentError, and what `run` does."""
         config = works[0].config
-        gpus = 0.0 if config.resources.price_per_gpu_hour is None else self.gpus(config)
+        gpus = 0.0 if config.resources.price_per_gpu_hour is None else self.gpus(works[0])
         with context.meter.stage(self.name, gpus=gpus):
             self.run(works, context)
 
@@ -205,16 +205,41 @@ def run_evaluate(works: Sequence[Work], context: Context) -> None:
     evaluate(works, context, on_progress=counter)
 
 
-def _engines_gpus(config: Config) -> float:
+def run_score(works: Sequence[Work], context: Context) -> None:
+    """Held-out answers to a further judge's scores, all models in one pass."""
+    from spa_ray.pipeline.judged import score_again
+
+    score_again(works, context, on_progress=_judged_counter(works, context))
+
+
+def run_pairwise(works: Sequence[Work], context: Context) -> None:
+    """Held-out answers to verdicts on pairs of them."""
+    from spa_ray.pipeline.judged import compare
+
+    compare(works, context, on_progress=_judged_counter(works, context))
+
+
+def _judged_counter(works: Sequence[Work], context: Context) -> Any:
+    for work in works:
+        work.stage.begin(keys.attempt(work.config))
+    return context.progress.counter(" ".join([works[0].stage.name, works[0].known.names[0]]))
+
+
+def _engines_gpus(work: Work) -> float:
     import ray
 
+    config, names = work.config, work.known.names
+    judge = config.evaluation.all_judges.get(names[0]) if names else None
+    if judge is not None and not (judge.asks_engine or judge.on_gpu):
+        return 0.0
     share = engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0))
     return config.resources.engines.max * share.get("num_gpus", 0.0)
 
 
-def _workers_gpus(config: Config) -> float:
+def _workers_gpus(work: Work) -> float:
     from spa_ray.training.launch import gpus_per_worker
 
+    config = work.config
     return config.resources.train_workers * gpus_per_worker(config.resources)
 
 
@@ -231,6 +256,10 @@ ROWS = (
           rows=None),
     Stage("evaluate", evaluation.STAGE_VERSION, keys.evaluate, ("prompts", "model", "judge"), "episodes",
           run_evaluate, gpus=_engines_gpus),
+    Stage("score", evaluation.STAGE_VERSION, keys.score, ("answers", "judge"), "episodes", run_score,
+          gpus=_engines_gpus),
+    Stage("pairwise", evaluation.STAGE_VERSION, keys.pairwise, ("answers", "against", "judge"), "judgements",
+          run_pairwise, rows=None, gpus=_engines_gpus),
     Stage("benchprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_benchmark,
           rows=None),
     Stage("benchmark", evaluation.STAGE_VERSION, keys.benchmark, ("prompts", "model"), "episodes", run_evaluate,

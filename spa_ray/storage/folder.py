@@ -27,6 +27,7 @@ from spa_ray.storage.files import (
 MARKER = "stage.json"
 ATTEMPTS = "attempts.json"  # in an unfinished stage: with which values each call worked on it
 EVALUATION = "evaluation.json"  # in the run folder: which stages hold the answers to held-out prompts
+FURTHER = ("benchmarks", "judges")  # in it: label -> arm -> the stage's folder
 CLAIM = ".stage"  # in a folder that a user named: whose output it is to become
 LOCKS = "lock"  # a folder in the run folder, or in one that a user named
 
@@ -96,7 +97,8 @@ class RunFolder:
         evaluation = self.path / EVALUATION
         records = [read_json(file) for file in (*self.arm_files(), *([evaluation] if is_file(evaluation) else []))]
         names = {name for record in records for name in record["stages"].values()}
-        return names | {name for r in records for arms in r.get("benchmarks", {}).values() for name in arms.values()}
+        further = [arms for r in records for part in FURTHER for arms in r.get(part, {}).values()]
+        return names | {name for arms in further for name in arms.values()}
 
     def clean(self) -> list[AnyPath]:
         """Delete the stage folders that no arm refers to. Returns: what was deleted."""

@@ -1,0 +1,55 @@
+"""The section `evaluation.pairwise`: two answers to one prompt compared, by which judge and how it is asked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from spa_ray.config.judge import JudgeKinds, judge_section
+from spa_ray.config.rollout import MAX_TEMPERATURE
+from spa_ray.config.section import JudgeSection, Section
+
+REFERENCE = "reference"  # what every arm is compared with where the prompts bring an answer of their own
+
+PROTOCOL = 1  # of the built-in prompts, how they are read, and the rule of both orders
+
+
+class Pairwise(Section):
+    """Every model's answers against one other's."""
+
+    against: str = Field(
+        "vanilla",
+        description="`vanilla` (the model before training), an arm, or `reference`: each prompt's own column of that"
+        " name",
+    )
+    judge: str | JudgeKinds = Field(
+        "base",
+        description="as `evaluation.judge`, or a class derived from `spa_ray.PairwiseJudge`; one that scores single"
+        " answers gives the higher score the win, and equal ones are a tie",
+    )
+    both_orders: bool = Field(
+        True, description="ask with either answer first; the same winner twice is a win, all else a tie"
+    )
+    mode: Literal["regex", "choice"] = Field(
+        "regex", description="a model's verdict: [[A]], [[B]] or [[C]] after its reasons; or constrained to one letter"
+    )
+    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+    retries: int = Field(2, ge=0, description="further tries after a verdict that cannot be read")
+    max_tokens: int = Field(1024, ge=1, description="of one verdict with its reasons")
+    prompt: str | None = Field(
+        None,
+        description="Jinja2 with `answer_a`, `answer_b` and `scoring.prompt`'s other variables but `scale`; null: the"
+        " built-in one of the mode",
+    )
+
+    @property
+    def judged_by(self) -> JudgeSection:
+        return judge_section(self.judge)
+
+    @model_validator(mode="after")
+    def _fits_its_judge(self) -> Pairwise:
+        only = self.judged_by.only_mode
+        if only not in (None, self.mode):
+            raise ValueError(f"a judge of kind {self.judged_by.kind} is asked in mode {only}, not {self.mode}")
+        return self
