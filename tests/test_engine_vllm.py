@@ -145,6 +145,28 @@ def test_label_probabilities_are_the_models_own_with_the_mass_off_the_scale(engi
         assert reading.value == pytest.approx(mean, abs=1e-3)
 
 
+@pytest.mark.parametrize("asked_before", [False, True])  # then the prompt is in the cache
+def test_a_continuation_has_the_log_probabilities_that_transformers_gives_it(
+    engine: Any, model: Path, asked_before: bool
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    chat = Chat(engine.tokenizer, model="m")
+    asked = "A question that is longer than a block of the cache is. " * 4
+    pairs = [chat.continuation_ids([{"role": "user", "content": asked + q}], f" As {q} said") for q in QUESTIONS]
+    if asked_before:
+        answers(engine, [Request(before, 1, 0.0, 0) for before, _ in pairs])
+    got = answers(engine, [Request(before, 1, 0.0, 0, continuation_ids=tuple(behind)) for before, behind in pairs])
+    truth = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for (before, behind), completion in zip(pairs, got, strict=True):
+        with torch.no_grad():
+            logits = truth(torch.tensor([before + behind])).logits[0, len(before) - 1 : -1]
+        expected = torch.log_softmax(logits.float(), -1)[range(len(behind)), behind].tolist()
+        assert completion.continuation_logprobs == pytest.approx(expected, abs=1e-3)
+        assert (completion.text, completion.token_ids, completion.finish_reason) == ("", [], "stop")
+
+
 def test_swapped_weights_answer_as_the_other_model_and_back(engine: Any, model: Path, other_tiny_model: Path) -> None:
     prompts = [prompt(engine, q) for q in QUESTIONS]
     ends = end_ids(engine.tokenizer)

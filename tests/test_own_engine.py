@@ -64,6 +64,15 @@ def test_labels_have_the_probabilities_of_the_whole_vocabulary_and_a_choice_is_o
     assert choice.text in ("a", "b")
 
 
+def test_a_continuation_is_as_probable_as_its_tokens_one_after_the_other(engine: Any) -> None:
+    asked, behind = request(engine, max_tokens=1), (5, 6, 7, 8)
+    steps = [
+        Request([*asked.prompt_ids, *behind[:at]], 1, 0.0, 0, label_ids=(token,)) for at, token in enumerate(behind)
+    ]
+    together, *alone = answers(engine, Request(asked.prompt_ids, 1, 0.0, 0, continuation_ids=behind), *steps)
+    assert together.continuation_logprobs == pytest.approx([step.label_logprobs[0] for step in alone], abs=1e-4)
+
+
 def test_the_event_loop_stays_free_and_each_token_is_a_sign_of_life(engine: Any) -> None:
     ticks: list[float] = []
 

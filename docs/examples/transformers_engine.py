@@ -8,7 +8,7 @@ from spa_ray import Completion, EngineStats
 
 
 class TransformersEngine:
-    capabilities = ("choices", "logprobs", "load_weights")  # no stop strings
+    capabilities = ("choices", "logprobs", "continuations", "load_weights")  # no stop strings
 
     def __init__(self, model, folder, device="cpu"):
         """`model` is the config's section, `folder` the model's; the rest is `model.engine_kwargs`."""
@@ -25,7 +25,8 @@ class TransformersEngine:
         self._model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).to(self._device).eval()
 
     async def generate(self, request):
-        if len(request.prompt_ids) + request.max_tokens > self.max_model_len:
+        given = len(request.prompt_ids) + len(request.continuation_ids or ())
+        if given + request.max_tokens > self.max_model_len:
             raise ValueError(f"prompt and answer exceed the context of {self.max_model_len}")
         if request.choices and not request.choice_ids:
             raise ValueError("this engine knows no choices of several tokens; set scoring.scale=[1, 9] or mode=regex")
@@ -43,13 +44,25 @@ class TransformersEngine:
             started = time.monotonic()
             torch.manual_seed(request.seed % 2**63)
             ids = torch.tensor([request.prompt_ids], device=self._device)
-            found = (
-                self._choose(ids, request) if request.choice_ids or request.label_ids else self._sample(ids, request)
-            )
+            if request.continuation_ids:
+                found = self._continue(ids, request)
+            elif request.choice_ids or request.label_ids:
+                found = self._choose(ids, request)
+            else:
+                found = self._sample(ids, request)
             self._step = time.monotonic()
             self._requests, self._tokens = self._requests + 1, self._tokens + len(found.token_ids)
             self._busy += self._step - started
             return found
+
+    def _continue(self, ids, request):
+        """No answer: the log-probabilities of given tokens behind the prompt."""
+        import torch
+
+        behind = torch.tensor([request.continuation_ids], device=self._device)
+        logits = self._model(torch.cat([ids, behind], 1), logits_to_keep=behind.shape[1] + 1).logits[0, :-1].float()
+        logprobs = logits.log_softmax(-1).gather(-1, behind[0, :, None])[:, 0]
+        return Completion("", [], "stop", continuation_logprobs=tuple(logprobs.tolist()))
 
     def _choose(self, ids, request):
         """One token: of the choices, or the likeliest label with the log-probabilities of all of them."""

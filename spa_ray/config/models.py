@@ -10,9 +10,9 @@ import datetime
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from spa_ray.config.benchmark import BenchmarkSection
+from spa_ray.config.benchmark import BenchmarkSection, named
 from spa_ray.config.budget import Budget
 from spa_ray.config.judge import JudgeKinds, judge_section
 from spa_ray.config.pairwise import Pairwise
@@ -273,7 +273,7 @@ class Evaluation(Section):
     objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
     sampling: EvalSampling = EvalSampling()
     bootstrap: int = Field(1000, ge=1, description="resamples of the 95% intervals")
-    benchmarks: dict[str, BenchmarkSection] = Field(
+    benchmarks: Annotated[dict[str, BenchmarkSection], BeforeValidator(named)] = Field(
         default_factory=dict, description="further measures by benchmarks, each under a name of your own"
     )
 

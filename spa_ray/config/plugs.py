@@ -69,6 +69,12 @@ PAIRWISE = {
     "reward": "spa_ray.generation.pairwise:TwoRatings",
 }
 
+BENCHMARKS = {
+    "mmlu": "spa_ray.evaluation.benchmarks.mmlu:MMLU",
+    "truthfulqa": "spa_ray.evaluation.benchmarks.truthfulqa:TruthfulQA",
+    "safetybench": "spa_ray.evaluation.benchmarks.safetybench:SafetyBench",
+}
+
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from spa_ray.config.benchmark import benchmark_class
 from spa_ray.config.models import Config, Generation, Model
 from spa_ray.config.plugs import ENGINES, load_plug
 from spa_ray.engine.protocol import CAPABILITIES, Completion, Engine, EngineDeadError, EngineStats, Request
@@ -35,9 +37,17 @@ def check_capabilities(config: Config, *, several_models: bool = False) -> None:
         ("logprobs", "scoring.mode expected" if judged and mode == "expected" else None),
         ("stop", "a stop string" if stops else None),
         ("load_weights", "an evaluation of several models" if several_models else None),
+        *_of_benchmarks(config),
     ):
         if asked and needed not in able:
             known = ", ".join(sorted(able)) or "none"
             raise InputError(
                 f"model.engine: {config.model.engine} is not able to do {asked} (its capabilities: {known})"
             )
+
+
+def _of_benchmarks(config: Config) -> Iterator[tuple[str, str]]:
+    """What the config's benchmarks need of an engine."""
+    for name, section in config.evaluation.benchmarks.items():
+        for needed in benchmark_class(section.benchmark).needs:
+            yield needed, f"the benchmark {name}"

@@ -24,7 +24,7 @@ class CheckedEngine:
 
     async def generate(self, request: Request) -> Completion:
         """As the engine's. Raises: RuntimeError besides."""
-        self.prompted += len(request.prompt_ids)
+        self.prompted += len(request.prompt_ids) + len(request.continuation_ids or ())
         completion = await self._engine.generate(request)
         wrong = defect(completion, request)
         if wrong is not None:
@@ -56,8 +56,13 @@ def defect(completion: Completion, request: Request) -> str | None:
         return f"has the token id {min(ids) if min(ids) < 0 else max(ids)}"
     if completion.finish_reason not in ("stop", "length"):
         return f"has the finish reason {str(completion.finish_reason)[:60]!r}"
-    if request.label_ids is None:
-        return None
-    if labels is None or len(labels) != len(request.label_ids):
-        return f"has {0 if labels is None else len(labels)} of {len(request.label_ids)} label log-probabilities"
-    return None if all(isinstance(value, float) for value in labels) else "has label log-probabilities of no number"
+    behind: Any = completion.continuation_logprobs
+    for asked, given, what in (
+        (request.label_ids, labels, "label log-probabilities"),
+        (request.continuation_ids, behind, "log-probabilities of the continuation"),
+    ):
+        if asked is not None and (given is None or len(given) != len(asked)):
+            return f"has {0 if given is None else len(given)} of {len(asked)} {what}"
+        if asked is not None and not all(isinstance(value, float) for value in given):
+            return f"has {what} of no number"
+    return None

@@ -23,6 +23,8 @@ class Request:
     `choices` constrains the text to one of these strings, `choice_ids` being their tokens where each is one token.
     `label_ids` asks for the log-probabilities of these tokens at the first generated position, over the whole
     vocabulary (no constraint is applied to them). `stop` ends the answer before any of these strings.
+    `continuation_ids` asks for the log-probabilities of these tokens behind the prompt and for no answer: the
+    completion is empty.
     """
 
     prompt_ids: list[int]
@@ -37,6 +39,7 @@ class Request:
     choices: tuple[str, ...] | None = None
     choice_ids: tuple[int, ...] | None = None
     label_ids: tuple[int, ...] | None = None
+    continuation_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,14 @@ class Completion:
 
     An answer that a stop string ended holds the tokens before that string, no end token, and the finish reason "stop".
 
-    `label_logprobs` are in the order of the request's `label_ids`.
+    `label_logprobs` are in the order of the request's `label_ids`, `continuation_logprobs` of its `continuation_ids`.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     label_logprobs: tuple[float, ...] | None = None
+    continuation_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,13 @@ class EngineStats:
     tokens: int = 0  # generated, those of requests that are not answered yet included
 
 
-CAPABILITIES = frozenset({"choices", "logprobs", "stop", "load_weights"})
+CAPABILITIES = frozenset({"choices", "logprobs", "continuations", "stop", "load_weights"})
 
 
 class Engine(Protocol):
     """One model, loaded once. A class may name what it is able to do in `capabilities`: `choices` and `logprobs` at the
-    first position, `stop` strings, `load_weights`; without the attribute it is all of them. A config that needs another
-    is refused before anything starts."""
+    first position, log-probabilities of given `continuations`, `stop` strings, `load_weights`; without the attribute it
+    is all of them. A config that needs another is refused before anything starts."""
 
     tokenizer: Any
     max_model_len: int

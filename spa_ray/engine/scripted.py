@@ -95,8 +95,9 @@ class ScriptedEngine:
 
     async def generate(self, request: Request) -> Completion:
         script = self._script
-        if len(request.prompt_ids) + request.max_tokens > self.max_model_len:
-            raise ValueError(f"{len(request.prompt_ids)} + {request.max_tokens} tokens exceed {self.max_model_len}")
+        given = len(request.prompt_ids) + len(request.continuation_ids or ())
+        if given + request.max_tokens > self.max_model_len:
+            raise ValueError(f"{given} + {request.max_tokens} tokens exceed {self.max_model_len}")
         prompt = self.tokenizer.decode(request.prompt_ids)
         if script.refuse is not None and script.refuse in prompt:
             raise ValueError(f"scripted refusal of a prompt with {script.refuse!r}")
@@ -154,6 +155,8 @@ class ScriptedEngine:
             raise EngineDeadError("scripted: the engine is dead")
 
     def _answer(self, prompt: str, request: Request) -> Completion:
+        if request.continuation_ids is not None:
+            return self._continuation(request)
         if request.label_ids is not None:
             return self._labels(prompt, request)
         if request.choices is not None:
@@ -187,6 +190,15 @@ class ScriptedEngine:
         logprobs = tuple(math.log(m * on_scale) for m in masses)
         token = request.label_ids[top]
         return Completion(self.tokenizer.decode([token]), [token], "length", logprobs)
+
+    def _continuation(self, request: Request) -> Completion:
+        ids = list(request.continuation_ids or ())
+        upto = [self._continuation_logprob([*request.prompt_ids, *ids[: at + 1]]) for at in range(len(ids))]
+        return Completion("", [], "stop", continuation_logprobs=tuple(upto))
+
+    def _continuation_logprob(self, ids: list[int]) -> float:
+        """Of the last of these tokens."""
+        return -3 * _hash([self._weights, ids]) / 2**64
 
     def _completion(self, text: str, request: Request) -> Completion:
         cuts = [at for at in map(text.find, request.stop) if at >= 0]

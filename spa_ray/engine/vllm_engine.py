@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from spa_ray.config.models import Generation, Model
 from spa_ray.engine.protocol import Completion, EngineDeadError, EngineStats, Request
-from spa_ray.engine.vllm_requests import before_stop, sampling_params, special_tokens
+from spa_ray.engine.vllm_requests import before_stop, continuation_logprobs, sampling_params, special_tokens
 from spa_ray.engine.vllm_start import reason, start_vllm
 
 SWAP = "swap"  # an exchange of weights among the pending jobs, whose other names are numbers
@@ -60,10 +60,10 @@ class VLLMEngine:
         threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
 
     async def generate(self, request: Request) -> Completion:
-        if len(request.prompt_ids) + request.max_tokens > self.max_model_len:
+        given = len(request.prompt_ids) + len(request.continuation_ids or ())
+        if given + request.max_tokens > self.max_model_len:
             raise ValueError(
-                f"{len(request.prompt_ids)} prompt tokens and {request.max_tokens} more exceed the context of "
-                f"{self.max_model_len}"
+                f"{given} prompt tokens and {request.max_tokens} more exceed the context of {self.max_model_len}"
             )
         return self._completion(request, await self._submit(request=request))
 
@@ -94,9 +94,12 @@ class VLLMEngine:
             raise EngineDeadError(self._dead)
         return job.future
 
-    def _completion(self, request: Request, output: Any) -> Completion:
+    def _completion(self, request: Request, answered: Any) -> Completion:
+        output = answered.outputs[0]
         if output.finish_reason not in ("stop", "length"):  # aborted, or an error inside vLLM: no answer of the model
             raise RuntimeError(f"vLLM ended the request with {output.finish_reason!r}")
+        if request.continuation_ids is not None:
+            return Completion("", [], "stop", continuation_logprobs=continuation_logprobs(request, answered))
         ids = list(output.token_ids)
         if request.stop and isinstance(output.stop_reason, str):
             ids = before_stop(self.tokenizer, ids, output.stop_reason)
@@ -176,8 +179,9 @@ class VLLMEngine:
         number = str(next(self._numbers))
         try:
             stops = special_tokens(self.tokenizer, job.request.stop) if job.request.stop else None
-            params = sampling_params(job.request, stops)
-            self._engine.add_request(number, {"type": "token", "prompt_token_ids": job.request.prompt_ids}, params)
+            params = sampling_params(job.request, stops, rows=self._engine.vllm_config.use_v2_model_runner)
+            ids = [*job.request.prompt_ids, *(job.request.continuation_ids or ())]
+            self._engine.add_request(number, {"type": "token", "prompt_token_ids": ids}, params)
         except (ValueError, VLLMClientError) as e:  # this request is at fault, not the engine
             job.fail(ValueError(f"vLLM: {reason(e)}"))
             return
@@ -209,7 +213,7 @@ class VLLMEngine:
                 if job is not None:  # not given up meanwhile
                     self._done += 1
                     self._tokens += len(output.outputs[0].token_ids)
-                    by_loop[job.loop].append((job, output.outputs[0]))
+                    by_loop[job.loop].append((job, output))
         for loop, finished in by_loop.items():
             _call_in(loop, partial(_resolve_all, finished))
 

@@ -13,8 +13,9 @@ def special_tokens(tokenizer: Any, stops: tuple[str, ...]) -> list[int]:
     return [token for token, added in known.items() if added.special and added.content in stops]
 
 
-def sampling_params(request: Request, stop_tokens: list[int] | None = None) -> Any:
-    """vLLM's `SamplingParams` of a request. `stop_tokens`: the special tokens among its stop strings."""
+def sampling_params(request: Request, stop_tokens: list[int] | None = None, *, rows: bool = False) -> Any:
+    """vLLM's `SamplingParams` of a request. `stop_tokens`: the special tokens among its stop strings; `rows`: vLLM can
+    score chosen positions of a prompt (its V2 runner)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -34,10 +35,31 @@ def sampling_params(request: Request, stop_tokens: list[int] | None = None) -> A
         allowed_token_ids=single,
         structured_outputs=StructuredOutputsParams(choice=list(request.choices or ())) if constrained else None,
         logprob_token_ids=list(request.label_ids) if request.label_ids else None,
+        **_prompt_scores(request, rows=rows),
         detokenize=bool(request.stop),  # vLLM looks for stop strings in the text that it decodes
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_clone=True,  # nobody else holds it
     )
+
+
+def _prompt_scores(request: Request, *, rows: bool) -> dict[str, Any]:
+    """A continuation is scored as the prompt's end. Without `rows` vLLM makes the logits of every position that it
+    computes in a step, `max_num_batched_tokens` at most; only those of the prompt's own tokens are kept."""
+    if request.continuation_ids is None:
+        return {}
+    if not rows:
+        return {"prompt_logprobs": 0}
+    scored = [[token] for token in request.continuation_ids]
+    return {"prompt_logprob_token_ids": scored, "prompt_logprob_start": len(request.prompt_ids) - 1}
+
+
+def continuation_logprobs(request: Request, output: Any) -> tuple[float, ...]:
+    """Of the request's continuation, from vLLM's `RequestOutput`."""
+    ids = request.continuation_ids or ()
+    if output.prompt_token_id_logprobs is not None:
+        return tuple(float(row[0]) for row in output.prompt_token_id_logprobs)
+    behind = list(output.prompt_logprobs)[-len(ids) :]
+    return tuple(float(found[token].logprob) for token, found in zip(ids, behind, strict=True))
 
 
 def before_stop(tokenizer: Any, ids: list[int], stop: str) -> list[int]:

@@ -7,25 +7,38 @@ returned is in `meta` as `result`.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from spa_ray.config.benchmark import BenchmarkConfig, benchmark_class
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.data.forms import BadRowError
 from spa_ray.data.prompts import Prompt, to_prompt
 from spa_ray.data.readers import Row as SourceRow
-from spa_ray.engine.protocol import Completion, Engine
+from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
 from spa_ray.generation.episode import Draw, PromptTooLongError, Response, Row, error_of, error_row, thought
 from spa_ray.generation.seeds import seed_for
 from spa_ray.rollout.chat import Chat
 
-# Asks the model under test: messages, and changes of `sampling` (`max_tokens=8`).
-Ask = Callable[..., Awaitable[Completion]]
+Asked = Sequence[Mapping[str, str]] | str  # messages; a text is given to the model as it is, without its chat template
 C = TypeVar("C", bound=BenchmarkConfig)
 ROLE = "answer"
+
+
+class Ask(Protocol):
+    """Asks the model under test."""
+
+    async def __call__(self, prompt: Asked, /, **changes: Any) -> Completion:
+        """Its answer. `changes` are keys of `sampling` (`max_tokens=8`)."""
+        ...
+
+    async def logprobs(self, prompt: Asked, continuation: str) -> float:
+        """The log-probability of a text right behind the prompt, summed over its tokens."""
+        ...
 
 
 class Benchmark(Generic[C]):
@@ -34,6 +47,7 @@ class Benchmark(Generic[C]):
     Config: ClassVar[type[BenchmarkConfig]] = BenchmarkConfig  # its keys, with their defaults
     version: ClassVar[int] = 1  # of its protocol: prompts, asking, measures
     questions: ClassVar[int] = 1  # that a prompt asks, for plans
+    needs: ClassVar[tuple[str, ...]] = ()  # of an engine's capabilities: `continuations` for `ask.logprobs`
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -81,27 +95,9 @@ class Plays:
 
     async def run(self, prompt: Mapping[str, Any], *, attempt: int = 0, earlier: Completion | None = None) -> Row:
         """One prompt's play. What goes wrong becomes the row's `error`, as an episode's."""
-        turns: list[Response] = []
-        spent = {"prompt_tokens": 0, "generated_tokens": 0}
         meta = json.loads(prompt["meta"])
         seed_id = prompt.get("seed_id") or prompt["prompt_id"]  # the same for a prompt that several models answer
-
-        async def ask(messages: Sequence[Mapping[str, str]], **changes: Any) -> Completion:
-            sampling = EvalSampling.model_validate({**self._sampling.model_dump(), **changes})
-            at = len(turns)
-            seed = seed_for(self._seed, 0, seed_id, ROLE, response=at, attempt=1000 * attempt)
-            ids = self._chat.prompt_ids(messages)
-            if len(ids) + sampling.max_tokens > self._engine.max_model_len:
-                raise PromptTooLongError(
-                    f"{len(ids)} tokens and {sampling.max_tokens} of answer exceed the context of "
-                    f"{self._engine.max_model_len}"
-                )
-            turn = Response(at, "turn", Completion("", [], "stop"), None, sampling.temperature, seed)
-            turns.append(turn)
-            turn.completion = await self._engine.generate(Draw(sampling, ROLE).request(ids, seed))
-            spent["prompt_tokens"] += len(ids)
-            spent["generated_tokens"] += len(turn.completion.token_ids)
-            return thought(turn, self._chat).completion
+        ask = _Asking(self._engine, self._chat, self._sampling, partial(self._draw_seed, seed_id, attempt))
 
         async def play() -> None:
             row = {"prompt_id": seed_id, "messages": prompt["messages"], "meta": dict(meta)}
@@ -109,10 +105,52 @@ class Plays:
             meta["result"] = json.loads(json.dumps(dict(result), allow_nan=False))
 
         if (error := await error_of(play())) is not None:
-            return {**error_row(prompt, error, attempt), **spent}
-        rows = [turn.row() for turn in turns]
+            return {**error_row(prompt, error, attempt), **ask.spent}
+        rows = [turn.row() for turn in ask.turns]
         played = {"meta": json.dumps(meta, ensure_ascii=False), "responses": rows, "scores": [[] for _ in rows]}
-        return {**error_row(prompt, None, attempt), **played, **spent}
+        return {**error_row(prompt, None, attempt), **played, **ask.spent}
+
+    def _draw_seed(self, seed_id: str, attempt: int, at: int) -> int:
+        return seed_for(self._seed, 0, seed_id, ROLE, response=at, attempt=1000 * attempt)
 
     async def score(self, answered: Mapping[str, Any], *, part: int = 0) -> Row:
         raise NotImplementedError("a benchmark measures its own answers")
+
+
+class _Asking:
+    """`Ask` of one play: `turns` has what was asked, `spent` its tokens."""
+
+    def __init__(self, engine: Engine, chat: Chat, sampling: EvalSampling, seed_of: Callable[[int], int]) -> None:
+        self._engine, self._chat, self._sampling, self._seed_of = engine, chat, sampling, seed_of
+        self.turns: list[Response] = []
+        self.spent = {"prompt_tokens": 0, "generated_tokens": 0}
+
+    async def __call__(self, prompt: Asked, /, **changes: Any) -> Completion:
+        sampling = EvalSampling.model_validate({**self._sampling.model_dump(), **changes})
+        ids = self._chat.text_ids(prompt) if isinstance(prompt, str) else self._chat.prompt_ids(prompt)
+        turn = self._turn("turn", sampling.temperature)
+        turn.completion = await self._generate(Draw(sampling, ROLE).request(ids, turn.seed))
+        return thought(turn, self._chat).completion
+
+    async def logprobs(self, prompt: Asked, continuation: str) -> float:
+        before, behind = self._chat.continuation_ids(prompt, continuation)
+        turn = self._turn("continuation", 0.0)
+        turn.completion = Completion(continuation, behind, "stop")
+        asked = Request(before, max_tokens=1, temperature=0.0, seed=turn.seed, continuation_ids=tuple(behind))
+        return math.fsum((await self._generate(asked)).continuation_logprobs or ())
+
+    def _turn(self, kind: str, temperature: float) -> Response:
+        at = len(self.turns)
+        self.turns.append(Response(at, kind, Completion("", [], "stop"), None, temperature, self._seed_of(at)))
+        return self.turns[at]
+
+    async def _generate(self, request: Request) -> Completion:
+        given = len(request.prompt_ids) + len(request.continuation_ids or ())
+        if given + request.max_tokens > self._engine.max_model_len:
+            raise PromptTooLongError(
+                f"{given} tokens and {request.max_tokens} of answer exceed the context of {self._engine.max_model_len}"
+            )
+        completion = await self._engine.generate(request)
+        self.spent["prompt_tokens"] += given
+        self.spent["generated_tokens"] += len(completion.token_ids)
+        return completion

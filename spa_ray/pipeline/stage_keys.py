@@ -187,6 +187,6 @@ def benchmark(config: Config, known: Known) -> dict[str, Any]:
         "chat": _chat(config, known),
         "seed": config.seed,
         "engine": _engine(config),
-        "benchmark": _plain(section, "limit"),  # which prompts there are is an input
+        "benchmark": _plain(section, *section.sources),  # which prompts there are is an input
         "protocol": [benchmark_class(section.benchmark).version, source_hash(section.benchmark)],
     }

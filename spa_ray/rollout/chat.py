@@ -7,7 +7,7 @@ line, whatever the template raised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -118,6 +118,39 @@ class Chat:
         if self._encoder is None:
             return None
         return self._encoder.ids(self._template.text(self._turns(messages, None)) + text)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text that no template renders, behind the tokenizer's own beginning of a text where it has one."""
+        opening = [int(i) for i in self._tokenizer.encode("", add_special_tokens=True)][:1]
+        opening = [i for i in opening if i == getattr(self._tokenizer, "bos_token_id", None)]
+        return opening + self._plain(text, [{"role": "user", "content": text}], lambda turns: turns[0]["content"])
+
+    def continuation_ids(self, prompt: Sequence[Message] | str, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt (messages, or a text that no template renders), and what a text right behind it adds.
+
+        Where they meet, tokens merge as in one text. Raises: ValueError as `prompt_ids` does, and for a text that adds
+        no token.
+        """
+        if isinstance(prompt, str):
+            before, both = self.text_ids(prompt), self.text_ids(prompt + text)
+        else:
+            before = self.prompt_ids(prompt)
+            turns = [*self._turns(prompt, None), {"role": "assistant", "content": text}]
+            both = self._plain(text, turns, lambda turns: self._template.text(turns[:-1]) + turns[-1]["content"])
+            both = before + both if self._encoder is None else both
+        if len(both) <= len(before):
+            raise ValueError(f"the continuation {text[:60]!r} adds no token to its prompt")
+        return both[: len(before)], both[len(before) :]
+
+    def _plain(self, text: str, turns: list[Turn], written: Callable[[list[Turn]], str]) -> list[int]:
+        """Ids of what is written of the turns, with control tokens in them as text; of the text alone where the
+        tokenizer only renders by itself."""
+        if self._encoder is None:
+            return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
+        mark = self._mark(turns)
+        if mark is None:
+            return self._encoder.ids(written(turns))
+        return self._encoder.protected(written(self._protected(turns, mark)), mark)
 
     def encodes_as(self, tokenizer: Any) -> bool:
         """Whether another tokenizer object makes the same ids of a text."""
