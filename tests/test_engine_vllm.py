@@ -33,12 +33,17 @@ QUESTIONS = [f"What is {k} and {k * 7}?" for k in range(12)]
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_model` with several end tokens in its generation config."""
+    """`tiny_model` with several end tokens in its generation config, and a method's own modules beside the weights."""
+    import torch
+
+    from spa_ray.training.own_modules import Beside
+
     folder = tmp_path_factory.mktemp("engine") / "model"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "generation_config.json").read_text())
     config["eos_token_id"] = sorted(end_ids(tokenizer_of(folder)))
     (folder / "generation_config.json").write_text(json.dumps(config))
+    Beside({"mean": [0.5]}, {"0.weight": torch.ones(2, 64)}).write(folder, "dual_head:DualHead")
     return folder
 
 

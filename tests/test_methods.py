@@ -131,6 +131,22 @@ def test_a_key_that_only_another_method_reads_is_taken(name: str) -> None:
     assert train_section({"method": name, "beta": 2.0, "gamma": 1.0, "alpha": 0.5}).beta == 2.0
 
 
+def test_an_edit_in_a_method_with_a_head_makes_its_training_new_and_nothing_else(home: Path) -> None:
+    """Its file is imported here for the first time: what counts is the source."""
+    file = home / "dual_head.py"
+    shutil.copy(EXAMPLE.with_name(file.name), file)
+    arms = {"spa": {}, "dual": {"train.method": "dual_head:DualHead", "train.head_weight": 2.0}}
+
+    def keys() -> dict[tuple[str, str], str]:
+        return {(stage.stage, arm): stage.key for stage in planned_stages(config(home, arms)) for arm in stage.arms}
+
+    before = keys()
+    file.write_text(file.read_text().replace("nn.Linear(width, 32)", "nn.Linear(width, 33)"))
+    after = keys()
+    sys.modules.pop("dual_head", None)
+    assert {key for key in before if before[key] != after[key]} == {("train", "dual")}
+
+
 def test_docs_show_the_example_that_runs() -> None:
     text = (EXAMPLE.parents[1] / "METHODS.md").read_text(encoding="utf-8")
     assert EXAMPLE.read_text(encoding="utf-8").split("\n", 2)[2].strip() in text

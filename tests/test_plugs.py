@@ -21,6 +21,7 @@ from tests.plug_files import EXAMPLES, plug_config
         ("plain_words", "JUDGES"),
         ("on_topic", "BENCHMARKS"),
         ("slic", "METHODS"),
+        ("dual_head", "METHODS"),
         ("transformers_engine", "ENGINES"),
     ],
 )

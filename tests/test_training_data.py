@@ -15,7 +15,7 @@ from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
 from spa_ray.training.dataset import Selection, TokenizedPairs, read_sequences, select_pairs
 from spa_ray.training.forward import collate_packed, collate_padded
-from spa_ray.training.method import Method, method_of
+from spa_ray.training.method import Example, Method, Read, Row, method_of
 from spa_ray.training.tokenize import content_hash, tokenize_pairs
 from tests.tiny_model import build_tiny_tokenizer
 from tests.training_support import pair_rows, write_pairs
@@ -277,3 +277,86 @@ def test_a_packed_micro_batch_has_no_padding_and_positions_begin_anew() -> None:
     assert batch.owner.tolist() == [0, 0, 1, 1]
     assert batch.input_ids.flatten()[batch.predict].tolist() == [3, 4, 6, 7]
     assert (batch.longest, batch.sequences, batch.real_tokens) == (5, 2, 8)
+
+
+class Labelled(Method[Any]):
+    """As RiC and CPO have it: each answer is an example of its own, its prompt says its scores, and the loss may look
+    at the prompt too."""
+
+    sides = ("chosen",)
+    columns = ("chosen_scores", "rejected_scores")
+    span: Any = "response"
+
+    def render(self, messages: Any, scores: Any, state: Any) -> Any:
+        return [{**messages[0], "content": f"{scores} {messages[0]['content']}"}]
+
+    def examples(self, row: Row) -> list[Example]:
+        found = []
+        for side, ids in (("chosen", row.chosen_ids), ("rejected", row.rejected_ids)):
+            scores = row.columns[f"{side}_scores"]
+            prompt = row.prompt_ids(self.render(row.messages, scores, None))
+            found.append(Example({"chosen": Read(prompt, ids, self.span)}, [sum(scores)]))
+        return found
+
+
+@pytest.mark.parametrize("span", ["response", "all"])
+def test_each_answer_is_an_example_of_its_own_behind_its_own_prompt(tmp_path: Path, tokenizer: Any, span: str) -> None:
+    labelled = Labelled(train_section({"method": "sft"}))
+    labelled.span = span
+    rows = pair_rows(6)
+    data, _ = tokenized(tmp_path, tokenizer, rows, method=labelled)
+    selection, dropped = select_pairs(data, labelled, seed=0)
+    assert (len(selection), dropped) == (12, {"duplicate": 0})
+    assert selection.targets is not None
+    by_id = {row["pair_id"]: row for row in rows}
+    for number, (of_pair, target) in enumerate(zip(selection.sequences.of_pair, selection.targets, strict=True)):
+        name, _, second = data.pair_id(number).partition("#")
+        side = "rejected" if second else "chosen"
+        row = by_id[name]
+        ((prompt, response),) = read_sequences(data, selection, of_pair)
+        asked = f"{row[f'{side}_scores']} {row['prompt'][0]['content']}"
+        whole = [*tokenizer.encode(f"<|bos|><|user|>{asked}<|end|><|assistant|>"), *row[f"{side}_ids"]]
+        assert [*prompt, *response] == whole
+        assert len(response) == (len(whole) - 1 if span == "all" else len(row[f"{side}_ids"]))
+        assert selection.sequences.responses[of_pair] == len(response)
+        assert selection.sequences.tokens[of_pair] == len(whole)
+        assert target == [sum(row[f"{side}_scores"])]
+    assert len(np.unique(selection.sequences.prompt)) == len({str(row["prompt"]) for row in rows})
+    assert data.column("chosen_key").tolist() != tokenized(tmp_path, tokenizer, rows)[0].column("chosen_key").tolist()
+
+
+class Broken(Labelled):
+    made: Any = None
+
+    def examples(self, row: Row) -> list[Example]:
+        return [self.made]
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (Example({"rejected": Read([8], [9])}), "no sequence 'chosen', which its sides name"),
+        (Example({"chosen": Read([], [9])}), "the sequence has no prompt"),
+        (Example({"chosen": Read([8], [265])}), "id 265, the model's vocabulary ends at 264"),
+        (Example({"chosen": Read([8], [9])}, [float("nan")]), "targets are \\[nan\\]"),
+    ],
+)
+def test_an_example_that_is_none_is_told_in_one_line(tmp_path: Path, tokenizer: Any, made: Example, told: str) -> None:
+    broken_method = Broken(train_section({"method": "sft"}))
+    broken_method.made = made
+    with pytest.raises(InputError, match=rf"pair 'p00000:0:5'.*{told}") as e:
+        tokenized(tmp_path, tokenizer, pair_rows(1), method=broken_method)
+    assert "\n" not in str(e.value)
+
+
+def test_scores_that_a_method_reads_and_pairs_lack_are_told(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{**row, "rejected_scores": []} for row in pair_rows(1)]
+    with pytest.raises(InputError, match=r"rejected_scores is empty, and train\.method reads it"):
+        tokenized(tmp_path, tokenizer, rows, method=Labelled(train_section({"method": "sft"})))
+
+
+def test_labels_without_a_rejected_answer_cannot_be_shuffled(tmp_path: Path, tokenizer: Any) -> None:
+    labelled = Labelled(train_section({"method": "sft", "shuffle_labels": True}))
+    data, _ = tokenized(tmp_path, tokenizer, pair_rows(20), method=labelled)
+    with pytest.raises(InputError, match=r"train\.shuffle_labels: sft has examples without a rejected answer"):
+        select_pairs(data, labelled, seed=0)

@@ -4,6 +4,8 @@ torch, on one process and on two, for every ZeRO stage. Real DeepSpeed."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from spa_ray.errors import RunError
 from spa_ray.training import loop, own_modules
 from spa_ray.training.job import TrainJob
 from spa_ray.training.loop import run_job
-from tests import dual_head
-from tests.dual_head import METHOD, Plain, plain_run
+from spa_ray.training.policy import quiet_deepspeed
+from tests import plain_dual_head
+from tests.plain_dual_head import METHOD, Plain, plain_run
 from tests.training_support import make_job, pair_rows, write_pairs
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_process", "on_the_path")]
@@ -30,9 +34,9 @@ CLIPPED = {"lr": 0.1, "head_lr": 0.5, "head_weight": 30.0, "grad_clip": 1.0}
 
 @pytest.fixture(scope="module")
 def on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(dual_head.FOLDER))
+    sys.path.insert(0, str(plain_dual_head.FOLDER))
     yield
-    sys.path.remove(str(dual_head.FOLDER))
+    sys.path.remove(str(plain_dual_head.FOLDER))
     sys.modules.pop("dual_head", None)
 
 
@@ -97,10 +101,115 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_clipped_steps_are_those_of_plain_torch(
     tmp_path: Path, tiny_model: Path, pairs: Path, plain: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(torch.optim, "AdamW", dual_head.sgd)
+    quiet_deepspeed()  # it derives classes from AdamW when it is imported
+    monkeypatch.setattr(torch.optim, "AdamW", plain_dual_head.sgd)
     truth = plain("lora" if "lora" in name else "all")
     assert min(total for total, _ in truth.norms) > CLIPPED["grad_clip"]
     assert all(0.1 < head / total < 0.99 for total, head in truth.norms)  # neither part alone is the norm
     job = job_of(tmp_path, tiny_model, pairs, name, **SETTINGS[name])
     run_job(job)
     assert_is_plain(job, truth)
+
+
+TWO_RANKS = ("zero0_several", "zero1", "zero2", "zero3", "lora2", "lora3")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: Path) -> dict[str, TrainJob]:
+    folder = tmp_path_factory.mktemp("two")
+    jobs = {name: job_of(folder, tiny_model, pairs, name, **SETTINGS[name]) for name in TWO_RANKS}
+    files = [folder / f"{name}.json" for name in jobs]
+    for file, job in zip(files, jobs.values(), strict=True):
+        file.write_text(json.dumps(job.to_dict()))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [*start, plain_dual_head.__file__, "--job", *map(str, files)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return jobs
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_reach_the_same(on_two_ranks: dict[str, TrainJob], plain: Any, name: str) -> None:
+    assert_is_plain(on_two_ranks[name], plain("lora" if "lora" in name else "all"))
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 2}, {"zero_stage": 3, **LORA}], ids=str)
+def test_a_resumed_run_ends_at_the_undisturbed_weights_and_head(
+    tmp_path: Path, tiny_model: Path, pairs: Path, settings: dict[str, Any]
+) -> None:
+    kept = {"save_every_steps": 1, "lr": 1e-3, "head_lr": 1e-2, "epochs": 2, **settings}
+    whole, killed = (job_of(tmp_path, tiny_model, pairs, name, **kept) for name in ("whole", "killed"))
+    run_job(whole)
+
+    def die(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(killed, die)
+    assert run_job(killed).resumed_at == 4
+    for file in ("model.safetensors", own_modules.MODULES):
+        before, after = tensors(whole.out / file), tensors(killed.out / file)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [row["loss"] for row in log_of(whole)] == [row["loss"] for row in log_of(killed)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: Path) -> TrainJob:
+    job = job_of(tmp_path_factory.mktemp("trained"), tiny_model, pairs, "job", head_lr=1e-2, save_every_steps=1)
+    run_job(job)
+    return job
+
+
+def test_the_model_folder_holds_head_and_state_and_loads_as_it_is(
+    trained: TrainJob, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from spa_ray.storage.model_folder import check_model_folder
+    from spa_ray.training.method import method_of
+
+    check_model_folder(trained.out)
+    model, info = AutoModelForCausalLM.from_pretrained(trained.out, output_loading_info=True)
+    assert not any(info.values())
+    learnt = json.loads((trained.out / own_modules.METHOD).read_text())
+    assert learnt["method"] == METHOD
+    assert set(learnt["state"]) == {"mean", "std"}
+    method = method_of(trained.train, learnt["state"])
+    head = method.modules(model)
+    assert head is not None
+    head.load_state_dict(tensors(trained.out / own_modules.MODULES))
+    before = log_of(trained)[0]["head/mse"]
+    assert log_of(trained)[-1]["head/mse"] < before
+
+    # The next method's model folder has none of it.
+    job = make_job(tmp_path, trained.out, trained.pairs, method="spa_simpo", max_steps=1)
+    run_job(job)
+    assert not (job.out / own_modules.METHOD).exists()
+    assert not (job.out / own_modules.MODULES).exists()
+
+
+def test_spa_export_writes_a_checkpoints_head_and_state(trained: TrainJob, tmp_path: Path) -> None:
+    from spa_ray.training.convert import export
+
+    steps = [row["head/mse"] for row in log_of(trained)]
+    out = export(trained.work, tmp_path / "model", step=len(steps) - 1)
+    assert (out / own_modules.METHOD).read_text() == (trained.out / own_modules.METHOD).read_text()
+    found, last = tensors(out / own_modules.MODULES), tensors(trained.out / own_modules.MODULES)
+    assert found.keys() == last.keys()
+    assert not all(torch.equal(found[name], last[name]) for name in last)  # a step before
+
+
+def test_a_changed_head_in_a_checkpoint_is_refused(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
+    job = job_of(tmp_path, tiny_model, pairs, "job", save_every_steps=1)
+
+    def die(row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, die)
+    (job.work / "checkpoints" / "step_00000001" / own_modules.SAVED).write_bytes(b"other")
+    with pytest.raises(RunError, match=r"modules\.pt has changed"):
+        run_job(job)

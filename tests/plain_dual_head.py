@@ -96,6 +96,8 @@ def plain_run(job: TrainJob) -> Plain:
 
 if __name__ == "__main__":
     from spa_ray.training.loop import main
+    from spa_ray.training.policy import quiet_deepspeed
 
+    quiet_deepspeed()  # it derives classes from AdamW when it is imported
     torch.optim.AdamW = sgd  # type: ignore[misc, assignment]
     sys.exit(main())
