@@ -373,7 +373,8 @@ def test_spa_eval_asks_further_judges_too(tmp_path: Path, tiny_model: Path, ray_
     }
     first = evaluate(tiny_model, config=raw, out=tmp_path / "out")
     assert first["metrics"]["test"]["judges"]["words"]["means"]["helpful"]["mean"] == 4.0
-    assert first["metrics"]["test"]["means"]["helpful"]["mean"] != 4.0
+    assert first["metrics"]["test"]["means"] != first["metrics"]["test"]["judges"]["words"]["means"]
+    assert json.loads((tmp_path / "out" / "agreement.json").read_text())["test"]["judges"]["words"]["main"]
     stamp = (tmp_path / "out" / "judges" / "words" / "stage.json").stat().st_mtime_ns
     assert evaluate(tiny_model, config=raw, out=tmp_path / "out") == first
     assert (tmp_path / "out" / "judges" / "words" / "stage.json").stat().st_mtime_ns == stamp

@@ -300,6 +300,38 @@ def inspect(
     emit(result, as_json)
 
 
+annotate = typer.Typer(help="Blind sheets for people, and how judges agree with what they said.", no_args_is_help=True)
+app.add_typer(annotate, name="annotate")
+
+
+@annotate.command(name="out")
+def annotate_out(
+    run_dir: Run,
+    out: Annotated[Path, typer.Option("--out", help="the sheet, a CSV file", show_default=False)],
+    arm: Annotated[str | None, typer.Option(help="whose answers; by default the last arm's")] = None,
+    against: Annotated[str, typer.Option(help="an arm, or vanilla")] = "vanilla",
+    limit: Annotated[int | None, typer.Option(min=1, help="so many prompts, drawn; by default all")] = None,
+    seed: Annotated[int, typer.Option(help="of the draw, the order and the sides")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Two models' held-out answers side by side, without their names, as CSV and as an HTML form."""
+    from spa_ray.pipeline.annotate import sheet_out
+
+    emit(sheet_out(run_dir, out=out, arm=arm, against=against, limit=limit, seed=seed), as_json)
+
+
+@annotate.command(name="in")
+def annotate_in(
+    sheet: Annotated[Path, typer.Argument(help="the filled sheet", show_default=False)],
+    key: Annotated[Path | None, typer.Option("--key", help="by default beside it: SHEET.key.json")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What people said, and how the run's judges agree with them, objective by objective."""
+    from spa_ray.pipeline.annotate import sheet_in
+
+    emit(sheet_in(sheet, key_file=key), as_json)
+
+
 @app.command()
 def clean(
     run_dir: Run,

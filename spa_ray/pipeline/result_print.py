@@ -47,7 +47,7 @@ def print_win_rates(arms: Mapping[str, Mapping[str, Any]]) -> None:
         )
         for arm, found in arms.items():
             cells = found["families"].get(family, {}).values()
-            table.add_row(arm, *(f"{c['wins']} / {c['ties']} / {c['losses']}  {_cell(c['win_rate'])}" for c in cells))
+            table.add_row(arm, *(f"{c['wins']} / {c['ties']} / {c['losses']}  {cell(c['win_rate'])}" for c in cells))
         Console().print(table)
 
 
@@ -61,12 +61,12 @@ def print_benchmarks(arms: Mapping[str, Mapping[str, Any]]) -> None:
         first = next(iter(found.values()))
         table = Table("", *found, title=f"benchmark: {name}, version {first['version']}", title_justify="left")
         for measure in first["measures"]:
-            table.add_row(measure, *(_cell(of_arm["measures"].get(measure)) for of_arm in found.values()))
+            table.add_row(measure, *(cell(of_arm["measures"].get(measure)) for of_arm in found.values()))
         table.add_row("prompts", *(f"{of_arm['n']}" for of_arm in found.values()))
         Console().print(table)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """A measure: a number, or an interval as `{mean, low, high}`."""
     if isinstance(value, dict) and {"mean", "low", "high"} <= value.keys():
         return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
