@@ -18,6 +18,7 @@ from spa_ray.config import arm_configs
 from spa_ray.config.models import Config, named_plugs
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.schemas import EPISODES, JUDGEMENTS
+from spa_ray.engine import check_capabilities
 from spa_ray.engine.scripted import ScriptedEngine
 from spa_ray.errors import InputError
 from spa_ray.evaluation.win_rates import compared, first_wins, judgements, win_rate, win_rates
@@ -292,6 +293,29 @@ def test_an_opponent_that_is_no_model_of_the_run_is_told() -> None:
     arms = run_of(pairwise={"against": "spy"})
     with pytest.raises(InputError, match="'spy' is not one of vanilla, spa, sft, reference"):
         check_opponent(arms, arms["spa"])
+
+
+def test_judges_without_held_out_prompts_are_told() -> None:
+    for evaluation, place in (({"pairwise": {}}, "pairwise"), ({"judges": {"x": ORACLE}}, "judges")):
+        with pytest.raises(InputError, match=rf"evaluation\.{place}: there are no held-out prompts"):
+            check_opponent(["spa"], scripted_config(evaluation=evaluation))
+
+
+@pytest.mark.parametrize("name", ["main", "pairwise", "a.b", "../x"])
+def test_a_judges_name_is_its_own_and_plain(name: str) -> None:
+    with pytest.raises(InputError, match=r"evaluation\.judges: "):
+        scripted_config(evaluation={"judges": {name: ORACLE}})
+
+
+def test_an_engine_that_cannot_constrain_is_asked_for_no_letter() -> None:
+    config = scripted_config(model={"engine": f"{HERE}:Plain"}, scoring={"mode": "regex"},
+                             evaluation={"pairwise": {"mode": "choice"}})  # fmt: skip
+    with pytest.raises(InputError, match=r"is not able to do evaluation\.pairwise\.mode choice"):
+        check_capabilities(config)
+
+
+class Plain(ScriptedEngine):
+    capabilities = frozenset({"load_weights"})
 
 
 def test_a_plan_counts_further_judges_and_comparisons() -> None:

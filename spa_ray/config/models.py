@@ -7,6 +7,7 @@ in `rollout`, training in `training`.
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -301,8 +302,11 @@ class Evaluation(Section):
     @field_validator("judges")
     @classmethod
     def _names_are_free(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if MAIN_JUDGE in given:
-            raise ValueError(f"{MAIN_JUDGE} stands for evaluation.judge in tables; give this judge another name")
+        for name in given:
+            if name in (MAIN_JUDGE, "pairwise"):
+                raise ValueError(f"{name} is what tables call a judge that is always there; give this one another name")
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"{name!r} is no name of a judge: letters, digits, - and _")
         return given
 
 

@@ -31,9 +31,12 @@ def check_capabilities(config: Config, *, several_models: bool = False) -> None:
         return
     able = getattr(load_plug(ENGINES, config.model.engine, where="model.engine"), "capabilities", CAPABILITIES)
     judged, mode = config.scoring.judged_by.asks_engine, config.scoring.mode
+    pairwise = config.evaluation.pairwise
+    compares = pairwise is not None and pairwise.judged_by.asks_engine and pairwise.mode == "choice"
     stops = config.sampling.stop or config.refine.stop or config.evaluation.sampling.stop
     for needed, asked in (
         ("choices", "scoring.mode choice" if judged and mode == "choice" else None),
+        ("choices", "evaluation.pairwise.mode choice" if compares else None),
         ("logprobs", "scoring.mode expected" if judged and mode == "expected" else None),
         ("stop", "a stop string" if stops else None),
         ("load_weights", "an evaluation of several models" if several_models else None),

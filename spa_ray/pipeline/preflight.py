@@ -65,9 +65,9 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
         for config in {_prompts_key(c): c for c in arms.values() if not c.episodes.source}.values():
             for _ in each_prompts(config, fresh, warnings, files, lengths.check(arms.values())):
                 warnings += lengths.of_prompts(fresh, config)
+        check_opponent(arms, first)
         if has_evaluation(first):
             check_evaluation(first, base)
-            check_opponent(arms, first)
             check_capabilities(first, several_models=True)
             warnings += files.write_held_out(first.evaluation, fresh, check=lengths.check()).notes
             warnings += lengths.of_held_out(fresh, first)
@@ -218,8 +218,12 @@ def check_evaluation(config: Config, base: Path) -> None:
 
 
 def check_opponent(arms: Iterable[str], config: Config) -> None:
-    """Raises: InputError where `evaluation.pairwise.against` names no model of the run."""
+    """Raises: InputError where judges have no answers to judge, or `evaluation.pairwise.against` names no model of the
+    run."""
     section, known = config.evaluation.pairwise, [VANILLA, *arms, REFERENCE]
+    if not has_evaluation(config) and (section is not None or config.evaluation.judges):
+        place = "judges" if section is None else "pairwise"
+        raise InputError(f"evaluation.{place}: there are no held-out prompts; give evaluation.prompts")
     if section is not None and section.against not in known:
         raise InputError(f"evaluation.pairwise.against: {section.against!r} is not one of {', '.join(known)}")
 
