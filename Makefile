@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: real long bench-test chaos docs demo families test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: real long interop bench-test chaos docs demo families test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -26,6 +26,10 @@ long: .venv/.ready ## what takes minutes each: killed runs, growing clusters, Ze
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)
+
+interop: .venv/.ready ## compare with lm-evaluation-harness, in an environment of its own (.cache/interop)
+	scripts/interop.sh
+	$(BIN)/python -m pytest -n0 -m long tests/test_interop.py $(ARGS)
 
 bench-test: .venv/.ready ## every benchmark at toy size
 	$(BIN)/python -m pytest -m bench $(ARGS)
