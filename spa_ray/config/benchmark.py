@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from spa_ray.config.plugs import BENCHMARKS, load_plug
 from spa_ray.config.rollout import EvalSampling
-from spa_ray.config.section import Section
+from spa_ray.config.section import JudgeSection, Section
 from spa_ray.errors import InputError
 
 WHERE = "evaluation.benchmarks"
@@ -25,6 +25,11 @@ class BenchmarkConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="take the first N prompts")
     sampling: EvalSampling = Field(EvalSampling(), description="of its answers, where its protocol has none of its own")
+
+    @property
+    def judged_by(self) -> JudgeSection | None:
+        """The judge that `ask.judge` asks; None where nothing is judged."""
+        return None
 
 
 def benchmark_class(path: str) -> Any:

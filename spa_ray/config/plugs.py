@@ -73,6 +73,8 @@ BENCHMARKS = {
     "mmlu": "spa_ray.evaluation.benchmarks.mmlu:MMLU",
     "truthfulqa": "spa_ray.evaluation.benchmarks.truthfulqa:TruthfulQA",
     "safetybench": "spa_ray.evaluation.benchmarks.safetybench:SafetyBench",
+    "mt_bench": "spa_ray.evaluation.benchmarks.mt_bench:MTBench",
+    "arena_hard": "spa_ray.evaluation.benchmarks.arena_hard:ArenaHard",
 }
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

@@ -20,6 +20,7 @@ from spa_ray.data.prompts import Prompt, to_prompt
 from spa_ray.data.readers import Row as SourceRow
 from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
+from spa_ray.generation.endpoint_judge import Ask as Endpoint
 from spa_ray.generation.episode import Draw, PromptTooLongError, Response, Row, error_of, error_row, thought
 from spa_ray.generation.seeds import seed_for
 from spa_ray.rollout.chat import Chat
@@ -38,6 +39,11 @@ class Ask(Protocol):
 
     async def logprobs(self, prompt: Asked, continuation: str) -> float:
         """The log-probability of a text right behind the prompt, summed over its tokens."""
+        ...
+
+    async def judge(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0, **changes: Any) -> Completion:
+        """What the section's `judge` says, at temperature 0 unless `changes` say otherwise. Another `attempt` asks
+        again."""
         ...
 
 
@@ -89,15 +95,19 @@ def benchmark_prompts(section: BenchmarkConfig, *, where: str) -> Iterator[Promp
 class Plays:
     """Plays a benchmark's prompts on one engine, as `Episodes` runs episodes."""
 
-    def __init__(self, section: BenchmarkConfig, engine: Engine, chat: Chat, seed: int) -> None:
+    def __init__(
+        self, section: BenchmarkConfig, engine: Engine, chat: Chat, seed: int, endpoint: Endpoint | None = None
+    ) -> None:
+        """`endpoint` reaches the benchmark's judge, where that is one."""
         self._benchmark, self._sampling = make_benchmark(section), section.sampling
-        self._engine, self._chat, self._seed = engine, chat, seed
+        self._engine, self._chat, self._seed, self._endpoint = engine, chat, seed, endpoint
 
     async def run(self, prompt: Mapping[str, Any], *, attempt: int = 0, earlier: Completion | None = None) -> Row:
         """One prompt's play. What goes wrong becomes the row's `error`, as an episode's."""
         meta = json.loads(prompt["meta"])
         seed_id = prompt.get("seed_id") or prompt["prompt_id"]  # the same for a prompt that several models answer
-        ask = _Asking(self._engine, self._chat, self._sampling, partial(self._draw_seed, seed_id, attempt))
+        seed_of = partial(self._draw_seed, seed_id, attempt)
+        ask = _Asking(self._engine, self._chat, self._sampling, seed_of, self._endpoint)
 
         async def play() -> None:
             row = {"prompt_id": seed_id, "messages": prompt["messages"], "meta": dict(meta)}
@@ -120,15 +130,38 @@ class Plays:
 class _Asking:
     """`Ask` of one play: `turns` has what was asked, `spent` its tokens."""
 
-    def __init__(self, engine: Engine, chat: Chat, sampling: EvalSampling, seed_of: Callable[[int], int]) -> None:
-        self._engine, self._chat, self._sampling, self._seed_of = engine, chat, sampling, seed_of
+    def __init__(
+        self,
+        engine: Engine,
+        chat: Chat,
+        sampling: EvalSampling,
+        seed_of: Callable[[int], int],
+        endpoint: Endpoint | None,
+    ) -> None:
+        self._engine, self._chat, self._sampling = engine, chat, sampling
+        self._seed_of, self._endpoint = seed_of, endpoint
         self.turns: list[Response] = []
         self.spent = {"prompt_tokens": 0, "generated_tokens": 0}
 
     async def __call__(self, prompt: Asked, /, **changes: Any) -> Completion:
-        sampling = EvalSampling.model_validate({**self._sampling.model_dump(), **changes})
+        return await self._answer("turn", prompt, {**self._sampling.model_dump(), **changes})
+
+    async def judge(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0, **changes: Any) -> Completion:
+        if self._endpoint is None:
+            return await self._answer("judge", messages, changes)
+        sampling = EvalSampling.model_validate(changes)
+        turn = self._turn("judge", sampling.temperature)
+        asked = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "seed": turn.seed}
+        found = await self._endpoint([dict(m) for m in messages], **asked, attempt=attempt)
+        turn.completion = Completion(found.text, [], "stop" if found.finish_reason == "stop" else "length")
+        self.spent["prompt_tokens"] += found.prompt_tokens
+        self.spent["generated_tokens"] += found.generated_tokens
+        return turn.completion
+
+    async def _answer(self, kind: str, prompt: Asked, settings: Mapping[str, Any]) -> Completion:
+        sampling = EvalSampling.model_validate(settings)
         ids = self._chat.text_ids(prompt) if isinstance(prompt, str) else self._chat.prompt_ids(prompt)
-        turn = self._turn("turn", sampling.temperature)
+        turn = self._turn(kind, sampling.temperature)
         turn.completion = await self._generate(Draw(sampling, ROLE).request(ids, turn.seed))
         return thought(turn, self._chat).completion
 

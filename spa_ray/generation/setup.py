@@ -12,6 +12,7 @@ from typing import Literal
 
 from spa_ray.config.models import Config
 from spa_ray.config.plugs import JUDGES, PAIRWISE, load_dotted
+from spa_ray.config.section import JudgeSection
 from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
@@ -59,7 +60,7 @@ def make_episodes(
     objectives = load_objectives(config)
     chat = engine_chat(config, task, engine, model)
     if task.kind == "play":
-        return Plays(config.evaluation.benchmarks[task.benchmark], checked, chat, config.seed)
+        return Plays(config.evaluation.benchmarks[task.benchmark], checked, chat, config.seed, ask)
     templates = Templates(config, objectives)
     if task.kind == "compare":
         return make_comparisons(config, Parts(config, checked, chat, templates, ask))
@@ -83,6 +84,13 @@ def engine_chat(config: Config, task: Task, engine: Engine, model: Path) -> Chat
             "folder's; remove tokenizer settings from model.engine_kwargs"
         )
     return chat
+
+
+def asked_judge(config: Config, task: Task) -> JudgeSection | None:
+    """The judge that a pass asks; None where it asks none."""
+    if task.kind == "play":
+        return config.evaluation.benchmarks[task.benchmark].judged_by
+    return config.scoring.judged_by if task.scored else None
 
 
 def make_judge(

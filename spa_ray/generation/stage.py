@@ -42,7 +42,7 @@ from spa_ray.generation.endpoint_actor import served
 from spa_ray.generation.episode import RETRYABLE
 from spa_ray.generation.follow import Line, OnProgress, Record, followed
 from spa_ray.generation.pool import growing_pool, layout
-from spa_ray.generation.setup import Task
+from spa_ray.generation.setup import Task, asked_judge
 from spa_ray.generation.shards import SHARD_ROWS, shards
 from spa_ray.generation.usage import Spent, Usage
 from spa_ray.logs import WorkerLog
@@ -118,7 +118,7 @@ def generate(
     usage = Usage(checkpoint / "usage")
     gpus = engine_resources(config.model, config.resources, cluster_gpus=_cluster_gpus()).get("num_gpus", 0.0)
     cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
-    judge = config.scoring.judged_by if task.scored else None
+    judge = asked_judge(config, task)
     with (
         Token.left(checkpoint) as token,
         served(judge, kept_answers(out.parent), meter.left() if meter else None) as line,

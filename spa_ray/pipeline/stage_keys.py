@@ -187,6 +187,7 @@ def benchmark(config: Config, known: Known) -> dict[str, Any]:
         "chat": _chat(config, known),
         "seed": config.seed,
         "engine": _engine(config),
-        "benchmark": _plain(section, *section.sources),  # which prompts there are is an input
+        "benchmark": _plain(section, "judge", *section.sources),  # which prompts there are is an input
+        **({} if section.judged_by is None else {"judge": [section.judged_by.kind, section.judged_by.key()]}),
         "protocol": [benchmark_class(section.benchmark).version, source_hash(section.benchmark)],
     }
