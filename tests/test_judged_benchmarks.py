@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,20 @@ from typing import Any
 
 import pytest
 
+from spa_ray.config import arm_configs
+from spa_ray.config.endpoint import Endpoint
+from spa_ray.config.models import Config
+from spa_ray.engine.openai import EndpointClient
+from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
 from spa_ray.evaluation.benchmarks import arena_hard, mt_bench
+from spa_ray.generation.benchmark import Plays, benchmark_prompts
+from spa_ray.pipeline.plan import make_plan
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES
+from spa_ray.rollout.chat import Chat
 from tests.fake_endpoint import FakeEndpoint, running
+from tests.scripted import scripted_episodes
 from tests.test_general_ability import SHARED, config_with, play, prompts_of
 
 QUESTIONS = [
@@ -202,11 +212,52 @@ def test_the_judge_is_part_of_the_stage_but_not_its_limits(questions: str) -> No
     assert key() != key(model="other")
 
 
+def test_a_plan_prices_the_judge_and_a_budget_needs_its_price(questions: str) -> None:
+    def config(**judge: Any) -> Config:
+        section = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "model": "m", **judge}
+        raw = {
+            "model": {"path": "org/some-8B"},
+            "prompts": {"source": "honeset", "limit": 10},
+            "evaluation": {"benchmarks": {"mt_bench": {"path": questions, "judge": section}}},
+            "budget": {"usd": 5},
+        }
+        return arm_configs(raw, [], where="test", stem="test")["main"]
+
+    with pytest.raises(InputError, match=r"budget.usd needs evaluation.benchmarks.mt_bench.judge.price"):
+        config()
+    plan = make_plan({"main": config(price={"input": 1, "output": 10})})
+    stages = [stage for stage in plan["stages"] if stage["stage"] == "benchmark:mt_bench"]
+    assert [(s["rows"], s["requests"], s["judge"]["requests"]) for s in stages] == [(2, 4, 4)] * 2
+    assert all(stage["judge"]["usd"] > 4 * 400 * 10 / 1e6 for stage in stages)
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not beside this checkout")
 def test_the_published_files_are_read_completely() -> None:
     folder = SHARED / "mt_bench"
     section = {"path": str(folder / "question.jsonl"), "references": str(folder / "reference_answer_gpt-4.jsonl")}
     assert len(prompts_of("mt_bench", **section, judge="self")) == 80
+
+
+def test_what_an_endpoint_says_is_a_turn_of_the_play_and_asked_again_as_another_attempt(questions: str) -> None:
+    def says(number: int, body: dict[str, Any]) -> tuple[int, dict[str, str], str] | str:
+        return "hm" if number == 0 else "Rating: [[9]]"
+
+    async def rated(fake: FakeEndpoint) -> dict[str, Any]:
+        section = Endpoint(kind="endpoint", base_url=fake.url, model="judge", max_concurrency=1)
+        config = config_with("mt_bench", path=questions, judge=section.model_dump(), limit=1)
+        chosen = config.evaluation.benchmarks["mt_bench"]
+        client = EndpointClient(section, None)
+        plays = Plays(chosen, scripted_episodes(config)[1], Chat(ScriptedTokenizer(), model="m"), 0, client.ask)
+        (prompt,) = benchmark_prompts(chosen, where="mt_bench")
+        return await plays.run(prompt)
+
+    with running(FakeEndpoint(says)) as fake:
+        row = asyncio.run(rated(fake))
+    assert row["error"] is None
+    assert sorted(t["text"] for t in row["responses"] if t["kind"] == "judge") == ["Rating: [[9]]"] * 2 + ["hm"]
+    assert [r["verdict"] for r in json.loads(row["meta"])["result"]["ratings"]] == [9.0, 9.0]
+    asked = sum(len(t["token_ids"]) for t in row["responses"])
+    assert row["generated_tokens"] == asked + 3 * 2  # as the endpoint counts its own
 
 
 @pytest.mark.engine

@@ -399,6 +399,8 @@ class Config(Section):
         nothing = dict.fromkeys(("requests", "prompt_tokens", "generated_tokens"), 0.0)
         judges = {f"evaluation.{place}": judge for place, judge in self.evaluation.all_judges.items()}
         judges = {"scoring.judge": self.scoring.judged_by, **judges}
+        for name, section in self.evaluation.benchmarks.items():
+            judges |= {f"evaluation.benchmarks.{name}.judge": section.judged_by} if section.judged_by else {}
         bills = {name: judge.bill(nothing) for name, judge in judges.items()}
         for name, bill in bills.items():
             if bill and bill["usd"] is None:

@@ -53,6 +53,7 @@ class Benchmark(Generic[C]):
     Config: ClassVar[type[BenchmarkConfig]] = BenchmarkConfig  # its keys, with their defaults
     version: ClassVar[int] = 1  # of its protocol: prompts, asking, measures
     questions: ClassVar[int] = 1  # that a prompt asks, for plans
+    judgements: ClassVar[int] = 0  # that a prompt asks of the judge, for plans
     needs: ClassVar[tuple[str, ...]] = ()  # of an engine's capabilities: `continuations` for `ask.logprobs`
 
     def __init__(self, config: C) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.models import Config, Prompts
+from spa_ray.config.section import JudgeSection
 from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
@@ -35,6 +36,7 @@ from spa_ray.pipeline.plan_tokens import (
     episode_work,
     judging_by_layout,
     mean_tokens,
+    play_judging,
 )
 from spa_ray.pipeline.preflight import eval_config, prompt_check, thinking_warnings
 from spa_ray.pipeline.recipe import PlannedStage, has_evaluation, planned_stages
@@ -180,7 +182,9 @@ class _Lookup:
         asked = config.evaluation.model_copy(update={"sampling": section.sampling})
         sample = prompts[:: max(1, len(prompts) // SAMPLED)]
         work, _ = answer_work(config.model_copy(update={"evaluation": asked}), sample, self.encoder, judged=False)
-        return len(prompts), work.times(len(prompts) * make_benchmark(section).questions)
+        benchmark = make_benchmark(section)
+        play = work.times(benchmark.questions)
+        return len(prompts), (play + play_judging(section, play, benchmark.judgements)).times(len(prompts))
 
     def tokens(self, config: Config) -> float:
         """Mean tokens of a rendered prompt."""
@@ -228,7 +232,7 @@ class _Costs:
             "benchmark": self._benchmark, "score": self._score, "pairwise": self._pairwise,
         }  # fmt: skip
         rows, work, seconds, gpus = compute[stage.stage.partition(":")[0]](stage)
-        judge = cost.judged(eval_config(stage.config, stage.judge) if stage.judge else stage.config, work)
+        judge = cost.judged(_judge_of(stage), work)
         seconds = max(seconds, judge.get("seconds", 0.0))
         return {
             "stage": stage.stage,
@@ -285,6 +289,13 @@ class _Costs:
         busy = sum(cost.compute_seconds(work, size, on.rates, gpus=gpus) for work in works) / on.engines
         seconds = passes * cost.pass_seconds(model, on.rates) / self.subjects + busy
         return rows, sum(works, Work()), seconds, on.engines * gpus
+
+
+def _judge_of(stage: PlannedStage) -> JudgeSection | None:
+    name, _, benchmark = stage.stage.partition(":")
+    if name == "benchmark":
+        return stage.config.evaluation.benchmarks[benchmark].judged_by
+    return (eval_config(stage.config, stage.judge) if stage.judge else stage.config).scoring.judged_by
 
 
 def _group_starts(graph: list[PlannedStage], on: cost.Devices) -> dict[str, float]:

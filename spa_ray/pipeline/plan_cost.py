@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spa_ray.config.models import Config
+from spa_ray.config.section import JudgeSection
 from spa_ray.engine.placement import engine_world
 from spa_ray.engine.vllm_start import CPU_KV_GIB
 from spa_ray.pipeline.plan_memory import GPU_MEMORY_GIB, gpu_gib, training_memory
@@ -108,12 +109,12 @@ def generate_seconds(work: Work, model: ModelFacts, on: Devices) -> float:
     return pass_seconds(model, on.rates) + busy / on.engines
 
 
-def judged(config: Config, work: Work) -> dict[str, Any]:
+def judged(judge: JudgeSection | None, work: Work) -> dict[str, Any]:
     """What a judge's endpoint is asked, what it costs, and how long its limits make it; empty where there is none."""
     asked = work.judged()
-    if not asked["requests"]:
+    if judge is None or not asked["requests"]:
         return {}
-    bill = config.scoring.judged_by.bill(asked, seconds=ENDPOINT_SECONDS)
+    bill = judge.bill(asked, seconds=ENDPOINT_SECONDS)
     return {**asked, "usd": bill["usd"], "seconds": round(bill["seconds"] or 0.0, 1)}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+from spa_ray.config.benchmark import BenchmarkConfig
 from spa_ray.config.models import Config
 from spa_ray.config.section import JudgeSection
 from spa_ray.generation.templates import LAYOUTS, PairTemplate, Templates
@@ -18,6 +19,7 @@ from spa_ray.objectives import load_objectives
 
 ANSWER_SHARE = 0.35  # of max_tokens that an answer is taken to use (docs/PLAN.md)
 CHARS_PER_TOKEN = 4
+PLAY_JUDGE_PROMPT, PLAY_JUDGEMENT = 150, 400  # tokens of a benchmark's judge: its task, and what it writes
 BLOCK = 16  # tokens that vLLM's prefix cache keeps or forgets together
 Message = Mapping[str, str]
 
@@ -204,6 +206,16 @@ def answer_work(
             counter.score(messages, counter.answer(0, limit))
             scored += counter.work
     return answered.times(1 / len(prompts)), scored.times(1 / len(prompts))
+
+
+def play_judging(section: BenchmarkConfig, asked: Work, judgements: int) -> Work:
+    """Of a benchmark's prompt: what its judge is asked, about as long as the play itself each time."""
+    if section.judged_by is None:
+        return Work()
+    read = asked.prompt_tokens + asked.generated_tokens + PLAY_JUDGE_PROMPT
+    if section.judged_by.asks_engine:
+        return Work(1.0, read, read, PLAY_JUDGEMENT).times(judgements)
+    return Work(judge_requests=1.0, judge_prompt_tokens=read, judge_generated_tokens=PLAY_JUDGEMENT).times(judgements)
 
 
 def compare_work(config: Config, prompts: Sequence[Sequence[Message]], encoder: Encoder) -> Work:

@@ -48,6 +48,7 @@ class ArenaHard(Benchmark[ArenaHardConfig]):
     """`win_rate` against the baseline (0.5: as good), and `unjudged`, verdicts that could not be read."""
 
     Config = ArenaHardConfig
+    judgements = 2
 
     def prompts(self) -> Iterator[Mapping[str, Any]]:
         baseline = read_answers(self.config.baseline)

@@ -48,7 +48,7 @@ class MTBench(Benchmark[MTBenchConfig]):
     """`score`: the mean of all ratings; of each turn and category; and `unjudged`, ratings that could not be read."""
 
     Config = MTBenchConfig
-    questions = 2
+    questions = judgements = 2
 
     def prompts(self) -> Iterator[Mapping[str, Any]]:
         given = {} if self.config.references is None else read_references(self.config.references)
