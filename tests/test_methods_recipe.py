@@ -64,6 +64,23 @@ def test_a_recipe_of_keys_that_are_none_is_told(home: Path, monkeypatch: pytest.
         planned_stages(arms())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ({"model": {}}, "recipe: model: a name is letters, digits and _, and none of pairs, model, base"),
+        ({"a/b": {}}, "recipe: a/b: a name is letters"),
+        ({"a": {"sampling.n": 7}}, "recipe: a: sampling.n: such a model differs in denoise, pairs, train alone"),
+        ({"a": {"train.method": METHOD}}, "recipe: a: margin:Margin has a recipe itself"),
+    ],
+)
+def test_what_a_recipe_cannot_do_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setattr(type(method_of(arms()["modpo"].train)), "recipe", lambda self: recipe)
+    with pytest.raises(InputError, match=told):
+        planned_stages(arms())
+
+
 @pytest.mark.engine
 @pytest.mark.usefixtures("one_process")
 def test_the_loss_sees_the_other_models_log_probs(home: Path, tiny_model: Path) -> None:

@@ -30,7 +30,7 @@ from spa_ray.pipeline.own_pairs import are_own, own_pairs_stage
 from spa_ray.pipeline.preflight_cluster import check_cluster, live_nodes
 from spa_ray.pipeline.preflight_memory import check_training_memory
 from spa_ray.pipeline.progress import Progress
-from spa_ray.pipeline.recipe import VANILLA
+from spa_ray.pipeline.recipe import VANILLA, extra_models
 from spa_ray.pipeline.result_print import print_benchmarks, print_funnel, print_metrics, print_result, print_win_rates
 from spa_ray.pipeline.run import Pipeline
 from spa_ray.pipeline.stage_keys import Known
@@ -53,7 +53,8 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
     progress = Progress()
     pipeline = Pipeline(arms, progress=progress, until=until, verbose=verbose)
     pipeline.check()
-    plugs = [name for config in arms.values() for name in named_plugs(config)]
+    configs = [c for config in arms.values() for c in (config, *extra_models(config).values())]
+    plugs = [name for config in configs for name in named_plugs(config)]
     try:
         with pipeline.lock(), connected(verbose=verbose, plugs=plugs):
             result = pipeline.run()

@@ -12,11 +12,14 @@ from spa_ray.config.load import set_dotted, validated
 from spa_ray.config.models import Config
 from spa_ray.config.pairwise import REFERENCE
 from spa_ray.config.training import BY_METHOD, Train
+from spa_ray.errors import InputError
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES, first_prompt
 from spa_ray.storage.hashing import digest
 from spa_ray.training.method import method_of
 
+TAKEN = ("pairs", "model", "base")  # inputs of training that are no model of a recipe
+READ = ("denoise", "pairs", "train")
 VANILLA = "vanilla"  # the model before training
 BASE, JUDGE = "base", "judge"  # what a run is given and makes in no stage: two model folders
 
@@ -65,15 +68,23 @@ def extra_models(config: Config) -> dict[str, Config]:
     """The models that an arm's method wants trained first (`Method.recipe`), as arms of their own on the same episodes:
     by name, the arm's config with other keys. What is left of `train` is what all methods know.
 
-    Raises: InputError for keys that no config has.
+    Raises: InputError for keys that no config has or that such a model does not read, for a name that is taken, and for
+    a recipe within a recipe.
     """
     found = {}
     for name, keys in method_of(config.train).recipe().items():
+        where = f"{config.train.method}: recipe: {name}"
+        if not name.isidentifier() or name in TAKEN:
+            raise InputError(f"{where}: a name is letters, digits and _, and none of {', '.join(TAKEN)}")
+        if other := [key for key in keys if key.partition(".")[0] not in READ]:
+            raise InputError(f"{where}: {other[0]}: such a model differs in {', '.join(READ)} alone")
         raw = config.model_dump(mode="json")
         raw["train"] = {key: raw["train"][key] for key in Train.model_fields if key not in ("method", *BY_METHOD)}
         for key, value in keys.items():
-            set_dotted(raw, key, value, where=f"{config.train.method}: recipe: {name}")
+            set_dotted(raw, key, value, where=where)
         found[name] = validated(raw, f"{config.train.method}: recipe", name)
+        if method_of(found[name].train).recipe():
+            raise InputError(f"{where}: {found[name].train.method} has a recipe itself; name a method without one")
     return found
 
 
@@ -83,7 +94,7 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
     base = Node(BASE, VANILLA, first)
     models = dict.fromkeys(arms, base)
     episodes: dict[str, Node] = {}
-    tau: dict[str, Node] = {}
+    tau: dict[tuple[str, str], Node] = {}
     for iteration in range(1, max(config.iterations.count for config in arms.values()) + 1):
         active = {arm: config for arm, config in arms.items() if config.iterations.count >= iteration}
         given = {arm: Node("import", arm, c, iteration) for arm, c in active.items() if c.episodes.source}
@@ -99,11 +110,11 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
         parts = {(arm, ""): config for arm, config in active.items()}
         parts |= {(arm, part): c for arm, config in active.items() for part, c in extra_models(config).items()}
         builds = {
-            (arm, part): Node("build", arm, c, iteration, {"episodes": episodes[arm]}, tau.get(arm), part)
+            (arm, part): Node("build", arm, c, iteration, {"episodes": episodes[arm]}, tau.get((arm, part)), part)
             for (arm, part), c in parts.items()
         }
         yield list(builds.values())
-        tau = {**{arm: builds[arm, ""] for arm in active}, **tau}  # the first iteration's
+        tau = {**builds, **tau}  # the first iteration's
         extra: dict[str, dict[str, Node]] = {arm: {} for arm in active}
         for (arm, part), c in parts.items():
             inputs = {"pairs": builds[arm, part], "model": models[arm]}

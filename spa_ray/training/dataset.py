@@ -125,7 +125,7 @@ def select_pairs(data: TokenizedPairs, method: Method[Train], *, seed: int) -> t
             raise InputError(f"train.shuffle_labels: {train.method} has examples without a rejected answer to swap")
     at = _places(data, method, swapped)
     if "rejected" not in method.sides:
-        _, first = np.unique(_keys(data, rows, at), axis=0, return_index=True)
+        _, first = np.unique(_examples(data, rows, at), axis=0, return_index=True)
         first.sort()
         dropped["duplicate"] = len(rows) - len(first)
         rows, at = rows[first], at[first]
@@ -134,6 +134,15 @@ def select_pairs(data: TokenizedPairs, method: Method[Train], *, seed: int) -> t
     method.check_gaps(gap[rows])
     targets = data.targets()
     return _selection(data, rows, at, gap[rows], None if targets is None else targets[rows]), dropped
+
+
+def _examples(data: TokenizedPairs, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(pairs, columns) what makes an example: its sequences and its targets."""
+    keys, targets = _keys(data, rows, at), data.targets()
+    same = np.zeros(len(rows), dtype=np.int64)
+    if targets is not None:
+        _, same = np.unique(targets[rows], axis=0, return_inverse=True)
+    return np.column_stack([keys, same.reshape(len(rows))])
 
 
 def _places(data: TokenizedPairs, method: Method[Train], swapped: np.ndarray) -> Int[np.ndarray, "pairs sides"]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from spa_ray.errors import InputError
 from spa_ray.storage.weights import INDEX, ONE_FILE, read_header, tensors
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob
@@ -43,8 +44,10 @@ class OwnModules:
         method = method_of(job.train, state)
         torch.manual_seed(job.seed & 0xFFFF_FFFF_FFFF_FFFF)
         modules, lr = method.modules(model), method.modules_lr
-        if modules is None or lr is None:
+        if modules is None:
             return None
+        if lr is None:
+            raise InputError(f"train.method: {job.train.method} has modules and no learning rate; set train.lr")
         return cls(job, modules.to(comm.device(), torch.float32).train(), lr)
 
     def set_gradient(self, mine: Sequence[Tensor]) -> float:
