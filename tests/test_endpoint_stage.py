@@ -128,6 +128,7 @@ def test_a_dead_endpoint_ends_the_pass_and_no_stage_of_the_run_asks_again_what_i
         assert len(again) == len(set(again))
 
 
+@pytest.mark.long
 def test_a_budget_ends_the_pass_before_it_is_passed_and_a_larger_one_goes_on_without_asking_twice(
     prompts: Path, tmp_path: Path
 ) -> None:

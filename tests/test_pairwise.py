@@ -336,6 +336,7 @@ def test_a_plan_counts_further_judges_and_comparisons() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_run_with_further_judges_and_comparisons(tmp_path: Path, ray_session: None) -> None:
     """The embedded model, compared by the oracle's ratings and by its own letters; run again, nothing is asked."""
     from spa_ray.pipeline.commands import clean_run, run_config

@@ -150,6 +150,7 @@ def test_a_killed_run_on_s3_goes_on_and_ends_with_the_bytes_of_a_local_one(home:
 
 
 @pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.long
 def test_an_endpoints_answers_are_kept_on_the_store_and_nothing_that_it_answered_is_asked_again(
     home: Path, s3: dict[str, str], kept: bool
 ) -> None:

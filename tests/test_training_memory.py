@@ -247,7 +247,13 @@ def test_spa_plan_says_it_and_ends_with_exit_status_2(
 ) -> None:
     from spa_ray.cli.main import main
 
-    small = ["model.path=org/some-8B", "prompts.source=honeset", "evaluation.prompts=null", "resources.train_workers=1"]
+    small = [
+        "model.path=org/some-8B",
+        "prompts.source=honeset",
+        "evaluation.prompts=null",
+        "prompts.decontaminate=null",
+        "resources.train_workers=1",
+    ]
     monkeypatch.setattr("sys.argv", ["spa", "plan", RECIPE, *small])
     with pytest.raises(SystemExit) as e:
         main()
@@ -346,7 +352,13 @@ def test_preflight_takes_the_largest_node_that_can_hold_a_rank(tiny_model: Path)
 
 
 def test_spa_plan_refuses_offload_that_this_machine_cannot_hold(spa: Any) -> None:
-    small = ["model.path=org/some-8B", "prompts.source=honeset", "evaluation.prompts=null", "resources.train_workers=1"]
+    small = [
+        "model.path=org/some-8B",
+        "prompts.source=honeset",
+        "evaluation.prompts=null",
+        "prompts.decontaminate=null",
+        "resources.train_workers=1",
+    ]
     status, _, err = spa("plan", RECIPE, *small, "train.offload=true", "resources.host_memory_gib=64")
     assert status == 2
     assert "in the memory of one machine, and a node has 64.0 (resources.host_memory_gib)" in err
