@@ -145,6 +145,13 @@ def test_a_wrong_section_is_told_in_one_line(section: dict[str, Any], told: str)
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a/b", "../up", "a b"])
+def test_a_name_that_is_no_files_is_refused(name: str) -> None:
+    raw = {"model": {"path": "none"}, "evaluation": {"benchmarks": {name: {"benchmark": UTILITY}}}}
+    with pytest.raises(InputError, match="is no name of a benchmark: letters, digits, - and _"):
+        arm_configs(raw, [], where="test", stem="test")
+
+
 def test_limit_takes_the_first_prompts_and_changes_no_key() -> None:
     few, all_ = config_with(limit=1), config_with()
     assert len(list(benchmark_prompts(few.evaluation.benchmarks["two"], where="two"))) == 1

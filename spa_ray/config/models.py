@@ -309,6 +309,14 @@ class Evaluation(Section):
                 raise ValueError(f"{name!r} is no name of a judge: letters, digits, - and _")
         return given
 
+    @field_validator("benchmarks")
+    @classmethod
+    def _names_are_plain(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if not re.fullmatch(r"[\w-]+", name):  # it names a file and folders
+                raise ValueError(f"{name!r} is no name of a benchmark: letters, digits, - and _")
+        return given
+
 
 class Config(Section):
     """One arm's whole config. `name`, `seed` and `run_dir` belong to the run."""
