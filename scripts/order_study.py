@@ -23,7 +23,7 @@ import numpy as np
 
 from spa_ray.cli.demo import demo_config, of_seed, run_locked
 from spa_ray.config import Config, arm_configs
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.prompts import MAIN_FAMILY, write_eval_prompts
 from spa_ray.evaluation.tables import Answers, arm_metrics, plain_means

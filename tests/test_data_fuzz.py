@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.forms import ROLES
 from spa_ray.data.left_out import lines
 from spa_ray.data.prompts import LONGEST_MESSAGE, PromptCounts, read_prompts, write_prompts

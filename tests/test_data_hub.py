@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data import hub
 from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.data.readers import read_rows, source_kind
@@ -55,7 +55,7 @@ REPOSITORIES = {
 # Asks in a process of its own: the hub's address is read once, when huggingface_hub is imported.
 ASK = """
 import json, sys
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.errors import InputError
 

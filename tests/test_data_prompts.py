@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.forms import messages_digest
 from spa_ray.data.prompts import PromptCounts, read_prompts, write_prompts
 from spa_ray.data.readers import source_kind

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from spa_ray.config.models import Prompts
 from spa_ray.config.plugs import load_dotted
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.data.readers import Row, read_rows
 from spa_ray.errors import InputError

@@ -189,8 +189,9 @@ def test_a_plan_counts_its_questions_for_every_model() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("held_out", [True, False], ids=["with_prompts", "alone"])
 def test_spa_eval_plays_them_too_and_a_second_call_plays_nothing(
-    tmp_path: Path, tiny_model: Path, ray_session: None
+    tmp_path: Path, tiny_model: Path, ray_session: None, held_out: bool
 ) -> None:
     from spa_ray import evaluate
 
@@ -198,7 +199,7 @@ def test_spa_eval_plays_them_too_and_a_second_call_plays_nothing(
     raw = {
         "model": {"path": str(tiny_model), "engine": "spa_ray.engine.scripted:ScriptedEngine"},
         "evaluation": {
-            "prompts": {"source": str(tmp_path / "p.jsonl")},
+            **({"prompts": {"source": str(tmp_path / "p.jsonl")}} if held_out else {}),
             "judge": "self",
             "benchmarks": {"two": {"benchmark": f"{HERE}:TwoTurns", "limit": 2}},
         },
@@ -206,6 +207,7 @@ def test_spa_eval_plays_them_too_and_a_second_call_plays_nothing(
     out = tmp_path / "out"
     first = evaluate(tiny_model, config=raw, out=out)
     assert first["benchmarks"]["two"]["measures"] == {"right": [0, 1]}
+    assert bool(first["metrics"]) == held_out
     stamp = (out / "benchmarks" / "two" / "stage.json").stat().st_mtime_ns
     assert json.loads((out / "benchmarks" / "two.json").read_text())["arms"]["model"]["n"] == 2
     assert evaluate(tiny_model, config=raw, out=out) == first

@@ -15,7 +15,7 @@ import pytest
 from spa_ray.errors import InputError
 from spa_ray.storage import files
 from spa_ray.storage.files import AnyPath, arrow_filesystem, as_path, children, create_text, delete_tree, files_under
-from spa_ray.storage.folder import RunFolder, StageFolder, check_claim, claim
+from spa_ray.storage.folder import EVALUATION, RunFolder, StageFolder, check_claim, claim
 from spa_ray.storage.hashing import folder_hash, parquet_hash
 from spa_ray.storage.node_cache import CACHE, local_folder
 from spa_ray.storage.token import Token
@@ -152,6 +152,24 @@ def test_clean_deletes_the_stages_that_no_arm_names(folder: AnyPath) -> None:
     assert [path.name for path in run.clean()] == ["build-2", "evaluate-3"]
     assert [path.name for path in run.stages()] == ["build-1"]
     assert run.arm_files() == [run.arm_file("main", 1)]
+
+
+def test_clean_spares_what_a_call_that_did_not_end_had_not_come_to(folder: AnyPath) -> None:
+    run = RunFolder(folder)
+    for name in ("build-1", "train-2", "evaluate-3", "pass-4"):
+        files.write_text(folder / "stages" / name / "rows", "x")
+    run.stage("build", "1").finish(0.0)
+    run.stage("train", "2").finish(0.0)
+    files.write_json(run.arm_file("main", 1), {"stages": {"build": "build-1", "train": "train-2"}})
+    files.write_json(folder / EVALUATION, {"stages": {"evalprompts": "evalprompts-0", "main": "evaluate-3"}})
+    run.keep_used()
+    files.write_json(run.arm_file("main", 1), {"stages": {"build": "build-1"}})
+    assert run.clean() == []  # the evaluation is unfinished, so its rows are spared too
+    run.stage("evaluate", "3").finish(0.0)
+    assert [path.name for path in run.clean()] == ["pass-4"]
+    run.release()
+    run.release()
+    assert [path.name for path in run.clean()] == ["train-2"]
 
 
 def test_a_folder_is_claimed_for_one_stage(folder: AnyPath) -> None:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.schemas import WRITE_OPTIONS
 from spa_ray.errors import InputError
 from spa_ray.generation.commits import settle
 from tests.preferences_tables import make_config, make_episodes, make_row

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from spa_ray.config import Config, arm_configs
-from spa_ray.config.models import Episodes
+from spa_ray.config.prompts import Episodes
 from spa_ray.data.given import EpisodeCounts, write_episodes
 from spa_ray.data.loaders.helpsteer2 import ATTRIBUTES as HELPSTEER2
 from spa_ray.data.loaders.ultrafeedback import ATTRIBUTES as ULTRAFEEDBACK
@@ -141,6 +141,25 @@ def test_own_rows_hold_all_answers_or_one_and_keep_what_else_they_have(tmp_path:
         pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), tmp_path / "own.parquet"
     )
     assert read(tmp_path / "own.parquet")[0]["scores"].to_pylist() == table["scores"].to_pylist()
+
+
+def test_the_first_row_with_scores_names_the_attributes(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "responses": []},
+        {"prompt": "b", "responses": [{"text": "x", "scores": {}}]},
+        {"prompt": "c", "responses": [{"text": "y", "scores": {"helpful": 3, "harmless": 5}}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.parquet"
+    counts = write_episodes(Episodes(source=str(tmp_path / "a.jsonl")), out)
+    assert counts.attributes == ("helpful", "harmless")
+    assert objectives_of(pq.read_schema(out)) == ["helpful", "harmless"]
+    assert pq.read_table(out)["scores"].to_pylist() == [[], [[None, None]], [[3, 5]]]
+
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(InputError, match="no answer has a score"):
+        write_episodes(Episodes(source=str(tmp_path / "b.jsonl")), tmp_path / "none.parquet")
+    assert not (tmp_path / "none.parquet").exists()
 
 
 def test_attributes_are_chosen_and_ordered_and_prompts_limited(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_all_are_counted_and_a_bounded_number_is_kept() -> None:
 
 
 def test_what_is_skipped_for_an_earlier_iteration_is_not_counted_again(source: Path) -> None:
-    from spa_ray.config.models import Prompts
+    from spa_ray.config.prompts import Prompts
 
     counts = PromptCounts()
     list(read_prompts(Prompts(source=str(source), on_bad_row="skip"), skip=2, counts=counts))

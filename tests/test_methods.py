@@ -115,6 +115,16 @@ def test_a_wrong_key_or_name_is_told_in_one_line(home: Path, changes: dict[str, 
     assert "\n" not in str(error.value)
 
 
+def test_a_method_without_a_learning_rate_of_its_own_asks_for_one(home: Path) -> None:
+    (home / "bare.py").write_text("from spa_ray import Method\n\n\nclass Bare(Method):\n    pass\n")
+    try:
+        with pytest.raises(InputError, match=r"train: lr: bare:Bare has no default; give a peak learning rate"):
+            config(home, {"main": {"train.method": "bare:Bare"}})
+        assert config(home, {"main": {"train.method": "bare:Bare", "train.lr": 1e-5}})["main"].train.lr == 1e-5
+    finally:
+        sys.modules.pop("bare", None)
+
+
 def test_a_file_that_cannot_be_imported_is_told_with_its_line(home: Path) -> None:
     (home / "slic.py").write_text("class SLiC:\n    Config =\n")
     with pytest.raises(InputError, match=r"slic:2 cannot be imported \(SyntaxError"):

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from spa_ray.config import arm_configs
-from spa_ray.config.models import Prompts
 from spa_ray.config.plugs import SOURCES, load_plug
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.data.readers import source_kind
 from spa_ray.errors import InputError

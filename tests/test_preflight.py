@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
 from spa_ray.config import arm_configs
-from spa_ray.config.models import Config, Prompts
+from spa_ray.config.models import Config
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.prompts import write_prompts
 from spa_ray.errors import InputError, RunError
 from spa_ray.pipeline import preflight_cluster

@@ -76,10 +76,12 @@ def parts_of(step: Step, rank: int) -> list[Part]:
 
 
 def laid_out(made: Graph, step: Step, part: Part, packed: bool) -> int:
-    """Tokens of a micro-batch's rows."""
+    """Tokens of a micro-batch's rows; packed, what a prompt's sequences have in common stands there once."""
     which = step.sequences[part.sequences]
-    tokens = made.sequences.tokens[which]
-    return made.sequences.tokens_together(which) if packed else len(tokens) * int(tokens.max(initial=0))
+    tokens, heads, prompt = (getattr(made.sequences, name)[which] for name in ("tokens", "heads", "prompt"))
+    if not packed:
+        return len(tokens) * int(tokens.max(initial=0))
+    return int((tokens - heads).sum() + sum(heads[prompt == one].max() for one in set(prompt)))
 
 
 @given(**CUTS)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from spa_ray.errors import RunError
-from spa_ray.training import loop, own_modules
+from spa_ray.training import comm, loop, own_modules
 from spa_ray.training.job import TrainJob
 from spa_ray.training.loop import run_job
 from spa_ray.training.policy import quiet_deepspeed
+from spa_ray.training.prepare import prepare
 from tests import plain_dual_head
 from tests.plain_dual_head import METHOD, Plain, plain_run
 from tests.training_support import make_job, pair_rows, write_pairs
@@ -85,6 +86,7 @@ def assert_is_plain(job: TrainJob, truth: Plain) -> None:
 SETTINGS: dict[str, dict[str, Any]] = {
     "zero0": {"zero_stage": 0},
     "zero0_several": {"zero_stage": 0, "micro_batch_tokens": 200},
+    "zero0_single": {"zero_stage": 0, "micro_batch_tokens": 1},
     "zero1": {"zero_stage": 1, "micro_batch_tokens": 200},
     "zero2": {"zero_stage": 2},
     "zero2_single": {"zero_stage": 2, "micro_batch_tokens": 1},
@@ -111,7 +113,7 @@ def test_clipped_steps_are_those_of_plain_torch(
     assert_is_plain(job, truth)
 
 
-TWO_RANKS = ("zero0_several", "zero1", "zero2", "zero3", "lora2", "lora3")
+TWO_RANKS = ("zero0_several", "zero0_single", "zero1", "zero2", "zero2_single", "zero3", "lora2", "lora3")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,18 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pai
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_reach_the_same(on_two_ranks: dict[str, TrainJob], plain: Any, name: str) -> None:
     assert_is_plain(on_two_ranks[name], plain("lora" if "lora" in name else "all"))
+
+
+def test_single_sequences_share_their_pairs_over_both_ranks(
+    tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The `single` settings above: the loss of a pair, and its head's gradient, are of two ranks' sequences."""
+    monkeypatch.setattr(comm, "world_size", lambda: 2)
+    job = job_of(tmp_path, tiny_model, pairs, "zero2_single", **SETTINGS["zero2_single"])
+    plan = prepare(job).plan(job, packed=True)
+    for step in map(plan.step, range(plan.steps)):
+        assert len(step.shared_pairs) == len(step.pairs)
+        assert all(len(parts) > 1 for parts in step.shared)
 
 
 @pytest.mark.parametrize("settings", [{"zero_stage": 2}, {"zero_stage": 3, **LORA}], ids=str)

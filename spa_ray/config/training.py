@@ -154,7 +154,10 @@ def train_section(given: Any) -> Any:
         section = method_class(name).Config if isinstance(name, str) else Train
     except InputError:
         section = Train  # which says what is wrong with the name
-    return section.model_validate(given)
+    found = section.model_validate(given)
+    if found.lr is None:
+        raise ValueError(f"lr: {found.method} has no default; give a peak learning rate")
+    return found
 
 
 TrainSection = Annotated[SerializeAsAny[Train], BeforeValidator(train_section)]

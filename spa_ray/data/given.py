@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spa_ray.config.models import Episodes, Prompts
 from spa_ray.config.plugs import SOURCES, load_plug
-from spa_ray.data.episodes import WRITE_OPTIONS
+from spa_ray.config.prompts import Episodes, Prompts
 from spa_ray.data.forms import BadRowError, check_text, in_words
 from spa_ray.data.left_out import DUPLICATE
 from spa_ray.data.named import Answer, DataSet, Values
@@ -23,7 +22,7 @@ from spa_ray.data.overlap import Wordings
 from spa_ray.data.own_pairs import own_pair, score_of
 from spa_ray.data.prompts import Prompt, PromptCounts, Seen, to_prompt, write_rows
 from spa_ray.data.readers import Row, read_rows
-from spa_ray.data.schemas import imported
+from spa_ray.data.schemas import WRITE_OPTIONS, imported
 from spa_ray.errors import InputError
 
 PREFERRED = "preferred"  # the one score of a preference pair: 1 for the chosen answer, 0 for the rejected one
@@ -99,13 +98,14 @@ class _Given(NamedTuple):
 
 
 def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
-    """Rows of EPISODES, one per prompt, in the source's order. The first row's scores are read where the section names
-    no attributes; rows of one answer each that follow each other and share a prompt are one episode.
+    """Rows of EPISODES, one per prompt, in the source's order. Where the section names no attributes, the first row
+    with scores does; rows of one answer each that follow each other and share a prompt are one episode.
 
     Raises: InputError at a bad row (unless `on_bad_row` is skip), where the source cannot be read, and where no answer
-    has a score of an attribute's name.
+    has a score, or none of an attribute's name.
     """
     seen, wordings, counts.attributes = Seen(), Wordings(), section.attributes or ()
+    nameless: list[tuple[Prompt, list[Answer]]] = []  # rows before the first one with scores
     for _, rows in itertools.groupby(_given(section, counts), key=lambda given: given.key):
         first, *others = rows
         try:
@@ -122,9 +122,14 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
         counts.attributes = counts.attributes or tuple(dict.fromkeys(n for answer in answers for n in answer.scores))
         counts.rows, counts.answers = counts.rows + 1, counts.answers + len(answers)
         counts.near += wordings.repeats(first.prompt["messages"])
-        yield _episode(first.prompt, answers, counts.attributes)
+        nameless.append((first.prompt, answers))
+        if counts.attributes:
+            yield from (_episode(*row, counts.attributes) for row in nameless)
+            nameless.clear()
         if counts.rows == section.limit:
             break
+    if nameless:
+        raise InputError(f"episodes.source: {section.source}: no answer has a score")
     strange, unread = set(counts.attributes) - counts.named, sorted(counts.named - set(counts.attributes))
     if strange and counts.rows:
         there = f"they have {', '.join(sorted(counts.named))}"

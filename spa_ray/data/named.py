@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.forms import BadRowError, check_text, messages_digest
 from spa_ray.data.hub import UnreachableError
 from spa_ray.data.readers import Row, read_rows

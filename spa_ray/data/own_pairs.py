@@ -13,7 +13,7 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.forms import BadRowError, Message, as_messages, check_text, is_missing, take_messages
 from spa_ray.data.prompts import PromptCounts
 from spa_ray.data.readers import Row, read_rows

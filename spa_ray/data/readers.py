@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from spa_ray.config.models import Prompts
 from spa_ray.config.plugs import SOURCES, is_dotted, load_plug
+from spa_ray.config.prompts import Prompts
 from spa_ray.data import json_rows
 from spa_ray.data.containers import HEAD, Unreadable, encoding_of, is_compressed, kind_of, open_data
 from spa_ray.data.folders import files_of

@@ -14,6 +14,9 @@ MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 MESSAGES = pa.list_(MESSAGE)
 SCORES = pa.list_(pa.float64())
 
+# Episodes are written with a checksum of every page: a disk may change bits unseen.
+WRITE_OPTIONS = {"write_page_checksum": True}
+
 PROMPTS = pa.schema([("prompt_id", pa.string()), ("messages", MESSAGES), ("meta", pa.string())])
 
 RESPONSE = pa.struct(

@@ -29,9 +29,9 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
 from spa_ray.config.models import Config
-from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder, part_folder, shard_folder
+from spa_ray.data.episodes import EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.left_out import ErrorKinds, add_errors
-from spa_ray.data.schemas import EPISODES, with_metadata
+from spa_ray.data.schemas import EPISODES, WRITE_OPTIONS, with_metadata
 from spa_ray.engine.openai import BudgetSpentError
 from spa_ray.engine.placement import engine_resources, takes_all_cores
 from spa_ray.errors import InputError, RunError

@@ -30,7 +30,7 @@ from spa_ray.pipeline.own_pairs import are_own, own_pairs_stage
 from spa_ray.pipeline.preflight_cluster import check_cluster, live_nodes
 from spa_ray.pipeline.preflight_memory import check_training_memory
 from spa_ray.pipeline.progress import Progress
-from spa_ray.pipeline.recipe import VANILLA, extra_models
+from spa_ray.pipeline.recipe import VANILLA, extra_models, has_evaluation
 from spa_ray.pipeline.result_print import print_benchmarks, print_funnel, print_metrics, print_result, print_win_rates
 from spa_ray.pipeline.run import Pipeline
 from spa_ray.pipeline.stage_keys import Known
@@ -245,58 +245,73 @@ def train_stage(config: Config, *, pairs: AnyPath | str, out: AnyPath, verbose: 
 
 
 def evaluate_stage(config: Config, *, model: AnyPath, out: AnyPath, verbose: bool) -> dict[str, Any]:
-    """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`."""
-    from spa_ray.evaluation.prompts import write_eval_prompts
-    from spa_ray.pipeline.evaluate import run_metrics
-    from spa_ray.pipeline.judged import add_judges
-    from spa_ray.pipeline.preflight import Lengths, check_evaluation, check_settings, judge_folder
+    """`spa eval`: a model's answers to the held-out prompts in `out/episodes/`, their metrics in `out/metrics.json`,
+    and its benchmarks below `out/benchmarks/`; either may be absent from the config."""
+    from spa_ray.pipeline.preflight import check_evaluation, check_opponent, check_settings
 
     config = with_dtype(config)
     source, model = as_path(model), local_folder(as_path(model))
     check_model_folder(model)
     check_settings(config, model)
     check_evaluation(config, model)
-    own = config.evaluation.judged_by
+    check_opponent(config.arms, config)
+    progress, subject, result = Progress(), {"model": source, "base": source}, {}
+    with closing(progress):
+        context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)
+        known = Known(chat=context.chat.key(template_text(model)))
+        if has_evaluation(config) or not config.evaluation.benchmarks:
+            result = _held_out(config, model, subject, known, context)
+        else:
+            record_first_day(context.root, context.day)
+        benchmarks = {
+            name: _play(name, config, subject, model_hash(model), known, context)
+            for name in config.evaluation.benchmarks
+        }
+    print_benchmarks({"model": benchmarks})
+    return {"metrics": {}, **result, **({"benchmarks": benchmarks} if benchmarks else {})}
+
+
+def _held_out(
+    config: Config, model: Path, subject: dict[str, AnyPath], known: Known, context: Context
+) -> dict[str, Any]:
+    """Answers to the held-out prompts in the user's folder, scored by all judges. `model` is the subject on this
+    machine's disk."""
+    from spa_ray.evaluation.prompts import write_eval_prompts
+    from spa_ray.pipeline.evaluate import run_metrics
+    from spa_ray.pipeline.judged import add_judges
+    from spa_ray.pipeline.preflight import Lengths, judge_folder
+
+    own, say = config.evaluation.judged_by, context.progress.say
     base = fetch_model(config.model) if own.own_pass and own.folder is None else model
     judge = judge_folder(config, base)
-    progress = Progress()
-    with closing(progress), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"
         lengths = Lengths(config, model)
         counts = write_eval_prompts(config.evaluation, fresh, check=lengths.check())
         for line in [*lengths.warnings(config), *counts.notes, *lengths.of_held_out(fresh, config)]:
-            progress.say(f"warning: {line}")
-        context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)
-        known = Known(chat=context.chat.key(template_text(model)))
+            say(f"warning: {line}")
         judge_hash = model_hash(judge) if judge else ""
         hashes = {"prompts": file_hash(fresh), "model": model_hash(model), "judge": judge_hash}
-        with claimed(out, "eval", STAGES["evaluate"].key(config, hashes, known)) as stage:
+        with claimed(context.root, "eval", STAGES["evaluate"].key(config, hashes, known)) as stage:
             for line in write_list(counts.dropped, stage.folder / LEFT_OUT):
-                progress.say(f"warning: {line}")
+                say(f"warning: {line}")
             if not stage.done:
                 record_first_day(stage.folder, context.day)
                 shared_judge = shared_model(config.model, base) if judge == base else judge
-                inputs = {"prompts": fresh, "model": source, "base": source, "judge": shared_judge}
+                inputs = {**subject, "prompts": fresh, "judge": shared_judge}
                 _do("evaluate", Work(stage, config, inputs, known), context)
-            progress.say_errors("evaluate", stage.facts(), stage.folder / "episodes")
+            context.progress.say_errors("evaluate", stage.facts(), stage.folder / "episodes")
             metrics = run_metrics(config, {"model": stage}, baseline=None)
-            subject = {"model": source, "base": source}
             answered = {**subject, "answers": stage.folder / "episodes"}
-            judges = {
-                f"judges.{name}": _judge(f"judges.{name}", config, answered, stage.hash, known, context)
+            further = {
+                name: {"model": _judge(f"judges.{name}", config, answered, stage.hash, known, context)}
                 for name in config.evaluation.judges
             }
-            further = {place.removeprefix("judges."): {"model": found} for place, found in judges.items()}
             agreed = add_judges(config, metrics, {"model": stage}, further, baseline=None)
             write_json(stage.folder / "agreement.json", agreed)
             write_json(stage.folder / "metrics.json", metrics)
-        benchmarks = {
-            name: _play(name, config, subject, hashes["model"], known, context) for name in config.evaluation.benchmarks
-        }
     print_metrics(metrics)
-    print_benchmarks({"model": benchmarks})
-    result = {"episodes": str(stage.folder / "episodes"), "metrics": {f: arms["model"] for f, arms in metrics.items()}}
-    return {**result, **({"benchmarks": benchmarks} if benchmarks else {})}
+    return {"episodes": str(stage.folder / "episodes"), "metrics": {f: arms["model"] for f, arms in metrics.items()}}
 
 
 def _play(

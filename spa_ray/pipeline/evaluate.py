@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spa_ray.config.models import Config
-from spa_ray.data.episodes import WRITE_OPTIONS, EpisodeFolder
+from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.left_out import ErrorKinds, add_errors
-from spa_ray.data.schemas import EPISODES, PROMPTS
+from spa_ray.data.schemas import EPISODES, PROMPTS, WRITE_OPTIONS
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
 from spa_ray.generation.setup import Task
@@ -27,7 +27,7 @@ from spa_ray.generation.stage import OnProgress, PassCounts, generate
 from spa_ray.pipeline.preflight import eval_config
 from spa_ray.pipeline.work import Context, Work
 from spa_ray.storage.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder, parquet_dataset
-from spa_ray.storage.folder import StageFolder
+from spa_ray.storage.folder import PASS, StageFolder
 from spa_ray.storage.hashing import digest
 
 SEPARATOR = "::"  # between a model's hash and a prompt_id, in a pass over several models
@@ -43,7 +43,7 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     config, judge, benchmark = eval_config(first.config), first.inputs.get("judge"), first.known.benchmark
     started = time.time()
     name = digest([work.stage.hash for work in works])
-    folder = context.passes / f"pass-{name}"
+    folder = context.passes / f"{PASS}{name}"
     rows = folder / "prompts.parquet"
     write_rows(first.input("prompts"), works, rows)
     task = Task(kind="answer", scored=judge is None, day=context.day)

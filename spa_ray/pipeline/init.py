@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spa_ray.config.load import arm_configs, parse_yaml
-from spa_ray.config.models import Config, Model, Prompts, Resources
+from spa_ray.config.models import Config, Model, Resources
+from spa_ray.config.prompts import Prompts
 from spa_ray.config.training import Train
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError

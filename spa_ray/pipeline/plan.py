@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.models import Config, Prompts
+from spa_ray.config.models import Config
+from spa_ray.config.prompts import Prompts
 from spa_ray.config.section import JudgeSection
 from spa_ray.data.left_out import lines
 from spa_ray.engine.cpu_dtype import with_dtype

@@ -112,6 +112,7 @@ class Pipeline:
 
     def begin(self) -> None:
         """Write what a run says of itself before its first stage."""
+        self.folder.keep_used()
         write_run_config(self.folder, self.arms)
         record_first_day(self.folder.path, self.context.day)
         write_json(self.folder.path / PLAN, self.plan)
@@ -122,6 +123,8 @@ class Pipeline:
         metrics = self._metrics()
         compared = compare(self.folder, self.plan)
         spent = self.context.meter.total()
+        if self.until == UNTIL[-1]:
+            self.folder.release()
         write_manifest(self.folder, started=self.started, stages=self.used, compared=compared, spent=asdict(spent))
         evaluated: dict[str, dict[str, Any]] = {arm: {"metrics": found} for arm, found in metrics.items()}
         for arm, measures in self._benchmarks().items():

@@ -77,11 +77,6 @@ class Chat:
         """The template."""
         return self._template.source
 
-    @property
-    def knows_system(self) -> bool:
-        """Whether a system turn before one question is shown as such."""
-        return self._template.shows_system(("system", "user"))
-
     def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
         """Ids of the conversation up to where the assistant's answer begins.
 

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 PIPED = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)  # a token of this form is no text in any language
 MARKS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xE100))]  # non-characters, then private ones
 ROUND_TRIP = "Say {} twice"
-
-Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from spa_ray.storage.files import (
     AnyPath,
     as_path,
     children,
+    delete_file,
     delete_tree,
     is_file,
     make_folder,
@@ -27,6 +28,8 @@ from spa_ray.storage.files import (
 MARKER = "stage.json"
 ATTEMPTS = "attempts.json"  # in an unfinished stage: with which values each call worked on it
 EVALUATION = "evaluation.json"  # in the run folder: which stages hold the answers to held-out prompts
+KEPT = "kept.json"  # in the run folder: stages that an unfinished call found in use
+PASS = "pass-"  # how the folders of an evaluation of several models begin, which hold its rows until it is done
 FURTHER = ("benchmarks", "judges")  # in it: label -> arm -> the stage's folder
 CLAIM = ".stage"  # in a folder that a user named: whose output it is to become
 LOCKS = "lock"  # a folder in the run folder, or in one that a user named
@@ -93,17 +96,28 @@ class RunFolder:
                 yield child
 
     def used(self) -> set[str]:
-        """Names of the stage folders that an arm's iteration or the evaluation refers to."""
-        evaluation = self.path / EVALUATION
+        """Names of the stage folders that an arm's iteration or the evaluation refers to, or did before a call that did
+        not end."""
+        evaluation, kept = self.path / EVALUATION, self.path / KEPT
         records = [read_json(file) for file in (*self.arm_files(), *([evaluation] if is_file(evaluation) else []))]
         names = {name for record in records for name in record["stages"].values()}
         further = [arms for r in records for part in FURTHER for arms in r.get(part, {}).values()]
-        return names | {name for arms in further for name in arms.values()}
+        names |= {name for arms in further for name in arms.values()}
+        return names | set(read_json(kept)["stages"] if is_file(kept) else ())
+
+    def keep_used(self) -> None:
+        """Spare what is in use now until `release`: a call writes its records anew, one stage after the other."""
+        write_json(self.path / KEPT, {"stages": sorted(self.used())})
+
+    def release(self) -> None:
+        """A call has written all its records."""
+        delete_file(self.path / KEPT)
 
     def clean(self) -> list[AnyPath]:
         """Delete the stage folders that no arm refers to. Returns: what was deleted."""
         used = self.used()
-        stray = [p for p in self.stages() if p.name not in used]
+        working = any(p.name in used and not is_file(p / MARKER) for p in self.stages())
+        stray = [p for p in self.stages() if p.name not in used and not (working and p.name.startswith(PASS))]
         for folder in stray:
             delete_tree(folder)
         return stray

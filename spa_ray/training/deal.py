@@ -32,13 +32,6 @@ class Sequences:
     prompt: Int[np.ndarray, " sequences"]
     of_pair: Int[np.ndarray, "pairs sides"]
 
-    def tokens_together(self, which: Int[np.ndarray, " some"]) -> int:
-        """Tokens of these sequences in one packed micro-batch: what is common to a prompt's stands there once."""
-        prompts, place = np.unique(self.prompt[which], return_inverse=True)
-        heads = np.zeros(len(prompts), dtype=np.int64)
-        np.maximum.at(heads, place, self.heads[which])
-        return int((self.tokens[which] - self.heads[which]).sum() + heads.sum())
-
     @property
     def prompt_of_pair(self) -> Int[np.ndarray, " pairs"]:
         return self.prompt[self.of_pair[:, 0]]

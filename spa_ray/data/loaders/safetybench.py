@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.named import DataSet, Values, columns, lettered
 from spa_ray.data.readers import Row, read_rows
 

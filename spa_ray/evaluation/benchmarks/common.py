@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from spa_ray.config.benchmark import BenchmarkConfig
-from spa_ray.config.models import Prompts
+from spa_ray.config.prompts import Prompts
 from spa_ray.data.readers import read_rows
 from spa_ray.errors import InputError
 from spa_ray.evaluation.bootstrap import mean_interval
