@@ -266,6 +266,8 @@ def package() -> dict[str, int]:
 def test_a_jobs_package_holds_what_runs_and_not_what_builds_or_tests_it(package: dict[str, int]) -> None:
     assert {"jobs/spa_pipeline.py", "spa_ray/cli/main.py", "configs/demo.yaml"} <= set(package)
     assert "spa_ray/microworld/model/model.safetensors" in package
+    sources = {path.relative_to(TOP).as_posix() for path in TOP.glob("spa_ray/**/*.py")}
+    assert not sources - set(package)
     left_behind = {
         ".git",
         ".venv",

@@ -174,12 +174,12 @@ def test_an_actor_that_asks_and_hangs_ends_the_pass(
     stopped: list[int] = []
 
     def stop(number: int, body: dict[str, Any]) -> str:
-        if number == 10 and not stopped:
+        if number >= 10 and not stopped:
             stopped.append(asking())
             os.kill(stopped[0], signal.SIGSTOP)
         return rating(number, body)
 
-    with running(FakeEndpoint(stop)) as fake:
+    with running(FakeEndpoint(stop, delay=0.02)) as fake:
         try:
             with pytest.raises(
                 RunError, match=r"generate: endpoint actor \w+, which asks http\S+, gave no sign of life"

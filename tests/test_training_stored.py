@@ -160,14 +160,21 @@ def test_a_store_that_is_away_does_not_stop_the_job_and_is_told(stored: StoredJo
 
 
 DRIVER = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 import ray
 from spa_ray.config.models import Resources
 from spa_ray.training.launch import train_jobs
 from spa_ray.training.stored import Mirror, StoredJob, newest
 
 def look_often():  # an idle machine is through with all steps before the second look otherwise
-    Mirror.__init__.__kwdefaults__["every"] = 0.2
+    from spa_ray.training.step import StepLoop
+    step = StepLoop.train_step
+
+    def slow(self, number):
+        time.sleep(0.2)
+        return step(self, number)
+
+    StepLoop.train_step, Mirror.__init__.__kwdefaults__["every"] = slow, 0.2
 
 job = StoredJob.from_dict(json.loads(sys.argv[1]))
 hook = {"worker_process_setup_hook": look_often}
