@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,12 @@ def play(config: Config, text: str = "How do I bake bread?", task: Task | None =
 def word_count(messages: Any, meta: Any, answer: str, objective: str) -> float:
     """A judge function: the number of words; it cannot score answers with moss in them."""
     return float("nan") if "moss" in answer else float(len(answer.split()))
+
+
+def lottery(messages: Any, meta: Any, answer: str, objective: str) -> float:
+    """A judge function without sense: a score by the answer's hash, none for one in ten."""
+    drawn = int.from_bytes(hashlib.sha256(f"{objective} {answer}".encode()).digest()[:4]) % 100
+    return float("nan") if drawn < 10 else 1.0 + drawn % 10
 
 
 def broken_judge(messages: Any, meta: Any, answer: str, objective: str) -> float:

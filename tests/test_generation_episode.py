@@ -64,6 +64,31 @@ def test_tokens_are_counted_over_everything_that_was_asked():
     assert (row["prompt_tokens"], row["generated_tokens"]) == tuple(map(sum, zip(*counted, strict=True)))
 
 
+def test_a_refinement_that_does_not_beat_every_candidate_is_tried_again_and_the_best_stays():
+    tries, seen = range(1, 5), set()
+    for number in range(40):
+        rows = [
+            play(scripted_config(refine={"attempts": k}, scoring={"judge": "tests.scripted:lottery"}), f"Why {number}?")
+            for k in tries
+        ]
+        assert len({str(row["responses"][:5]) for row in rows}) == 1
+        assert {row["responses"][5]["index"] for row in rows} == {5}
+        candidates = [s for s in rows[0]["scores"][:5] if None not in s]
+        best = [max(found) for found in zip(*candidates, strict=True)]
+
+        def order(scores: list[float | None]) -> tuple[bool, list[float]]:
+            return None not in scores, [-1.0 if s is None else s for s in scores]
+
+        kept = [row["scores"][5] for row in rows]
+        beats = [None not in s and all(a > b for a, b in zip(s, best, strict=True)) for s in kept]
+        assert all(order(a) <= order(b) for a, b in zip(kept, kept[1:], strict=False))
+        asked = [row["generated_tokens"] for row in rows]
+        for k in range(len(kept) - 1):
+            assert (asked[k + 1] == asked[k]) == beats[k]  # nothing more is asked once one does
+        seen |= {(beats[0], beats[-1])}
+    assert seen == {(True, True), (False, True), (False, False)}
+
+
 def test_a_repeated_candidate_is_sampled_once_more_and_then_stays():
     alone = {"sampling": {"max_tokens": 60, "system_prompts": [None]}}
     kept = play(scripted_config({"answers": 3}, sampling={**alone["sampling"], "resample_duplicates": False}))

@@ -135,6 +135,24 @@ def test_the_package_is_not_sent_to_nodes_and_a_users_file_is(home: Path) -> Non
     assert to_ship([METHOD, "spa", "spa_ray.microworld.oracle:judge", "numpy:mean"]) == [str(home / "slic.py")]
 
 
+def test_an_anchor_adds_the_chosens_cross_entropy_to_spas_loss() -> None:
+    import torch
+
+    from spa_ray.training.method import LossInputs, method_of
+
+    logps = torch.tensor([-4.0, -9.0, -6.0, -2.0], dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([2, 3, 4, 1])
+    sides, weights = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0.5, 1.5], dtype=torch.float64)
+    losses = {}
+    for name in ("spa", "spa_anchor"):
+        section = train_section({"method": name, "beta": 2.0, "gamma": 0.5})
+        losses[name], stats = method_of(section).loss(LossInputs(logps, counts, sides, weights))
+    mean = torch.tensor([-2.0, -1.5], dtype=torch.float64)
+    assert train_section({"method": "spa_anchor"}).anchor == 0.1
+    torch.testing.assert_close(losses["spa_anchor"] - losses["spa"], -0.1 * mean)
+    torch.testing.assert_close(stats["nll_loss"], -mean)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_key_that_only_another_method_reads_is_taken(name: str) -> None:
     """Arms of several methods share one `train` section."""

@@ -58,6 +58,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "refine.repetition_penalty": (1.1, "G"),
     "refine.max_tokens": (64, "G"),
     "refine.stop": (["User:"], "G"),
+    "refine.attempts": (2, "G"),
     "refine.prompt": ("Better than {{ candidates }}", "G"),
     "refine.system": ("You write.", "G"),
     "refine.chat_template_kwargs": ({"enable_thinking": False}, "G"),

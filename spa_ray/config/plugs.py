@@ -20,6 +20,7 @@ from spa_ray.errors import InputError
 
 METHODS = {
     "spa": "spa_ray.methods.spa:SPA",
+    "spa_anchor": "spa_ray.methods.anchor:Anchored",
     "spa_simpo": "spa_ray.methods.simpo:SimPO",
     "spa_dpo": "spa_ray.methods.dpo:DPO",
     "ipo": "spa_ray.methods.ipo:IPO",

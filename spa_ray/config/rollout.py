@@ -147,6 +147,12 @@ class Refine(Decoding):
     """One improved answer a prompt, written over all scored candidates (SPA, step 2)."""
 
     temperature: float = Field(0.7, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+    attempts: int = Field(
+        1,
+        ge=1,
+        description="answers written one after the other until one is scored above every candidate on every objective;"
+        " without one the highest in priority order stays (not in the paper: docs/THEORY.md, 9)",
+    )
     prompt: str | None = Field(None, description="Jinja2; null takes the built-in one")
     system: str | None = None
     chat_template_kwargs: TemplateKwargs | None = Field(

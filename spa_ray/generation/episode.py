@@ -10,6 +10,7 @@ of the judge's endpoint is raised.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +43,7 @@ class Draw:
 
     decoding: Decoding
     role: str
+    attempts: int = 1
 
     @property
     def temperature(self) -> float:
@@ -235,16 +237,25 @@ class _Episode:
     # --- refinement -------------------------------------------------------------------------------------------------
 
     async def _refine(self, draw: Draw) -> None:
-        """Write one better answer over all scored candidates and score it; there is none without a scored one."""
-        candidates = [_listed(r, self.recipe.objectives) for r in self.responses if _has_scores(r)]
-        if not candidates:
+        """Write one better answer over all scored candidates and score it; there is none without a scored one. A
+        further attempt has the seeds of a further answer."""
+        scored = [r for r in self.responses if _has_scores(r)]
+        if not scored:
             return
-        prompt, system = self._refine_prompt(candidates, draw)
-        index = len(self.responses)
-        seed = self._seed(draw.role, response=index)
-        completion = await self._ask(prompt, draw, seed)
-        refined = Response(index, "refined", completion, system, draw.temperature, seed)
-        self.responses.append(await self._scored(thought(refined, self.house._refine_chat)))
+        prompt, system = self._refine_prompt([_listed(r, self.recipe.objectives) for r in scored], draw)
+        best = [max(found) for found in zip(*map(_scores, scored), strict=True)]
+        index, tried = len(self.responses), []
+        for again in range(draw.attempts):
+            seed = self._seed(draw.role, response=index + again)
+            completion = await self._ask(prompt, draw, seed)
+            refined = Response(index + again, "refined", completion, system, draw.temperature, seed)
+            tried.append(await self._scored(thought(refined, self.house._refine_chat)))
+            if all(a > b for a, b in zip(_scores(tried[-1]), best, strict=True)):
+                break
+        # Of equal ones the first, and one without all its scores only where no other is.
+        kept = max(tried, key=lambda r: (_has_scores(r), _scores(r)))
+        kept.index = index
+        self.responses.append(kept)
 
     def _refine_prompt(self, candidates: list[Row], draw: Draw) -> tuple[list[int], str | None]:
         """Where the context is too small, the lexicographically lowest candidates are left out of the prompt only."""
@@ -321,6 +332,11 @@ def thought(response: Response, chat: Chat) -> Response:
 
 def _has_scores(response: Response) -> bool:
     return all(j.score is not None for j in response.judgements)
+
+
+def _scores(response: Response) -> list[float]:
+    """In objective order, a failed judgement below every score."""
+    return [-math.inf if j.score is None else j.score for j in response.judgements]
 
 
 def _listed(response: Response, objectives: Sequence[Objective]) -> Row:

@@ -133,7 +133,7 @@ def recipe(config: Config, task: Task) -> Recipe:
         n=sampling.n,
         sample=Draw(sampling, "sample"),
         systems=sampling.system_prompts,
-        refine=Draw(refine, "refine"),
+        refine=Draw(refine, "refine", refine.attempts),
         resample_duplicates=sampling.resample_duplicates,
         seed=config.seed,
         iteration=task.iteration,

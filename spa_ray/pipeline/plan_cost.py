@@ -16,7 +16,7 @@ from spa_ray.engine.placement import engine_world
 from spa_ray.engine.vllm_start import CPU_KV_GIB
 from spa_ray.pipeline.plan_memory import GPU_MEMORY_GIB, gpu_gib, training_memory
 from spa_ray.pipeline.plan_model import BYTES, ModelFacts
-from spa_ray.pipeline.plan_tokens import ANSWER_SHARE, Work
+from spa_ray.pipeline.plan_tokens import ANSWER_SHARE, CONSISTENT_SHARE, Work
 from spa_ray.training.guards import HALF_STEP
 from spa_ray.training.method import method_of
 
@@ -29,7 +29,6 @@ LORA_SHARE = 0.01  # of the parameters that adapters train
 
 # What the filters leave: the shares of the demo (docs/RESULTS.md: 268 of 1,500 prompts consistent, 127 of those below
 # τ, 3,720 and 1,693 of the 15 pairs a prompt above δ). Another model and other prompts will differ.
-CONSISTENT_SHARE = 0.18
 BELOW_TAU_SHARE = 0.47
 PAIRS_SHARE = 0.91
 

@@ -17,6 +17,7 @@ from spa_ray.config.section import JudgeSection
 from spa_ray.generation.templates import LAYOUTS, PairTemplate, Templates
 from spa_ray.objectives import load_objectives
 
+CONSISTENT_SHARE = 0.18  # of prompts whose refined answer beats every candidate: the demo's (docs/RESULTS.md)
 ANSWER_SHARE = 0.35  # of max_tokens that an answer is taken to use (docs/PLAN.md)
 CHARS_PER_TOKEN = 4
 PLAY_JUDGE_PROMPT, PLAY_JUDGEMENT = 150, 400  # tokens of a benchmark's judge: its task, and what it writes
@@ -164,8 +165,12 @@ def episode_work(
         answers += [counter.answer(n, config.refine.max_tokens)] if earlier else []
         for answer in answers:
             counter.score(messages, answer)
-        counter.refine(messages, answers, context)
-        counter.score(messages, counter.answer(n + 1, config.refine.max_tokens))
+        for attempt in range(config.refine.attempts):  # the others were not consistent
+            total += counter.work
+            counter.work = Work()
+            counter.refine(messages, answers, context)
+            counter.score(messages, counter.answer(n + 1 + attempt, config.refine.max_tokens))
+            counter.work = counter.work.times((1 - CONSISTENT_SHARE) ** attempt)
         total += counter.work
     return total.times(1 / len(prompts))
 

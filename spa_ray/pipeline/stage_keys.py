@@ -118,7 +118,8 @@ def generate(config: Config, known: Known) -> dict[str, Any]:
         "objectives": _objectives(config),
         "engine": _engine(config),
         "scoring": _judged(config.scoring),
-        **{name: _plain(getattr(config, name)) for name in ("sampling", "refine")},
+        "sampling": _plain(config.sampling),
+        "refine": _plain(config.refine, *(["attempts"] if config.refine.attempts == 1 else [])),  # as before the key
     }
 
 
