@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_a_refinement_that_does_not_beat_every_candidate_is_tried_again_and_the_
 
         kept = [row["scores"][5] for row in rows]
         beats = [None not in s and all(a > b for a, b in zip(s, best, strict=True)) for s in kept]
-        assert all(order(a) <= order(b) for a, b in zip(kept, kept[1:], strict=False))
+        assert all(order(a) <= order(b) for a, b in itertools.pairwise(kept))
         asked = [row["generated_tokens"] for row in rows]
         for k in range(len(kept) - 1):
             assert (asked[k + 1] == asked[k]) == beats[k]  # nothing more is asked once one does

@@ -26,6 +26,7 @@ class Anchored(SPA):
     """SPA's loss - anchor · chosen, the chosen response's mean log-prob; every pair's anchor weighs alike."""
 
     Config = AnchoredConfig
+    config: AnchoredConfig
     stats = (*SPA.stats, "nll_loss")
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Stats]:
