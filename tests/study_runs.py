@@ -47,7 +47,8 @@ def write_run(
     """A run of the arms in `answers` (arm -> family -> scores), `vanilla` among them. pairs: arm -> (prompt, chosen,
     rejected)."""
     run = RunFolder(folder)
-    arms = {arm: {} for arm in answers if arm != "vanilla"}
+    arms: dict[str, Any] = {arm: {} for arm in answers if arm != "vanilla"}
+    arms |= {"shuffled": {"train.shuffle_labels": True}} if "shuffled" in arms else {}
     raw = {
         "arms": arms,
         "seed": seed,

@@ -11,23 +11,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.cli.demo import demo_config, of_seed, summary
+from spa_ray.cli.demo import demo_config, demo_study, of_seed, summary
 from spa_ray.config import arm_configs
 from spa_ray.errors import InputError
 from spa_ray.evaluation.bootstrap import Interval, mean_interval, ratio_interval
-from spa_ray.evaluation.study import COMPARISONS, CONTROLS, FILTERS, ITERATIONS, METHODS, pair_order
+from spa_ray.evaluation.study import pair_order
 from spa_ray.evaluation.tables import Answers, arm_metrics
 from spa_ray.pipeline.result_print import print_metrics
 from spa_ray.pipeline.study import write_study
 from tests.study_runs import OBJECTIVES, Scores, write_run
 
+TABLES = demo_study()
+METHODS, FILTERS = TABLES.tables["methods"].arms, TABLES.tables["filters"].arms
+ITERATIONS, CONTROLS = TABLES.tables["iterations"].about, TABLES.tables["controls"].about
+COMPARISONS = TABLES.tables["differences"].differences
 B = {"resamples": 200, "seed": 0}
 VANILLA: list[Scores] = [{"a": (4, 2), "b": (6, 2), "c": (8, 2)}, {"a": (6, 2), "b": (6, 2), "c": (9, 2)}]
 SPA: list[Scores] = [{"a": (7, 5), "b": (8, 5), "c": (9, 5)}, {"a": (9, 8), "b": (8, 8), "c": (7, 8)}]
 
 
 def study_of(tmp_path: Path, *runs: Path) -> tuple[dict[str, Any], str]:
-    out = write_study(runs, tmp_path / "x-study.md")
+    out = write_study(runs, tmp_path / "x-study.md", TABLES)
     assert out == tmp_path / "x-study.md"
     return json.loads((tmp_path / "x-study.json").read_text())["tables"], out.read_text()
 
@@ -66,13 +70,13 @@ def test_differences_are_paired_by_prompt_and_shown_seed_by_seed(tmp_path: Path,
 
 def test_categories_are_compared_with_vanilla_and_losses_are_named(tmp_path: Path, two_seeds: list[Path]) -> None:
     tables, text = study_of(tmp_path, *two_seeds)
-    row = tables["categories"]["rows"]["spa"]
+    row = tables["categories"]["rows"]["spa − vanilla"]
     assert row["harmful"]["mean"] == 3
     assert row["benign"]["mean"] == 0.75
     assert "Means below 0: none." in text
     worse = {"vanilla": {"test": SPA[0]}, "spa": {"test": VANILLA[0]}}
     _, text = study_of(tmp_path, write_run(tmp_path / "worse", worse))
-    assert "Means below 0: spa in benign, spa in harmful." in text
+    assert "Means below 0: spa − vanilla in benign, spa − vanilla in harmful." in text
 
 
 def test_every_seed_has_its_own_means(tmp_path: Path, two_seeds: list[Path]) -> None:
@@ -224,27 +228,27 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, two_seeds: lis
     both = {"vanilla": {"test": VANILLA[0]}, "spa": {"test": SPA[0]}}
     out = tmp_path / "x.md"
     with pytest.raises(InputError, match="at least one"):
-        write_study([], out)
+        write_study([], out, TABLES)
     with pytest.raises(InputError, match="seed 0 again"):
-        write_study([two_seeds[0], write_run(tmp_path / "again", both)], out)
+        write_study([two_seeds[0], write_run(tmp_path / "again", both)], out, TABLES)
     other = write_run(tmp_path / "other", both, seed=3, pairs={}, sampling={"n": 7})
     with pytest.raises(InputError, match="only the seed may differ"):
-        write_study([*two_seeds, other], out)
+        write_study([*two_seeds, other], out, TABLES)
     fewer = write_run(tmp_path / "fewer", {**both, "sft": {"test": SPA[0]}}, seed=4)
     with pytest.raises(InputError, match="only the seed may differ"):
-        write_study([*two_seeds, fewer], out)
+        write_study([*two_seeds, fewer], out, TABLES)
     assert not out.exists()
 
 
 def test_unfinished_runs_are_refused(tmp_path: Path, two_seeds: list[Path]) -> None:
     with pytest.raises(InputError, match="not a run folder"):
-        write_study([tmp_path / "nowhere"], tmp_path / "x.md")
+        write_study([tmp_path / "nowhere"], tmp_path / "x.md", TABLES)
     (two_seeds[0] / "stages" / "evaluate-spa" / "stage.json").unlink()
     with pytest.raises(InputError, match="unfinished"):
-        write_study(two_seeds, tmp_path / "x.md")
+        write_study(two_seeds, tmp_path / "x.md", TABLES)
     (two_seeds[1] / "evaluation.json").unlink()
     with pytest.raises(InputError, match="not evaluated yet"):
-        write_study(two_seeds[1:], tmp_path / "x.md")
+        write_study(two_seeds[1:], tmp_path / "x.md", TABLES)
 
 
 # --- what the demo makes of it --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from spa_ray.config import Config, arm_configs
+from spa_ray.config.study import Study
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import MAIN_FAMILY
 from spa_ray.pipeline.examples import before_after, print_examples
@@ -52,7 +53,9 @@ def run_demo(overrides: list[str], *, full: bool, seeds: int, verbose: bool) -> 
     study = {}
     if full or seeds > 1:
         base = as_path(next(iter(arms.values())).run_dir)
-        path = write_study([as_path(r["run_dir"]) for r in results], base.with_name(f"{base.name}-study.md"))
+        path = write_study(
+            [as_path(r["run_dir"]) for r in results], base.with_name(f"{base.name}-study.md"), demo_study()
+        )
         print(f"study: {path}")
         study = {"study": str(path)}
     return {**summary(results), **study, "seconds": round(time.time() - started, 1)}
@@ -85,6 +88,11 @@ def demo_config(*, full: bool) -> dict[str, Any]:
         config["arms"] = more["arms"]
         config["evaluation"] = {**config["evaluation"], **more["evaluation"]}
     return config
+
+
+def demo_study() -> Study:
+    """The tables of a study of the demo's arms."""
+    return Study.model_validate(_read("study.yaml"))
 
 
 def _read(name: str) -> dict[str, Any]:

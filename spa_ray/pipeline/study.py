@@ -13,10 +13,11 @@ from typing import Any
 
 from spa_ray.config.models import Config
 from spa_ray.config.plugs import JUDGES, load_dotted
+from spa_ray.config.study import Study
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import read_answers
-from spa_ray.evaluation.study import ORDERED, PairOrder, SeedRun, build_study, pair_order, study_markdown
+from spa_ray.evaluation.study import Measured, PairOrder, SeedRun, build_study, pair_order, study_markdown
 from spa_ray.generation.judging import Item, Parts, Scorer
 from spa_ray.objectives import Objective, load_objectives
 from spa_ray.pipeline.inspect import run_configs
@@ -51,24 +52,28 @@ class _Run:
         return stage.folder
 
 
-def write_study(run_dirs: Sequence[AnyPath], out: AnyPath) -> AnyPath:
+def write_study(run_dirs: Sequence[AnyPath], out: AnyPath, study: Study) -> AnyPath:
     """Write the Markdown to `out` and the JSON beside it (the same name, `.json`), each by rename.
 
     Raises: InputError when a run is unfinished, two have the same seed, or their settings or prompts differ.
     Returns: `out`.
     """
+    results = build_study(read_measured(run_dirs, study.judged), study)
+    write_json(out.with_suffix(".json"), {"runs": list(map(str, run_dirs)), **results.to_dict()})
+    write_text(out, study_markdown(results, title=f"Study: {out.stem}"))
+    return out
+
+
+def read_measured(run_dirs: Sequence[AnyPath], judged: Sequence[str] = ()) -> Measured:
+    """The answers of finished runs, and how the evaluation's judge sees the pairs of the `judged` arms.
+
+    Raises: InputError as `write_study` does.
+    """
     runs = [_open(path) for path in run_dirs]
     check_comparable(runs)
     first = runs[0].config
-    study = build_study(
-        [_read(run) for run in runs],
-        objectives=first.evaluation.objectives or first.objectives,
-        resamples=first.evaluation.bootstrap,
-        seed=first.seed,
-    )
-    write_json(out.with_suffix(".json"), {"runs": [str(run.folder.path) for run in runs], **study.to_dict()})
-    write_text(out, study_markdown(study, title=f"Study: {out.stem}"))
-    return out
+    objectives = list(first.evaluation.objectives or first.objectives)
+    return Measured([_read(run, judged) for run in runs], objectives, first.evaluation.bootstrap, first.seed)
 
 
 def _open(path: AnyPath) -> _Run:
@@ -99,7 +104,9 @@ def check_comparable(runs: Sequence[_Run]) -> None:
             )
 
 
-def _read(run: _Run) -> SeedRun:
+def _read(run: _Run, judged: Sequence[str]) -> SeedRun:
+    """Its answers, and the pairs of the `judged` arms as the evaluation's judge sees them; not of a coin's, which are
+    swapped in training."""
     arms = {name: folder for name, folder in run.stages.items() if name != "evalprompts"}
     answers = {arm: read_answers(run.stage(folder) / "episodes") for arm, folder in arms.items()}
     orders: dict[str, PairOrder] = {}
@@ -110,7 +117,8 @@ def _read(run: _Run) -> SeedRun:
         judge = load_dotted(JUDGES[section.kind], where="evaluation.judge").of(section, parts)
         with asyncio.Runner() as runner:
             score = _Asked(judge, load_objectives(run.config), runner)
-            orders = {arm: pair_order(_judged(run, arm, score)) for arm in ORDERED if arm in run.configs}
+            looked_at = [a for a in judged if a in run.configs and not run.configs[a].train.shuffle_labels]
+            orders = {arm: pair_order(_judged(run, arm, score)) for arm in looked_at}
     return SeedRun(run.config.seed, answers, orders)
 
 

@@ -1,0 +1,55 @@
+"""A study's tables as data: which arms, which measures, beside which of a paper's numbers.
+
+A study is runs of one config that differ in their seeds, and the tables that are made of them.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from spa_ray.config.section import Section
+
+
+class PaperTable(Section):
+    """The numbers that a table is laid beside (`spa_ray.evaluation.published`)."""
+
+    table: str = Field(description="its key there")
+    rows: dict[str, str] = Field(default_factory=dict, description="our arm -> the paper's row")
+    columns: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="our column -> the paper's columns that it stands for"
+    )
+    why: str = Field("", description="what is to be said of the comparison, in sentences")
+
+
+class StudyTable(Section):
+    """One table. Arms and families that a run lacks are left out, and a table without any of its own is not made."""
+
+    title: str
+    note: str = ""
+    arms: tuple[str, ...] = Field((), description="rows, in this order; none: all arms, unless `differences` are given")
+    about: tuple[str, ...] = Field((), description="arms without any of which there is no table; none: `arms`")
+    differences: tuple[tuple[str, str], ...] = Field((), description="rows: first arm minus second, paired by prompt")
+    measures: tuple[str, ...] = Field(min_length=1, description="columns")
+    families: tuple[str, ...] = Field((), description="of held-out prompts, a column each; none: the main set")
+    categories: bool = Field(False, description="differences of the first measure, a column each category of prompts")
+    change: str | None = Field(None, description="an arm; a further column each: the measure minus that arm's")
+    pairs: bool = Field(False, description="how many of an arm's pairs the evaluation's judge puts in the same order")
+    by_seed: bool = Field(False, description="each seed's own values; of differences: a further column")
+    paper: PaperTable | None = None
+
+    @model_validator(mode="after")
+    def _rows_of_one_kind(self) -> StudyTable:
+        if self.arms and self.differences:
+            raise ValueError("arms: a table's rows are arms or differences; remove one of them")
+        if self.categories and not self.differences:
+            raise ValueError("categories: are of differences; give differences")
+        return self
+
+
+class Study(Section):
+    tables: dict[str, StudyTable] = Field(min_length=1)
+
+    @property
+    def judged(self) -> list[str]:
+        """Arms whose pairs the evaluation's judge looks at."""
+        return list(dict.fromkeys(arm for table in self.tables.values() if table.pairs for arm in table.arms))
