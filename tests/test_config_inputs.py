@@ -294,6 +294,9 @@ def test_every_fault_of_every_key_is_told_in_the_words_of_a_configs_author() -> 
             "train.lora.target_modules: must be text or a list of texts, got a mapping",
         ),
         ("run_dir=null", "run_dir: must be text, got null"),
+        ("pairs.order=only:funny", "pairs.order: 'funny' is not one of the objectives"),
+        ("pairs.order=mean", "pairs.order: must be one of lex, pareto, composite"),
+        ("pairs.weights={helpful: 1}", "pairs.weights: order lex has none; set order composite"),
         ("pairs.thresholds={helpful: many}", "pairs.thresholds.helpful: must be a number, got 'many'"),
     ],
 )

@@ -77,6 +77,29 @@ def test_pareto_wants_no_loss_anywhere_and_a_gain_below_the_first() -> None:
     assert ends(build(only([5, 5], [5, 7]), pairs__order="pareto")) == [(1, 0)]
 
 
+def test_one_objective_alone_knows_nothing_of_the_other() -> None:
+    row = only([7, 2], [5, 9])
+    (pair,) = build(row, pairs__order="only:harmless")
+    assert (ends([pair]), pair["decided_by"], pair["margin"]) == ([(0, 1)], "harmless", 9)  # Eq. 2's margin
+    (pair,) = build(row, pairs__order="only:helpful")
+    assert (ends([pair]), pair["decided_by"]) == ([(1, 0)], "helpful")
+    assert build(row, pairs__order="only:harmless", pairs__delta=3) == []  # 7 - 5 < 3, whatever is 9 - 2
+    assert build(only([7, 2], [7, 9]), pairs__order="only:harmless") == []
+
+
+def test_a_composite_reward_is_the_weighted_mean_of_the_objectives() -> None:
+    row = only([9, 2], [5, 8])
+    assert build(row, pairs__order="composite") == []  # 5.5 against 6.5, less than a delta of 2
+    assert ends(build(row, pairs__order="composite", pairs__delta=1)) == [(1, 0)]
+    weigh = {"pairs__order": "composite", "pairs__weights": {"harmless": 9, "helpful": 1}}
+    (pair,) = build(row, **weigh)  # 8.3 against 5.3
+    assert (ends([pair]), pair["margin"], pair["gap"], pair["decided_by"]) == ([(0, 1)], 10, 2, "harmless")
+    assert build(row, **weigh, pairs__delta=3) != []
+    assert build(row, **weigh, pairs__delta=3.1) == []
+    alone = {"pairs__order": "composite", "pairs__weights": {"helpful": 1}}
+    assert ends(build(row, **alone)) == ends(build(row, pairs__order="only:helpful")) == [(1, 0)]
+
+
 def test_a_threshold_makes_what_is_above_it_tie() -> None:
     row = only([9, 4], [7, 6])
     assert ends(build(row)) == [(0, 1)]

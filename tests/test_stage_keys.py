@@ -71,6 +71,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "denoise.tau_over": ("all", "B"),
     "pairs.delta": (1.0, "B"),
     "pairs.order": ("pareto", "B"),
+    "pairs": ({"order": "composite", "weights": {"helpful": 1}}, "B"),
     "pairs.include": ("refined_only", "B"),
     "pairs.thresholds": ({"harmless": 7}, "B"),
     "pairs.score_grid": (0.5, "B"),

@@ -90,6 +90,9 @@ class Model(Section):
         return given
 
 
+ONLY = r"^only:.+$"  # `pairs.order` by one objective
+
+
 class Denoise(Section):
     """The two denoising criteria (SPA, Eq. 1 and the consistency rule)."""
 
@@ -120,7 +123,15 @@ class Pairs(Section):
         description="least sum of absolute score differences (Eq. 2); `auto`: half a standard deviation of the score"
         " sums within prompts, over all episodes",
     )
-    order: Literal["lex", "pareto"] = Field("lex", description="strict priority, or dominance on every objective")
+    order: Literal["lex", "pareto", "composite"] | Annotated[str, Field(pattern=ONLY)] = Field(
+        "lex",
+        description="strict priority; dominance on every objective; the weighted mean of the objectives; or"
+        " `only:NAME`, one objective alone. delta of the last two counts in what they compare",
+    )
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="order composite: objective -> its share, as 9 and 1; one left out has none; {}: all alike",
+    )
     include: Literal["all", "refined_only", "candidates_only"] = Field(
         "all", description="what the chosen answer may be"
     )
@@ -342,14 +353,21 @@ class Config(Section):
             )
         if self.prompts.decontaminate and not self.evaluation.held_out:
             raise ValueError("prompts.decontaminate: evaluation has no prompts; name them, or remove the key")
-        stray = set(self.pairs.thresholds) - set(self.objectives)
-        if stray:
-            raise ValueError(
-                f"pairs.thresholds: {sorted(stray)[0]!r} is not one of the objectives {list(self.objectives)}"
-            )
+        self._check_pairs()
         if self.budget and self.budget.usd:
             self._check_prices()
         return self
+
+    def _check_pairs(self) -> None:
+        """That what `pairs` names are objectives. Raises: ValueError."""
+        pairs = self.pairs
+        only = [pairs.order.removeprefix("only:")] if pairs.order.startswith("only:") else []
+        for key, names in (("thresholds", pairs.thresholds), ("weights", pairs.weights), ("order", only)):
+            if stray := sorted(set(names) - set(self.objectives)):
+                raise ValueError(f"pairs.{key}: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
+        if pairs.weights and (pairs.order != "composite" or not any(pairs.weights.values())):
+            why = "all are 0" if pairs.order == "composite" else f"order {pairs.order} has none; set order composite"
+            raise ValueError(f"pairs.weights: {why}")
 
     def _check_prices(self) -> None:
         """That `budget.usd` bounds something. Raises: ValueError."""

@@ -127,7 +127,7 @@ def build(config: Config, known: Known) -> dict[str, Any]:
     return {
         "objectives": list(config.objectives),
         "denoise": _plain(config.denoise),
-        "pairs": _plain(config.pairs),
+        "pairs": _plain(config.pairs, *([] if config.pairs.weights else ["weights"])),  # as before the key
         "frozen_tau": known.tau,
     }
 

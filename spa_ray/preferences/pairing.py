@@ -60,6 +60,8 @@ def build_pairs(denoised: pa.Table, config: Config, *, delta: float | None = Non
     (y, y⁻) is a pair iff y comes before y⁻ in `pairs.order` and Σ_o |s_o(y) - s_o(y⁻)| >= `delta` (SPA, Eq. 2):
       order lex       s(y) is greater on the first objective on which they differ.
       order pareto    s(y) is nowhere lower, and greater on at least one objective below the first (preliminaries).
+      order only:o    s_o(y) is greater; Reward Soups' models of one reward. |s_o(y) - s_o(y⁻)| >= `delta` as well.
+      order composite the mean of s(y) by `weights` is greater, the scalarised reward; by `delta` or more as well.
       thresholds      the order compares min(score, threshold); margin, gap and the stored scores are not clipped.
       score_grid      scores are first rounded to its multiples (halves to the even one); order, margin, gap and the
                       stored scores all use the rounded ones.
@@ -109,12 +111,15 @@ def _blocks(table: pa.Table) -> Iterator[pa.Table]:
 class _Scored:
     """What decides over pairs, for N prompts with at most L responses and k objectives each.
 
-    scores, keys: (k, L, N), as stored and as compared. usable, choosable, refined: (L, N); `choosable` ones may be the
-    chosen.
+    scores, keys: (k, L, N), as stored and with thresholds. compared: (m, L, N), what the order looks at of `keys`, most
+    important first. steps: (m, L, N), the same of `scores`, by which `delta` is reached. usable, choosable, refined:
+    (L, N); `choosable` ones may be the chosen.
     """
 
     scores: Floats
     keys: Floats
+    compared: Floats
+    steps: Floats
     usable: Bools
     choosable: Bools
     refined: Bools
@@ -131,7 +136,9 @@ def _pairs_of(block: pa.Table, config: Config, delta: float, schema: pa.Schema) 
     scores = _rounded(view.grid.values, config.pairs.score_grid)
     caps = np.array([config.pairs.thresholds.get(name, np.inf) for name in config.objectives])
     whole = ~view.grid.scatter(answers.cut) | (config.pairs.truncated == "allow")
-    scored = _Scored(scores, np.minimum(scores, caps[:, None, None]), usable, usable & whole, view.refined)
+    keys = np.minimum(scores, caps[:, None, None])
+    seen = _compared(keys, config), _compared(scores, config)
+    scored = _Scored(scores, keys, *seen, usable, usable & whole, view.refined)
     row, i, j = _ordered(scored, config, delta)
     starts = view.grid.starts
     differ = answers.differ(starts[row] + i, starts[row] + j)
@@ -154,6 +161,17 @@ def _clean(sums: Floats) -> Floats:
     return np.round(sums, 10)
 
 
+def _compared(scores: Floats, config: Config) -> Floats:
+    """(m, L, N) what `pairs.order` looks at of (k, L, N) scores: all of them, one, or their weighted mean."""
+    order, names = config.pairs.order, config.objectives
+    if order.startswith("only:"):
+        return scores[[names.index(order.removeprefix("only:"))]]
+    if order != "composite":
+        return scores
+    weights = np.array([config.pairs.weights.get(name, 0.0 if config.pairs.weights else 1.0) for name in names])
+    return _clean(np.tensordot(weights / weights.sum(), scores, axes=1)[None])
+
+
 def _ordered(scored: _Scored, config: Config, delta: float) -> tuple[Ints, Ints, Ints]:
     """Prompt, chosen position and rejected position of every pair by scores alone, sorted by all three."""
     positions, prompts = scored.usable.shape
@@ -161,10 +179,9 @@ def _ordered(scored: _Scored, config: Config, delta: float) -> tuple[Ints, Ints,
     pareto = config.pairs.order == "pareto"
     for i in range(positions):
         for j in range(i):
-            difference = scored.scores[:, i] - scored.scores[:, j]
-            enough = _clean(sum(np.abs(difference))) >= delta
+            enough = _clean(sum(np.abs(scored.steps[:, i] - scored.steps[:, j]))) >= delta
             both = scored.usable[i] & scored.usable[j] & enough
-            above, below = _precedence(scored.keys[:, i], scored.keys[:, j], pareto=pareto)
+            above, below = _precedence(scored.compared[:, i], scored.compared[:, j], pareto=pareto)
             chosen_over[:, i, j] = both & above & scored.choosable[i]
             chosen_over[:, j, i] = both & below & scored.choosable[j]
     if config.pairs.include == "refined_only":
@@ -176,7 +193,7 @@ def _ordered(scored: _Scored, config: Config, delta: float) -> tuple[Ints, Ints,
 
 
 def _precedence(a: Floats, b: Floats, *, pareto: bool) -> tuple[Bools, Bools]:
-    """Whether a comes before b, and b before a; a, b: (k, N) compared scores."""
+    """Whether a comes before b, and b before a; a, b: (m, N) compared scores."""
     if pareto:
         nowhere_lower, nowhere_higher = np.logical_and.reduce(a >= b), np.logical_and.reduce(a <= b)
         return nowhere_lower & np.logical_or.reduce(a[1:] > b[1:]), nowhere_higher & np.logical_or.reduce(a[1:] < b[1:])
@@ -301,6 +318,8 @@ def _rows(
     left, right = starts[row] + i, starts[row] + j
     chosen, rejected = scored.scores[:, i, row], scored.scores[:, j, row]
     decided_by = (scored.keys[:, i, row] != scored.keys[:, j, row]).argmax(axis=0)
+    if config.pairs.order.startswith("only:"):
+        decided_by[:] = config.objectives.index(config.pairs.order.removeprefix("only:"))
     prompt_id = answers.prompt_id.take(pa.array(row))
     chosen_index, rejected_index = pa.array(answers.index[left], pa.int32()), pa.array(answers.index[right], pa.int32())
     columns = {
