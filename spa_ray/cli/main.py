@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spa_ray.cli.guard import guarded, shows_unicode
-from spa_ray.data.hub import source_path
+from spa_ray.cli.guard import guarded
+from spa_ray.cli.options import (
+    AsJson,
+    ConfigFile,
+    ConfigOption,
+    Model,
+    Out,
+    Overrides,
+    Pairs,
+    Run,
+    Verbose,
+    emit,
+)
+from spa_ray.cli.studies import reproduce
 from spa_ray.errors import InputError
-from spa_ray.logs import printable_json
 from spa_ray.storage.files import as_path, local_path, out_path
 
 if TYPE_CHECKING:
@@ -31,35 +42,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML config", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Ray's and vLLM's own logs too")]
-Out = Annotated[Any, typer.Option("--out", parser=out_path, metavar="PATH", help="folder to write", show_default=False)]
-Episodes = Annotated[Any, typer.Argument(parser=as_path, metavar="EPISODES", help="their folder", show_default=False)]
-Pairs = Annotated[
-    Any,
-    typer.Argument(
-        parser=source_path,
-        metavar="PAIRS",
-        help="their folder, or pairs of your own in TRL's forms: file, folder or hf://owner/name",
-        show_default=False,
-    ),
-]
-Model = Annotated[Any, typer.Argument(parser=as_path, metavar="MODEL", help="its folder", show_default=False)]
-Run = Annotated[Any, typer.Argument(parser=as_path, metavar="RUN", help="run folder or its URI", show_default=False)]
-ConfigOption = Annotated[Path, typer.Option("--config", help="YAML config", show_default=False)]
-
 
 def main() -> None:
     """The console script: turns our errors into one line and an exit status."""
     guarded(lambda: app(standalone_mode=False, prog_name="spa"))
-
-
-def emit(result: dict[str, Any], as_json: bool) -> None:
-    """The result as stdout's last line."""
-    if as_json:
-        print(printable_json(result, ascii_only=not shows_unicode()), flush=True)
 
 
 @app.command()
@@ -76,6 +62,9 @@ def demo(
     from spa_ray.cli.demo import run_demo
 
     emit(run_demo(overrides or [], full=full, seeds=seeds, verbose=verbose), as_json)
+
+
+app.command()(reproduce)
 
 
 @app.command()

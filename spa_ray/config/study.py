@@ -5,19 +5,22 @@ A study is runs of one config that differ in their seeds, and the tables that ar
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from spa_ray.config.section import Section
 
 
 class PaperTable(Section):
-    """The numbers that a table is laid beside (`spa_ray.evaluation.published`)."""
+    """The published table that ours is laid beside (`spa_ray.evaluation.published`), and what is compared."""
 
     table: str = Field(description="its key there")
     rows: dict[str, str] = Field(default_factory=dict, description="our arm -> the paper's row")
     columns: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="our column -> the paper's columns that it stands for"
+        min_length=1, description="our column -> the paper's columns that it stands for"
     )
+    compare: tuple[tuple[str, str], ...] = Field((), description="our arms: is the first above the second?")
     why: str = Field("", description="what is to be said of the comparison, in sentences")
 
 
@@ -47,9 +50,30 @@ class StudyTable(Section):
 
 
 class Study(Section):
+    """The tables of one config's runs, by key."""
+
     tables: dict[str, StudyTable] = Field(min_length=1)
 
     @property
     def judged(self) -> list[str]:
         """Arms whose pairs the evaluation's judge looks at."""
         return list(dict.fromkeys(arm for table in self.tables.values() if table.pairs for arm in table.arms))
+
+
+class StudyRun(Section):
+    """One config, its seeds, its tables."""
+
+    base: str = Field(description="a config beside this file")
+    seeds: int = Field(ge=1)
+    extended: bool = Field(False, description="left out unless all is asked for")
+    config: dict[str, Any] = Field(default_factory=dict, description="sections and keys that differ from the base's")
+    study: Study
+
+
+class Reproduction(Section):
+    """A paper's tables and figures on a world of ours."""
+
+    paper: str = Field(description="whose numbers stand beside ours")
+    intro: str = Field(description="what the page says first")
+    runs: dict[str, StudyRun] = Field(min_length=1)
+    not_here: dict[str, str] = Field(default_factory=dict, description="a table or figure -> why this world lacks it")

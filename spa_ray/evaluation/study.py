@@ -187,7 +187,7 @@ def _means(
     for family in families:
         found = measured.metrics(family, [arm], spec.change)[arm]
         for name in spec.measures:
-            label = _column(spec, family, name)
+            label = column_name(spec, family, name)
             if name in found.means:
                 row[label], columns[label] = found.means[name], name
             if spec.change and name in found.differences:
@@ -213,7 +213,7 @@ def _difference(
             continue
         for name in spec.measures:
             if name in found.differences:
-                label = _column(spec, family, name)
+                label = column_name(spec, family, name)
                 row[label], columns[label] = found.differences[name], name
     if spec.by_seed:
         label = f"{_label(first)} by seed"
@@ -222,7 +222,7 @@ def _difference(
     return row
 
 
-def _column(spec: StudyTable, family: str, measure: str) -> str:
+def column_name(spec: StudyTable, family: str, measure: str) -> str:
     if not spec.families:
         return _label(measure)
     return family if len(spec.measures) == 1 else f"{family}: {_label(measure)}"

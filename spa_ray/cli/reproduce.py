@@ -1,0 +1,148 @@
+"""`spa reproduce`: a paper's tables and figures, run or resumed, and laid beside its numbers.
+
+Comes in: the paper's name, how many seeds; or a model, a judge and data, which take the embedded world's place. Goes
+out: one run folder a seed and config, and the page. The configs are data in the package.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spa_ray.cli.demo import WORLD, of_seed, run_locked
+from spa_ray.config import Config, arm_configs
+from spa_ray.config.study import Reproduction, StudyRun
+from spa_ray.errors import InputError
+from spa_ray.storage.files import AnyPath, as_path, write_json, write_text
+
+# What of a world's own config a real study keeps: the arms, and nothing that was chosen for a model of 491 words.
+OF_THE_STUDY = ("arms", "objectives", "constitution")
+
+
+def reproduce(
+    paper: str,
+    overrides: Sequence[str],
+    *,
+    seeds: int | None,
+    extended: bool,
+    real: dict[str, str],
+    out: str,
+    verbose: bool,
+) -> dict[str, Any]:
+    """Run or resume everything and write the page. `real`: model, judge and data, or nothing. Returns: the object that
+    `--json` ends with."""
+    from spa_ray.pipeline.cluster import connected
+    from spa_ray.pipeline.progress import Progress
+    from spa_ray.pipeline.run import Pipeline
+
+    started, spec = time.time(), reproduction(paper)
+    chosen = {name: run for name, run in spec.runs.items() if extended or not run.extended}
+    progress = Progress()
+    pipelines = {
+        name: [
+            Pipeline(arms, progress=progress, verbose=verbose)
+            for arms in seed_configs(name, run, overrides, seeds=seeds or run.seeds, real=real, out=out)
+        ]
+        for name, run in chosen.items()
+    }
+    try:
+        for pipeline in (p for ps in pipelines.values() for p in ps):
+            pipeline.check()
+        with connected(verbose=verbose):
+            folders = {name: [as_path(run_locked(p)["run_dir"]) for p in ps] for name, ps in pipelines.items()}
+    finally:
+        progress.close()
+    page = write_page(spec, chosen, folders, as_path(out) / "RESULTS.md")
+    print(f"results: {page}")
+    runs = {name: list(map(str, paths)) for name, paths in folders.items()}
+    return {"results": str(page), "runs": runs, "seconds": round(time.time() - started, 1)}
+
+
+def write_configs(
+    paper: str, overrides: Sequence[str], folder: Path, *, extended: bool, real: dict[str, str], out: str
+) -> list[Path]:
+    """One YAML file a config, for `spa plan` and `spa run`; nothing is run. Seeds are the first one's."""
+    written = []
+    for name, run in reproduction(paper).runs.items():
+        if extended or not run.extended:
+            config = raw_config(name, run, real, out)
+            arm_configs(config, overrides, where=name, stem=name)  # refused before anything is written
+            written.append((folder / f"{name}.yaml", config))
+    for path, config in written:
+        write_text(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    return [path for path, _ in written]
+
+
+def reproduction(paper: str) -> Reproduction:
+    """The package's file for a paper. Raises: InputError for a paper that is not here."""
+    file = resources.files(WORLD).joinpath(f"reproduce-{paper}.yaml")
+    if not file.is_file():
+        raise InputError(f"--paper {paper}: not here; spa is")
+    return Reproduction.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def seed_configs(
+    name: str, run: StudyRun, overrides: Sequence[str], *, seeds: int, real: dict[str, str], out: str
+) -> list[dict[str, Config]]:
+    """The arms' configs of every seed, each with a run folder of its own below `out`."""
+    arms = arm_configs(raw_config(name, run, real, out), list(overrides), where=f"spa reproduce: {name}", stem=name)
+    return [of_seed(arms, seed) for seed in range(seeds)]
+
+
+def raw_config(name: str, run: StudyRun, real: dict[str, str], out: str) -> dict[str, Any]:
+    """One config as plain data: the base's, with what differs."""
+    base = yaml.safe_load(resources.files(WORLD).joinpath(run.base).read_text(encoding="utf-8"))
+    raw = _merged(base, run.config)
+    if real:
+        kept = {key: raw[key] for key in OF_THE_STUDY if key in raw}
+        held_out = {"source": real["data"], "split": "test", "limit": 400}
+        raw = {
+            **kept,
+            "model": {"path": real["model"]},
+            "prompts": {"source": real["data"], "limit": 400, "decontaminate": "evaluation"},
+            "evaluation": {"prompts": held_out, "judge": real["judge"]},
+        }
+    return {**raw, "name": name, "run_dir": str(as_path(out) / name)}
+
+
+def write_page(
+    spec: Reproduction, chosen: dict[str, StudyRun], folders: dict[str, list[AnyPath]], page: AnyPath
+) -> AnyPath:
+    """RESULTS.md and, beside it, the same as JSON."""
+    from spa_ray.evaluation.published import published
+    from spa_ray.evaluation.reproduction import as_data, compare, in_a_sentence, not_here, table_section
+    from spa_ray.evaluation.study import build_study
+    from spa_ray.pipeline.study import read_measured
+
+    paper, parts, everything = published(spec.paper), [], []
+    data: dict[str, Any] = {}
+    for name, run in chosen.items():
+        measured = read_measured(folders[name], run.study.judged)
+        results = build_study(measured, run.study)
+        for key, table in run.study.tables.items():
+            if key in results.tables and table.paper is not None:
+                theirs = paper[table.paper.table]
+                found = compare(measured, table, theirs)
+                everything += found
+                parts.append(table_section(measured, results, key, table, theirs))
+                data[f"{name}.{key}"] = as_data(found)
+        data[name] = results.to_dict()
+    head = [f"# The {spec.paper.upper()} paper, run again", spec.intro.strip(), in_a_sentence(everything)]
+    write_json(page.with_suffix(".json"), data)
+    write_text(page, "\n\n".join([*head, *parts, not_here(spec.not_here)]) + "\n")
+    return page
+
+
+def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged, key by key; arms and lists are replaced."""
+    merged = copy.deepcopy(base)
+    for key, value in more.items():
+        together = key != "arms" and isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if together else value
+    return merged

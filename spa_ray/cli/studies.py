@@ -1,0 +1,45 @@
+"""The commands that run whole studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spa_ray.cli.options import AsJson, Overrides, Verbose, emit
+from spa_ray.errors import InputError
+
+
+def reproduce(
+    overrides: Overrides = None,
+    paper: Annotated[str, typer.Option(help="spa")] = "spa",
+    seeds: Annotated[int | None, typer.Option(min=1, help="as many as the study has by default")] = None,
+    extended: Annotated[bool, typer.Option("--extended", help="sensitivities and further comparisons as well")] = False,
+    model: Annotated[str | None, typer.Option(help="a real one: folder or hub id; with --judge and --data")] = None,
+    judge: Annotated[str | None, typer.Option(help="of the evaluation, as `evaluation.judge`")] = None,
+    data: Annotated[str | None, typer.Option(help="prompts: a data set by name, a file, a hub id")] = None,
+    out: Annotated[str | None, typer.Option(help="folder; runs/reproduce-PAPER unless given")] = None,
+    configs: Annotated[
+        Path | None, typer.Option(help="write the configs into this folder, for `spa plan` and `spa run`; run nothing")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """A paper's tables and figures on the embedded world, beside its numbers; run it again to resume."""
+    from spa_ray.cli.reproduce import reproduce, write_configs
+
+    given = {"model": model, "judge": judge, "data": data}
+    real = {name: value for name, value in given.items() if value is not None}
+    if real and len(real) < len(given):
+        missing = next(name for name in given if name not in real)
+        raise InputError(f"--{missing}: missing; a study on real models needs --model, --judge and --data")
+    folder = out or f"runs/reproduce-{paper}"
+    if configs is not None:
+        written = write_configs(paper, overrides or [], configs, extended=extended, real=real, out=folder)
+        for path in written:
+            print(path)
+        emit({"configs": list(map(str, written))}, as_json)
+        return
+    options = {"seeds": seeds, "extended": extended, "real": real, "out": folder, "verbose": verbose}
+    emit(reproduce(paper, overrides or [], **options), as_json)  # type: ignore[arg-type]

@@ -1,0 +1,153 @@
+"""`spa reproduce`: published numbers that agree with themselves, directions, the page, the configs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spa_ray.cli.reproduce import reproduction, seed_configs, write_page
+from spa_ray.config.study import Reproduction
+from spa_ray.errors import InputError
+from spa_ray.evaluation.bootstrap import Interval
+from spa_ray.evaluation.metrics import hh_lambda
+from spa_ray.evaluation.published import published
+from spa_ray.evaluation.reproduction import AGREES, DIFFERS, MIXED, UNCLEAR, verdict
+from tests.study_runs import Scores, write_run
+
+SPA = published("spa")
+SPEC = reproduction("spa")
+
+
+def test_every_published_row_has_a_number_a_column() -> None:
+    for table in SPA.values():
+        rows = [*table.rows.values(), *table.differences.values()]
+        assert rows
+        assert {len(row) for row in rows} == {len(table.columns)}
+
+
+def test_the_published_hh_scores_are_those_of_the_published_means() -> None:
+    table = SPA["table3"]
+    for harmless, helpful, *printed in table.rows.values():
+        for lam, given in zip((5, 10, 20), printed, strict=True):
+            assert round(float(hh_lambda(harmless, helpful, lam)), 2) == pytest.approx(given, abs=0.0051)
+
+
+def test_the_published_tables_agree_where_they_print_the_same_model() -> None:
+    one, three, iterations = SPA["table1"], SPA["table3"], SPA["iterations"]
+    assert three.rows["SPA"][:2] == one.rows["SPA"][:2]
+    assert iterations.rows["SPA"][0] == one.rows["SPA"][one.columns.index("Llama WildGuard helpful")]
+    four = SPA["table4"]
+    assert four.rows["Vanilla"][2] == one.rows["Vanilla"][2]
+    assert four.rows["Vanilla"][3] != one.rows["Vanilla"][3]  # 6.11 and 6.09: as the paper prints them
+
+
+def test_not_all_of_what_the_text_says_is_in_its_tables() -> None:
+    """«SPA improves alignment across all metrics», and «best results»: not beside DPO in Table 4."""
+    four = SPA["table4"]
+    assert all(a > b for a, b in zip(four.rows["SPA_DPO"], four.rows["SPA"], strict=True))
+    one = SPA["table1"]
+    sft, vanilla = (list(zip(one.rows[name][::2], one.rows[name][1::2], strict=True)) for name in ("SFT", "Vanilla"))
+    below = [hh_lambda(*a, 5) < hh_lambda(*b, 5) for a, b in zip(sft, vanilla, strict=True)]
+    assert (len(below), sum(below)) == (6, 3)
+
+
+def test_differences_are_of_rows_or_as_the_text_gives_them() -> None:
+    assert SPA["table1"].difference("SPA", "SFT", "Llama SafeRLHF helpful") == 1.57
+    assert SPA["figure4"].difference("SPA", "without denoising", "helpful") == 0.1
+    assert SPA["table1"].difference("SPA", "IPO", "Llama SafeRLHF helpful") is None
+    with pytest.raises(InputError, match="are not here"):
+        published("gpt")
+
+
+@pytest.mark.parametrize(
+    ("paper", "ours", "said"),
+    [
+        ([0.3, 0.1], (0.1, 0.2), AGREES),
+        ([-0.3], (-0.2, -0.1), AGREES),
+        ([0.3], (-0.2, -0.1), DIFFERS),
+        ([0.3], (-0.1, 0.2), UNCLEAR),
+        ([0.3, -0.1], (0.1, 0.2), MIXED),
+        ([0.3, 0.0], (0.1, 0.2), MIXED),
+    ],
+)
+def test_a_direction_is_a_sign_that_the_interval_bears_out(paper: list[float], ours: Any, said: str) -> None:
+    assert verdict(paper, Interval(sum(ours) / 2, *ours, 9)) == said
+
+
+def test_the_package_study_names_arms_columns_and_rows_that_there_are() -> None:
+    for name, run in SPEC.runs.items():
+        (configs,) = seed_configs(name, run, [], seeds=1, real={}, out="/x")
+        arms = {"vanilla", *configs}
+        for table in run.study.tables.values():
+            assert {*table.arms, *itertools.chain(*table.differences)} <= arms
+            if table.paper is None:
+                continue
+            theirs = SPA[table.paper.table]
+            assert set(table.paper.rows) <= arms
+            known = {*theirs.rows, *itertools.chain(*(key.split(" − ") for key in theirs.differences))}
+            assert set(table.paper.rows.values()) <= known
+            assert {*itertools.chain(*table.paper.columns.values())} <= set(theirs.columns)
+            assert {*itertools.chain(*table.paper.compare)} <= set(table.paper.rows)
+
+
+LOW: Scores = {"a": (4, 2), "b": (6, 2), "c": (8, 2)}
+HIGH: Scores = {"a": (7, 5), "b": (8, 5), "c": (9, 5)}
+
+
+def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
+    arms = ["vanilla", *SPEC.runs["core"].config["arms"]]
+    families = ("test", "wild", "trigger", "utility")
+    answers = {arm: dict.fromkeys(families, LOW if arm in ("vanilla", "no_filter") else HIGH) for arm in arms}
+    chosen = {"core": SPEC.runs["core"]}
+    folders = {"core": [write_run(tmp_path / f"s{i}", answers, seed=i) for i in range(2)]}
+    page = write_page(SPEC, chosen, folders, tmp_path / "RESULTS.md")  # type: ignore[arg-type]
+    text = page.read_text()
+    assert "| SPA | 9.90 | 7.14 | 8.85 |" in text
+    assert "| spa | 8.00 [7.00, 9.00] | 5.00 [5.00, 5.00] |" in text
+    assert "| spa − vanilla | helpful | +1.91 +0.86 | +3.00 [+3.00, +3.00] | agrees |" in text
+    assert "| spa − sft | helpful | +1.57 +0.85 | +0.00 [+0.00, +0.00] | no difference here |" in text
+    assert "2 seeds (0, 1)" in text
+    assert "## Not here" in text
+    found = json.loads((tmp_path / "RESULTS.json").read_text())["core.table1"]
+    assert {c["verdict"] for c in found if (c["a"], c["b"]) == ("spa", "vanilla")} == {AGREES}
+    assert text.count("Of ") >= len(SPEC.runs["core"].study.tables)
+
+
+def test_a_real_study_keeps_the_arms_and_nothing_of_the_world(tmp_path: Path, spa: Any) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "hello"}\n')
+    real = ["--model", "org/8b", "--judge", "base", "--data", str(data)]
+    status, out, _ = spa("reproduce", *real, "--configs", tmp_path / "c", "--out", tmp_path / "o", "--json")
+    assert status == 0
+    (path,) = json.loads(out.splitlines()[-1])["configs"]
+    written = yaml.safe_load(Path(path).read_text())
+    assert written["arms"] == SPEC.runs["core"].config["arms"]
+    assert written["model"] == {"path": "org/8b"}
+    assert "microworld" not in Path(path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--model", "m"], "--judge: missing"),
+        (["--paper", "gpt"], "--paper gpt: not here"),
+        (["prompts.limt=3"], "prompts.limt: unknown key"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_line(tmp_path: Path, spa: Any, given: list[str], told: str) -> None:
+    status, _, err = spa("reproduce", *given, "--configs", tmp_path / "c")
+    assert status == 2
+    assert told in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_study_whose_rows_are_of_two_kinds_is_refused() -> None:
+    raw = SPEC.model_dump()
+    raw["runs"]["core"]["study"]["tables"]["table1"]["differences"] = [["spa", "vanilla"]]
+    with pytest.raises(ValueError, match="rows are arms or differences"):
+        Reproduction.model_validate(raw)
