@@ -124,7 +124,8 @@ def test_a_real_study_keeps_the_arms_and_nothing_of_the_world(tmp_path: Path, sp
     real = ["--model", "org/8b", "--judge", "base", "--data", str(data)]
     status, out, _ = spa("reproduce", *real, "--configs", tmp_path / "c", "--out", tmp_path / "o", "--json")
     assert status == 0
-    (path,) = json.loads(out.splitlines()[-1])["configs"]
+    path, *others = json.loads(out.splitlines()[-1])["configs"]
+    assert not others
     written = yaml.safe_load(Path(path).read_text())
     assert written["arms"] == SPEC.runs["core"].config["arms"]
     assert written["model"] == {"path": "org/8b"}

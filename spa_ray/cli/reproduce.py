@@ -116,7 +116,7 @@ def write_page(
 ) -> AnyPath:
     """RESULTS.md and, beside it, the same as JSON."""
     from spa_ray.evaluation.published import published
-    from spa_ray.evaluation.reproduction import as_data, compare, in_a_sentence, not_here, table_section
+    from spa_ray.evaluation.reproduction import as_data, compare, in_a_sentence, not_here, own_section, table_section
     from spa_ray.evaluation.study import build_study
     from spa_ray.pipeline.study import read_measured
 
@@ -126,12 +126,16 @@ def write_page(
         measured = read_measured(folders[name], run.study.judged)
         results = build_study(measured, run.study)
         for key, table in run.study.tables.items():
-            if key in results.tables and table.paper is not None:
-                theirs = paper[table.paper.table]
-                found = compare(measured, table, theirs)
-                everything += found
-                parts.append(table_section(measured, results, key, table, theirs))
-                data[f"{name}.{key}"] = as_data(found)
+            if key not in results.tables:
+                continue
+            if table.paper is None:
+                parts.append(own_section(results, key))
+                continue
+            theirs = paper[table.paper.table]
+            found = compare(measured, table, theirs)
+            everything += found
+            parts.append(table_section(measured, results, key, table, theirs))
+            data[f"{name}.{key}"] = as_data(found)
         data[name] = results.to_dict()
     head = [f"# The {spec.paper.upper()} paper, run again", spec.intro.strip(), in_a_sentence(everything)]
     write_json(page.with_suffix(".json"), data)

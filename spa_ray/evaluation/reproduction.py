@@ -88,6 +88,12 @@ def table_section(measured: Measured, results: Results, key: str, spec: StudyTab
     return "\n\n".join([*parts, *([spec.paper.why.strip()] if spec.paper.why else [])])
 
 
+def own_section(results: Results, key: str) -> str:
+    """A table that no published one stands beside."""
+    ours = results.tables[key]
+    return "\n\n".join([f"## {ours.title}", f"{ours.note} {over_what(results, ours)}".strip(), table_markdown(ours)])
+
+
 def as_data(found: Sequence[Comparison]) -> list[dict[str, Any]]:
     return [asdict(comparison) for comparison in found]
 
