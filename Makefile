@@ -28,8 +28,9 @@ long: .venv/.ready ## what takes minutes each: killed runs, growing clusters, Ze
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)
 
-interop: .venv/.ready ## compare with lm-evaluation-harness, in an environment of its own (.cache/interop)
+interop: .venv/.ready ## compare with lm-evaluation-harness, and open our pairs in other trainers (.cache/interop; 15 minutes)
 	scripts/interop.sh
+	$(BIN)/python scripts/real_model.py smollm2-135m .cache/real/smollm2-135m
 	$(BIN)/python -m pytest -n0 -m long tests/test_interop.py $(ARGS)
 
 bench-test: .venv/.ready ## every benchmark at toy size

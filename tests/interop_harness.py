@@ -2,7 +2,8 @@
 
     python interop_harness.py MODEL_FOLDER FILE_OF_THE_TASK DATA_FOLDER CHANGES
 
-Gives per document, in order, what the harness read (`filtered`) and its measures. `CHANGES` is JSON of the task.
+Gives per document, in order, the text that the model was asked (`prompt`), what the harness read (`filtered`) and its
+measures. `CHANGES` is JSON of the task; `chat` and `multiturn` in it are the harness's own arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def run(model: str, task: str, data: Path, changes: dict[str, Any]) -> list[dict
     import yaml
     from lm_eval.tasks import TaskManager
 
-    chat = changes.pop("chat", False)
+    chat, multiturn = changes.pop("chat", False), changes.pop("multiturn", True)
     base = Path(lm_eval.__file__).parent / "tasks" / f"{task}.yaml"
     files = {file.stem: str(file) for file in data.glob("*.jsonl")}
     here = {
@@ -35,11 +36,25 @@ def run(model: str, task: str, data: Path, changes: dict[str, Any]) -> list[dict
             batch_size=1,
             task_manager=TaskManager(include_path=folder, include_defaults=False),
             apply_chat_template=chat,
+            fewshot_as_multiturn=multiturn,
             log_samples=True,
             bootstrap_iters=0,
         )
     samples = sorted(found["samples"]["local"], key=lambda sample: sample["doc_id"])
-    return [{"filtered": s["filtered_resps"], **{m: float(s[m]) for m in s["metrics"]}} for s in samples]
+    return [
+        {
+            "prompt": first_argument(s["arguments"]),
+            "filtered": s["filtered_resps"],
+            **{m: float(s[m]) for m in s["metrics"]},
+        }
+        for s in samples
+    ]
+
+
+def first_argument(arguments: Any) -> str:
+    """Of the first request of a document, in each form that the harness logs."""
+    first = next(iter(arguments.values())) if isinstance(arguments, dict) else arguments[0]
+    return next(iter(first.values())) if isinstance(first, dict) else first[0]
 
 
 if __name__ == "__main__":

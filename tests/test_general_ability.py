@@ -53,10 +53,11 @@ def safetybench(tmp_path: Path) -> dict[str, str]:
         {"id": k, "category": ("Ethics", "Privacy")[k % 2], "question": f" Is {k} fine?\n", "options": ["Yes.", "No."]}
         for k in range(4)
     ]
-    (tmp_path / "q.json").write_text(json.dumps(questions))
     answers = {str(q["id"]): {"category": q["category"], "answer": 0} for q in questions}
-    (tmp_path / "a.json").write_text(json.dumps(answers))
-    return {"path": str(tmp_path / "q.json"), "answers": str(tmp_path / "a.json")}
+    for split in ("en", "zh"):
+        (tmp_path / f"test_{split}.json").write_text(json.dumps(questions))
+        (tmp_path / f"test_answers_{split}.json").write_text(json.dumps(answers))
+    return {"path": str(tmp_path)}
 
 
 def config_with(name: str, **section: Any) -> Config:
@@ -232,7 +233,7 @@ def test_an_engine_without_continuations_is_told_before_anything_starts(
 
 
 def test_safetybench_prompts_byte_for_byte(safetybench: dict[str, str]) -> None:
-    english, chinese = (prompts_of("safetybench", **safetybench, language=name)[2] for name in ("en", "zh"))
+    english, chinese = (prompts_of("safetybench", **safetybench, split=name)[2] for name in ("en", "zh"))
     assert english["messages"][0]["content"] == "Question: Is 2 fine?\nOptions:\n(A) Yes.\n(B) No.\nAnswer:"
     assert chinese["messages"][0]["content"] == "问题：Is 2 fine?\n选项：\n(A) Yes.\n(B) No.\n答案："
 
@@ -250,13 +251,24 @@ def test_safetybench_counts_what_is_not_answered_as_wrong(safetybench: dict[str,
 @pytest.mark.parametrize(
     ("name", "files", "section", "told"),
     [
-        ("mmlu", {}, {"path": "{}"}, r"has no test/NAME_test.csv; give the published folder$"),
-        ("mmlu", {"test/x_test.csv": "q,a,b,c,d,A\n"}, {"path": "{}"}, r"no file .*dev/x_dev.csv$"),
+        ("mmlu", {"test/x_test.csv": "q,a,b,c,d,A\n"}, {"path": "{}"}, r"dev: no CSV files in it; MMLU's data.tar has"),
+        (
+            "mmlu",
+            {"test/x_test.csv": "q,a,b,c,d,A\n", "dev/y_dev.csv": "q,a,b,c,d,A\n"},
+            {"path": "{}", "shots": 1},
+            r"x_test.csv: row 1: .*shots: the dev split has fewer examples of x$",
+        ),
         (
             "mmlu",
             {"test/x_test.csv": "q,a,b,c,A\n"},
             {"path": "{}", "shots": 0},
-            r"x_test.csv: row 1: no question, four",
+            r"x_test.csv: row 1: 5 cells; MMLU has",
+        ),
+        (
+            "mmlu",
+            {"test/x_test.csv": "q,a,b,c,d,A\n"},
+            {"path": "{}", "shots": 0, "subjects": ["y", "x"]},
+            r"subjects: there are no questions about y$",
         ),
         ("truthfulqa", {"f.json": '[{"question": "a"}]'}, {"path": "{}/f.json"}, r"f.json.*: no 'mc1_targets' in it"),
         (
@@ -267,15 +279,15 @@ def test_safetybench_counts_what_is_not_answered_as_wrong(safetybench: dict[str,
         ),
         (
             "safetybench",
-            {"q.json": '[{"id": 5, "question": "a", "options": ["b", "c"]}]', "a.json": "{}"},
-            {"path": "{}/q.json", "answers": "{}/a.json"},
-            r"question 5: no answer in .*a.json",
+            {"test_en.json": '[{"id": 5, "category": "c", "question": "a", "options": ["b", "c"]}]'},
+            {"path": "{}"},
+            r"question 5 has no answer: see test_answers_SPLIT.json$",
         ),
         (
             "safetybench",
-            {"q.json": "[]"},
-            {"path": "{}/q.json", "answers": "{}/q.json"},
-            r"not \{id: \{category, answer",
+            {"test_en.json": "[]", "test_answers_en.json": "[1]"},
+            {"path": "{}"},
+            r"test_answers_en.json: not \{id: \{category, answer\}\}$",
         ),
     ],
 )
@@ -299,20 +311,11 @@ def test_a_file_that_is_none_of_the_benchmarks_is_told_in_one_line(
     [
         ("mmlu", {"path": "mmlu"}, 3173),
         ("truthfulqa", {"path": "truthfulqa/mc_task.json"}, 817),
-        (
-            "safetybench",
-            {
-                "path": "safetybench/test_zh_subset.json",
-                "answers": "safetybench/test_answers_zh_subset.json",
-                "language": "zh",
-            },
-            2100,
-        ),
+        ("safetybench", {"path": "safetybench", "split": "zh_subset"}, 2100),
     ],
 )
 def test_the_published_files_are_read_completely(name: str, section: dict[str, str], count: int) -> None:
-    section = {key: str(SHARED / value) if "/" in value or key == "path" else value for key, value in section.items()}
-    assert len(prompts_of(name, **section)) == count
+    assert len(prompts_of(name, **{**section, "path": str(SHARED / section["path"])})) == count
 
 
 # --- a complete call ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from spa_ray.config import arm_configs
-from spa_ray.config.plugs import SOURCES, load_plug
+from spa_ray.config.plugs import BENCHMARKS, SOURCES, load_plug
 from spa_ray.config.prompts import Prompts
 from spa_ray.data.prompts import PromptCounts, read_prompts
 from spa_ray.data.readers import source_kind
@@ -157,13 +157,21 @@ def test_forks_with_other_columns_are_read_or_refused(tmp_path: Path) -> None:
     assert f"{other}:1: is no row of mt_bench as https://" in refusal("mt_bench", other)
 
 
-def test_every_set_is_one_short_file_that_alone_knows_it() -> None:
+def test_every_set_and_benchmark_is_one_short_file_and_plugs_alone_names_it() -> None:
+    """A benchmark's file names its data set; the command line's help and docstrings may."""
     package = ROOT / "spa_ray"
-    for name in SOURCES:
-        assert len((package / "data" / "loaders" / f"{name}.py").read_text().splitlines()) <= 120
-    others = [p for room in ("data", "config", "pipeline", "cli") for p in (package / room).rglob("*.py")]
-    knowing = {p.name for p in others for name in SOURCES if f'"{name}"' in p.read_text()}
-    assert knowing == {"plugs.py"}
+    folders = (package / "data" / "loaders", package / "evaluation" / "benchmarks")
+    own = {name: {folder / f"{name}.py" for folder in folders} for name in {*SOURCES, *BENCHMARKS}}
+    for name in {*SOURCES, *BENCHMARKS}:
+        assert any(file.exists() for file in own[name]), name
+        assert all(len(file.read_text().splitlines()) <= 120 for file in own[name] if file.exists()), name
+    knowing = {
+        (str(file.relative_to(package)), name)
+        for file in package.rglob("*.py")
+        for name in own
+        if file not in own[name] and re.search(f"[\"'.]{name}[\"':]", file.read_text())
+    }
+    assert {file for file, _ in knowing} == {"config/plugs.py"}
 
 
 # --- where it is ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.errors import InputError
-from spa_ray.evaluation.benchmarks.common import drawn, file_rows
+from spa_ray.evaluation.benchmarks.common import drawn, file_rows, named_rows
 from spa_ray.evaluation.benchmarks.judged import JudgedConfig, judged
 from spa_ray.evaluation.bootstrap import ratio_interval
 from spa_ray.generation.benchmark import Ask, Benchmark
@@ -39,7 +39,6 @@ longer than it needs to be. The order of the answers must not matter. End with o
 class ArenaHardConfig(JudgedConfig):
     sources: ClassVar[frozenset[str]] = JudgedConfig.sources | {"baseline"}
 
-    path: str = Field(description="`question.jsonl` as published, v0.1 or v2.0")
     baseline: str = Field(description="the baseline's published answers, for v0.1 `gpt-4-0314.jsonl`")
     sampling: EvalSampling = Field(EvalSampling(max_tokens=4096), description="of an answer")
 
@@ -53,11 +52,11 @@ class ArenaHard(Benchmark[ArenaHardConfig]):
     def prompts(self) -> Iterator[Mapping[str, Any]]:
         baseline = read_answers(self.config.baseline)
         rows = []
-        for place, values in file_rows(self.config.path, "uid", "prompt", where=WHERE):
-            name = str(values["uid"])
+        for place, values in named_rows("arena_hard", self.config, where=WHERE):
+            name = str(values.get("uid", values.get("question_id")))  # the hub's name of it
             if name not in baseline:
                 raise InputError(f"{place}: {WHERE}.baseline: {self.config.baseline} has no answer to {name}")
-            rows.append({"prompt_id": f"arena_hard-{name}", "prompt": values["prompt"], "baseline": baseline[name]})
+            rows.append({"prompt_id": f"arena_hard-{name}", "messages": values["messages"], "baseline": baseline[name]})
         yield from drawn(rows, self.config)
 
     async def play(self, row: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:

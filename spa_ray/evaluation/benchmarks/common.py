@@ -1,4 +1,4 @@
-"""What the built-in benchmarks share: local files, a subsample by seed, an answer's letter, shares with intervals."""
+"""What the built-in benchmarks share: their rows, a subsample by seed, an answer's letter, shares with intervals."""
 
 from __future__ import annotations
 
@@ -23,19 +23,30 @@ SAID = r"(?i:answer(?:\s+is)?|答案(?:是|为)?|选择?)\s*[:：]?\s*" + ALONE 
 BRACKETED = r"[(（]([{letters}])[)）]"
 
 
-class FileConfig(BenchmarkConfig):
-    """A benchmark whose questions are files on this machine."""
+class NamedConfig(BenchmarkConfig):
+    """A benchmark whose questions are a data set by name (`data/loaders/`)."""
 
     sources: ClassVar[frozenset[str]] = frozenset({"limit", "path", "seed"})
 
-    path: str = Field(description="its file or folder, as its authors publish it")
+    path: str | None = Field(None, description="local copy, as its authors publish it; null: the hub")
     limit: int | None = Field(None, ge=1, description="ask N questions, drawn by `seed`; null: all")
     seed: int = Field(0, description="which questions `limit` takes")
 
 
+def named_rows(
+    name: str, config: NamedConfig, *columns: str, split: str | None = None, where: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Place and values of every row of a data set by name. Raises: InputError for a row without one of the columns."""
+    return _rows(Prompts(source=name, path=config.path, split=split), columns, where)
+
+
 def file_rows(path: str, *columns: str, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Place and values of every row of a file. Raises: InputError for a row without one of the columns."""
-    for row in read_rows(Prompts(source=path), where=where):
+    return _rows(Prompts(source=path), columns, where)
+
+
+def _rows(source: Prompts, columns: Sequence[str], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for row in read_rows(source, where=where):
         if row.blank:
             continue
         missing = [name for name in columns if row.values is not None and row.values.get(name) is None]
@@ -44,7 +55,7 @@ def file_rows(path: str, *columns: str, where: str) -> Iterator[tuple[str, Mappi
         yield row.place, row.values
 
 
-def drawn(rows: Iterable[Mapping[str, Any]], config: FileConfig) -> list[Mapping[str, Any]]:
+def drawn(rows: Iterable[Mapping[str, Any]], config: NamedConfig) -> list[Mapping[str, Any]]:
     """At most `limit` rows in their order: those whose `prompt_id` and the seed have the lowest hashes, so that a
     smaller limit takes some of a larger one's, whatever the files' order."""
     rows = list(rows)

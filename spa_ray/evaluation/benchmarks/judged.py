@@ -10,13 +10,13 @@ from pydantic import Field, model_validator
 from spa_ray.config.endpoint import Endpoint
 from spa_ray.config.judge import JudgeKinds, Policy, judge_section
 from spa_ray.config.section import JudgeSection
-from spa_ray.evaluation.benchmarks.common import FileConfig
+from spa_ray.evaluation.benchmarks.common import NamedConfig
 from spa_ray.generation.benchmark import Ask
 
 T = TypeVar("T")
 
 
-class JudgedConfig(FileConfig):
+class JudgedConfig(NamedConfig):
     judge: str | JudgeKinds = Field(description="a section of kind endpoint, or `self`: the model under test itself")
     judge_max_tokens: int = Field(2048, ge=1, description="of a judgement, its explanation included")
     retries: int = Field(2, ge=0, description="further tries after a judgement that cannot be read")

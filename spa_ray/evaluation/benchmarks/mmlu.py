@@ -1,37 +1,41 @@
 """MMLU: four options a question, the answer's letter generated after five solved examples of the subject.
 
 Source: Hendrycks et al. 2021, "Measuring Massive Multitask Language Understanding"; the prompt is also that of
-`mmlu_*_generative` in lm-evaluation-harness.
+`mmlu_*_generative` in lm-evaluation-harness, as plain text and, with `chat: turns`, by a chat template.
 """
 
 from __future__ import annotations
 
-import csv
 import string
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.errors import InputError
-from spa_ray.evaluation.benchmarks.common import LETTERS, FileConfig, drawn, letter, share
+from spa_ray.evaluation.benchmarks.common import LETTERS, NamedConfig, drawn, letter, named_rows, share
 from spa_ray.generation.benchmark import Ask, Benchmark
 
 WHERE = "evaluation.benchmarks: mmlu"
+COLUMNS = ("question", "choices", "answer", "subject")
 INTRODUCTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
-Question = tuple[str, list[str], str]  # question, options, the right letter
+BEHIND = {"system": "", "user": " ", "assistant": "\n\n"}  # each turn, where all are one text
+Values = Mapping[str, Any]
+Turns = list[dict[str, str]]
 
 
-class MMLUConfig(FileConfig):
-    sources: ClassVar[frozenset[str]] = FileConfig.sources | {"shots", "subjects"}
+class MMLUConfig(NamedConfig):
+    sources: ClassVar[frozenset[str]] = NamedConfig.sources | {"shots", "subjects"}
 
-    path: str = Field(description="the published folder: `dev/NAME_dev.csv` and `test/NAME_test.csv`")
-    subjects: tuple[str, ...] | None = Field(None, description="null: every subject that has a test file")
-    shots: int = Field(5, ge=0, description="solved examples before a question, the first of the subject's dev file")
-    chat: bool = Field(True, description="ask by the chat template; false: the text as it is, for a base model")
+    subjects: tuple[str, ...] | None = Field(None, description="null: all")
+    shots: int = Field(5, ge=0, description="solved examples before a question, the first of the subject's dev split")
+    chat: bool | Literal["turns"] = Field(
+        True,
+        description="ask by the chat template, in one user message; turns: the introduction as the system message, each"
+        " example as two turns; false: the text as it is, for a base model",
+    )
     sampling: EvalSampling = Field(EvalSampling(max_tokens=32), description="of an answer")
 
 
@@ -42,23 +46,36 @@ class MMLU(Benchmark[MMLUConfig]):
     Config = MMLUConfig
 
     def prompts(self) -> Iterator[Mapping[str, Any]]:
-        folder = Path(self.config.path).expanduser()
-        there = sorted(f.name.removesuffix("_test.csv") for f in (folder / "test").glob("*_test.csv"))
-        if not there:
-            raise InputError(f"{WHERE}.path: {str(folder)!r} has no test/NAME_test.csv; give the published folder")
-        subjects = there if self.config.subjects is None else self.config.subjects
-        yield from drawn((row for subject in subjects for row in self._of(folder, subject)), self.config)
+        before = self._before() if self.config.shots else {}
+        numbers: Counter[str] = Counter()
+        rows: list[Mapping[str, Any]] = []
+        for place, values in named_rows("mmlu", self.config, *COLUMNS, split="test", where=WHERE):
+            subject = str(values["subject"])
+            if self.config.subjects is not None and subject not in self.config.subjects:
+                continue
+            if len(before.get(subject, ())) < 2 * self.config.shots:
+                raise InputError(f"{place}: {WHERE}.shots: the dev split has fewer examples of {subject}")
+            introduction = {"role": "system", "content": INTRODUCTION.format(subject=subject.replace("_", " "))}
+            turns = [introduction, *before.get(subject, ()), {"role": "user", "content": rendered(values)}]
+            told = {"subject": subject, "options": list(values["choices"]), "answer": LETTERS[values["answer"]]}
+            asked = turns if self.config.chat == "turns" else one_message(turns)
+            rows.append({"prompt_id": f"{subject}-{numbers[subject]}", "messages": asked, **told})
+            numbers[subject] += 1
+        if unknown := set(self.config.subjects or ()) - numbers.keys():
+            raise InputError(f"{WHERE}.subjects: there are no questions about {min(unknown)}")
+        yield from drawn(rows, self.config)
 
-    def _of(self, folder: Path, subject: str) -> Iterator[Mapping[str, Any]]:
-        shots = read_questions(folder / "dev" / f"{subject}_dev.csv") if self.config.shots else []
-        if len(shots) < self.config.shots:
-            raise InputError(f"{WHERE}.shots: {folder}/dev/{subject}_dev.csv has {len(shots)} examples")
-        before = INTRODUCTION.format(subject=subject.replace("_", " "))
-        before += "".join(f"{rendered(shot)} {shot[2]}\n\n" for shot in shots[: self.config.shots])
-        for number, question in enumerate(read_questions(folder / "test" / f"{subject}_test.csv")):
-            _, options, right = question
-            told = {"subject": subject, "options": options, "answer": right}
-            yield {"prompt_id": f"{subject}-{number}", "prompt": before + rendered(question), **told}
+    def _before(self) -> dict[str, Turns]:
+        """The solved examples of each subject."""
+        found: dict[str, Turns] = defaultdict(list)
+        for _, values in named_rows("mmlu", self.config, *COLUMNS, split="dev", where=WHERE):
+            turns = found[str(values["subject"])]
+            if len(turns) < 2 * self.config.shots:
+                turns += [
+                    {"role": "user", "content": rendered(values)},
+                    {"role": "assistant", "content": LETTERS[values["answer"]]},
+                ]
+        return found
 
     async def play(self, row: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
         meta, text = row["meta"], row["messages"][0]["content"]
@@ -79,25 +96,17 @@ class MMLU(Benchmark[MMLUConfig]):
         }
 
 
-def rendered(question: Question) -> str:
-    text, options, _ = question
-    listed = "".join(f"\n{name}. {option}" for name, option in zip(LETTERS, options, strict=True))
-    return f"{text.strip()}{listed}\nAnswer:"
+def rendered(values: Values) -> str:
+    listed = "".join(f"\n{name}. {option}" for name, option in zip(LETTERS, values["choices"], strict=True))
+    return f"{values['question'].strip()}{listed}\nAnswer:"
+
+
+def one_message(turns: Turns) -> Turns:
+    text = "".join(turn["content"] + BEHIND[turn["role"]] for turn in turns)
+    return [{"role": "user", "content": text.removesuffix(BEHIND["user"])}]
 
 
 def bare(answer: str) -> str:
     """The first line without punctuation, in capitals."""
     line = answer.partition("\n")[0].strip()
     return line.translate(str.maketrans("", "", string.punctuation)).upper()
-
-
-def read_questions(file: Path) -> list[Question]:
-    """Raises: InputError for a file that is not there, or a row that is no question."""
-    if not file.is_file():
-        raise InputError(f"{WHERE}: no file {file}")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines))
-    for number, row in enumerate(rows, 1):
-        if len(row) != 6 or row[5] not in tuple(LETTERS):
-            raise InputError(f"{file}: row {number}: no question, four options and a letter (the files have no header)")
-    return [(row[0], row[1:5], row[5]) for row in rows]

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.errors import InputError
-from spa_ray.evaluation.benchmarks.common import drawn, file_rows
+from spa_ray.evaluation.benchmarks.common import drawn, file_rows, named_rows
 from spa_ray.evaluation.benchmarks.judged import JudgedConfig, judged
 from spa_ray.evaluation.bootstrap import ratio_interval
 from spa_ray.generation.benchmark import Ask, Benchmark
@@ -36,7 +36,6 @@ COMPARE = " A reference answer is given: compare with it, and name the mistakes 
 class MTBenchConfig(JudgedConfig):
     sources: ClassVar[frozenset[str]] = JudgedConfig.sources | {"references"}
 
-    path: str = Field(description="`question.jsonl` as published")
     references: str | None = Field(
         None,
         description="`reference_answer_gpt-4.jsonl`, for math, reasoning and coding; null: the questions' own",
@@ -53,8 +52,9 @@ class MTBench(Benchmark[MTBenchConfig]):
     def prompts(self) -> Iterator[Mapping[str, Any]]:
         given = {} if self.config.references is None else read_references(self.config.references)
         rows = []
-        for place, values in file_rows(self.config.path, "question_id", "category", "turns", where=WHERE):
-            number, category = str(values["question_id"]), str(values["category"])
+        for place, values in named_rows("mt_bench", self.config, "category", "turns", where=WHERE):
+            number = str(values.get("question_id", values.get("prompt_id")))  # the hub's name of it
+            category = str(values["category"])
             reference = list(given.get(number) or values.get("reference") or []) if category in WITH_REFERENCE else []
             if len(values["turns"]) != 2 or (category in WITH_REFERENCE and len(reference) != 2):
                 raise InputError(

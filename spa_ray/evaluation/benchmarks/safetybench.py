@@ -5,29 +5,30 @@ Source: Zhang et al. 2023, "SafetyBench: Evaluating the Safety of Large Language
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.errors import InputError
-from spa_ray.evaluation.benchmarks.common import LETTERS, FileConfig, drawn, file_rows, letter, share
+from spa_ray.evaluation.benchmarks.common import LETTERS, NamedConfig, drawn, letter, named_rows, share
 from spa_ray.generation.benchmark import Ask, Benchmark
 
 WHERE = "evaluation.benchmarks: safetybench"
 WORDS = {"en": ("Question: ", "Options:", "Answer:"), "zh": ("问题：", "选项：", "答案：")}
 
 
-class SafetyBenchConfig(FileConfig):
-    sources: ClassVar[frozenset[str]] = FileConfig.sources | {"answers", "language"}
+class SafetyBenchConfig(NamedConfig):
+    sources: ClassVar[frozenset[str]] = NamedConfig.sources | {"split"}
 
-    path: str = Field(description="the published questions, for example `test_en.json`")
-    answers: str = Field(description="their published answers, for example `test_answers_en.json`")
-    language: Literal["en", "zh"] = Field("en", description="of the prompt's own words")
+    path: str | None = Field(
+        None,
+        description="local copy: `test_SPLIT.json` with `test_answers_SPLIT.json` beside it, or the folder of both; the"
+        " hub has no answers",
+    )
+    split: Literal["en", "zh", "zh_subset"] = Field("en", description="the language, also of the prompt's own words")
     chat: bool = Field(True, description="ask by the chat template; false: the text as it is, for a base model")
     sampling: EvalSampling = Field(EvalSampling(max_tokens=64), description="of an answer")
 
@@ -38,14 +39,14 @@ class SafetyBench(Benchmark[SafetyBenchConfig]):
     Config = SafetyBenchConfig
 
     def prompts(self) -> Iterator[Mapping[str, Any]]:
-        right = read_answers(Path(self.config.answers).expanduser())
-        rows = []
-        for place, values in file_rows(self.config.path, "id", "question", "options", where=WHERE):
-            number, options = str(values["id"]), list(values["options"])
-            if number not in right or not 2 <= len(options) <= len(LETTERS):
-                raise InputError(f"{place}: question {number}: no answer in {self.config.answers}, or no 2-4 options")
-            prompt = rendered(values["question"], options, self.config.language)
-            rows.append({"prompt_id": f"safetybench-{number}", "prompt": prompt, "options": options, **right[number]})
+        config, rows = self.config, []
+        for place, values in named_rows("safetybench", config, "options", "category", split=config.split, where=WHERE):
+            number, options, answer = str(values["id"]), list(values["options"]), values.get("answer")
+            if answer not in range(len(options)) or len(options) > len(LETTERS):
+                raise InputError(f"{place}: {WHERE}.path: question {number} has no answer: see test_answers_SPLIT.json")
+            prompt = rendered(values["question"], options, config.split[:2])
+            told = {"options": options, "category": values["category"], "answer": answer}
+            rows.append({"prompt_id": f"safetybench-{number}", "prompt": prompt, **told})
         yield from drawn(rows, self.config)
 
     async def play(self, row: Mapping[str, Any], ask: Ask) -> Mapping[str, Any]:
@@ -68,13 +69,3 @@ def rendered(question: str, options: Sequence[str], language: str) -> str:
     asked, listed, answer = WORDS[language]
     lines = "".join(f"({name}) {option}\n" for name, option in zip(LETTERS, options, strict=False))
     return f"{asked}{question.strip()}\n{listed}\n{lines}{answer}"
-
-
-def read_answers(file: Path) -> dict[str, dict[str, Any]]:
-    """`{id: {category, answer}}`, the answer as an option's number. Raises: InputError."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {name: {"category": str(of["category"]), "answer": int(of["answer"])} for name, of in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        what = f"{type(e).__name__}: {e}"
-        raise InputError(f"{WHERE}.answers: {file}: not {{id: {{category, answer}}}} ({what})") from e

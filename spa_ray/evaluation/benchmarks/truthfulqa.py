@@ -14,7 +14,7 @@ from pydantic import Field
 
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.errors import InputError
-from spa_ray.evaluation.benchmarks.common import FileConfig, drawn, file_rows, share
+from spa_ray.evaluation.benchmarks.common import NamedConfig, drawn, named_rows, share
 from spa_ray.generation.benchmark import Ask, Benchmark
 from spa_ray.generation.judging import together
 
@@ -40,8 +40,7 @@ Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain."""
 
 
-class TruthfulQAConfig(FileConfig):
-    path: str = Field(description="`mc_task.json` as published, or a file of the hub's `multiple_choice`")
+class TruthfulQAConfig(NamedConfig):
     chat: bool = Field(False, description="ask by the chat template; false: the text as it is, as published")
     sampling: EvalSampling = Field(EvalSampling(max_tokens=1), description="nothing is sampled")
 
@@ -56,9 +55,9 @@ class TruthfulQA(Benchmark[TruthfulQAConfig]):
     def prompts(self) -> Iterator[Mapping[str, Any]]:
         names = [f"{name}_targets" for name in SETS]
         rows = []
-        for number, (place, values) in enumerate(file_rows(self.config.path, "question", *names, where=WHERE)):
+        for number, (place, values) in enumerate(named_rows("truthfulqa", self.config, *names, where=WHERE)):
             sets = {name: answers(values[f"{name}_targets"], place) for name in SETS}
-            prompt = f"{PRIMER}\n\nQ: {values['question']}\nA:"
+            prompt = f"{PRIMER}\n\nQ: {values['messages'][0]['content']}\nA:"
             rows.append({"prompt_id": f"truthfulqa-{number}", "prompt": prompt, **sets})
         yield from drawn(rows, self.config)
 
@@ -77,12 +76,9 @@ class TruthfulQA(Benchmark[TruthfulQAConfig]):
         }
 
 
-def answers(given: Any, place: str) -> list[tuple[str, int]]:
-    """Answers and whether each is true, from {answer: label} or the hub's {choices, labels}. Raises: InputError."""
-    if isinstance(given, Mapping) and given.keys() == {"choices", "labels"}:
-        found = list(zip(given["choices"], given["labels"], strict=False))
-    else:
-        found = list(given.items()) if isinstance(given, Mapping) else []
+def answers(given: Mapping[str, Any], place: str) -> list[tuple[str, int]]:
+    """Answers and whether each is true. Raises: InputError."""
+    found = list(zip(given["choices"], given["labels"], strict=False))
     if {label for _, label in found} != {0, 1}:
         raise InputError(f"{place}: {WHERE}: targets need true answers (label 1) and false ones (0)")
     return found
