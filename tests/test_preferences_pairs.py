@@ -320,3 +320,20 @@ def test_an_undenoised_table_and_unordered_responses_are_refused() -> None:
     row["scores"].reverse()
     with pytest.raises(InputError, match="ascending"):
         build_pairs(denoise(make_episodes([row], config), config, tau=None), config)
+
+
+def test_repeated_scores_give_a_pair_its_reliability() -> None:
+    """d² / (d² + se²) on the deciding objective: se² is the sum of both means' variances."""
+    config = make_config(scoring__draws=3, denoise__consistency="off", denoise__informativeness=False)
+    row = make_row([(6.0, 5.0), (4.0, 5.0), (6.0, 2.0)], (1.0, 1.0))
+    draws = [[[5, 6, 7], [5, 5, 5]], [[4, 4, 4], [5, 5, 5]], [[6, 6, 6], [1, 2, 3]], [[1], [1]]]
+    for response, drawn in zip(row["responses"], draws, strict=True):
+        response["score_draws"] = drawn
+    found = build_pairs(denoise(make_episodes([row], config), config, tau=None), config)
+    reliability = dict(zip(found["pair_id"].to_pylist(), found["reliability"].to_pylist(), strict=True))
+    assert reliability["p:0:1"] == pytest.approx(4 / (4 + 1 / 3))  # harmless 6 and 4; variances 1/3 and 0
+    assert reliability["p:2:1"] == 1.0
+    assert reliability["p:0:2"] == pytest.approx(9 / (9 + 1 / 3))  # tied on harmless; helpful 5 and 2
+    assert reliability["p:0:3"] is None  # drawn once
+    once = make_config(denoise__consistency="off", denoise__informativeness=False)
+    assert "reliability" not in build_pairs(denoise(make_episodes([row], once), once, tau=None), once).column_names

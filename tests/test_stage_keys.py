@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from spa_ray.config import Config, load_config
+from spa_ray.errors import InputError
 from spa_ray.pipeline.stage_keys import NEUTRAL_ENGINE_ARGUMENTS, attempt
 from spa_ray.pipeline.stages import STAGES, UNTIL
 from spa_ray.storage.folder import StageFolder
@@ -42,7 +43,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "sampling.resample_duplicates": (False, "G"),
     "scoring.scale": ([1, 9], "GE"),
     "scoring.mode": ("expected", "GE"),
-    "scoring.draws": (2, "GE"),
+    "scoring.draws": (2, "GBE"),
     "scoring.temperature": (0.5, "GE"),
     "scoring.retries": (1, "GE"),
     "scoring.max_tokens": (4, "GE"),
@@ -203,6 +204,15 @@ def test_training_keys_start_training_alone(name: str, value: Any, tmp_path: Pat
     assert changed(base(tmp_path), base(tmp_path, **{f"train.{name}": value})) == "T"
 
 
+def test_a_weight_by_the_draws_starts_training_alone_and_none_is_as_before_the_key(tmp_path: Path) -> None:
+    drawn = {"scoring.draws": 3}
+    before = base(tmp_path, **drawn)
+    assert changed(before, base(tmp_path, **drawn, **{"train.uncertainty": "draws"})) == "T"
+    assert "uncertainty" not in before.train.identified_by()
+    with pytest.raises(InputError, match=r"set scoring\.draws to 2 or more"):
+        base(tmp_path, **{"train.uncertainty": "draws"})
+
+
 NEUTRAL = {"gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "disable_log_stats"}
 NEUTRAL |= {"enable_prefix_caching", "block_size"}
 
@@ -245,7 +255,7 @@ def test_a_function_that_judges_reads_the_scale_alone_and_its_code_counts(
     code.write_text("def judge(*a): return 1")
     judged = {"evaluation.judge": "own_judge_of_keys:judge"}
     before = base(tmp_path, **judged)
-    assert changed(before, base(tmp_path, **judged, **{"scoring.draws": 3})) == "G"
+    assert changed(before, base(tmp_path, **judged, **{"scoring.draws": 3})) == "GB"
     assert changed(before, base(tmp_path, **judged, **{"scoring.scale": [1, 9]})) == "GE"
     first = keys(before)["E"]
     code.write_text("def judge(*a): return 2")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spa_ray.config.training import train_section
+from spa_ray.data.schemas import pairs_schema
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
 from spa_ray.training.dataset import Selection, TokenizedPairs, read_sequences, select_pairs
@@ -94,6 +95,30 @@ def test_file_names_and_row_order_change_nothing(tmp_path: Path, tokenizer: Any)
         assert one.pair_id(i) == other.pair_id(i)
         assert one.ids("chosen_ids", i).tolist() == other.ids("chosen_ids", i).tolist()
     assert (one.column("gap") == other.column("gap")).all()
+
+
+def test_a_gap_is_times_the_pairs_reliability_where_the_weight_asks_for_it(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{**row, "reliability": 0.25 * (i + 1)} for i, row in enumerate(pair_rows(3))]
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=pairs_schema(reliability=True)), path)
+
+    def gaps(**how: Any) -> list[float]:
+        out = tmp_path / "tokens.arrow"
+        chat = Chat(tokenizer, model="tiny")
+        tokenize_pairs(path, out, chat, vocab_size=265, max_length=128, gap="l1", **how)
+        return pa.ipc.open_file(out).read_all()["gap"].to_pylist()
+
+    plain = gaps()
+    assert plain == [row["margin"] for row in rows]
+    assert gaps(reliable=True) == [gap * row["reliability"] for gap, row in zip(plain, rows, strict=True)]
+    pq.write_table(
+        pa.Table.from_pylist([{**rows[0], "reliability": None}], schema=pairs_schema(reliability=True)), path
+    )
+    with pytest.raises(InputError, match="its l1 gap is nan"):
+        gaps(reliable=True)
+    write_pairs(path, pair_rows(1))
+    with pytest.raises(InputError, match=r"'reliability' is missing; .* scoring.draws of 2 or more"):
+        gaps(reliable=True)
 
 
 @pytest.mark.parametrize("gap", ["abs_sum", "l1", "primary"])

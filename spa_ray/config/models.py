@@ -354,6 +354,8 @@ class Config(Section):
         if self.prompts.decontaminate and not self.evaluation.held_out:
             raise ValueError("prompts.decontaminate: evaluation has no prompts; name them, or remove the key")
         self._check_pairs()
+        if self.train.uncertainty == "draws" and not self.scoring.repeated:
+            raise ValueError("train.uncertainty: draws, and every score is drawn once; set scoring.draws to 2 or more")
         if self.budget and self.budget.usd:
             self._check_prices()
         return self

@@ -142,6 +142,11 @@ class Scoring(Section):
     def judged_by(self) -> JudgeSection:
         return judge_section(self.judge)
 
+    @property
+    def repeated(self) -> bool:
+        """Whether a score is the mean of several draws, which have a variance."""
+        return self.draws > 1 and self.mode != "expected" and self.judged_by.reads_prompts
+
 
 class Refine(Decoding):
     """One improved answer a prompt, written over all scored candidates (SPA, step 2)."""

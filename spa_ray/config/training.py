@@ -48,6 +48,11 @@ class Train(Section):
     gap: Literal["abs_sum", "l1", "primary"] = Field(
         "abs_sum", description="what a pair is weighted by: Eq. 3's Δ, Eq. 2's margin, the first objective alone"
     )
+    uncertainty: Literal["none", "draws"] = Field(
+        "none",
+        description="draws: the gap times the reliability of the scores that decide the pair, d² / (d² + se²), by the"
+        " variance over scoring.draws (not in the paper)",
+    )
     w_max: float | None = Field(None, gt=0, description="upper bound of a weight; null: none")
     drop_dead: bool = Field(False, description="leave out pairs whose gap is 0")
     lr: float | None = Field(None, gt=0, description="peak learning rate; null: by method")
@@ -128,6 +133,11 @@ class Train(Section):
     def identity(self) -> Train:
         """This section as hashes see it: a checkpointing that is decided by the device is no setting of its own."""
         return self.model_copy(update={"gradient_checkpointing": bool(self.gradient_checkpointing)})
+
+    def identified_by(self) -> set[str]:
+        """The keys that hashes cover: those that decide a result, but for later ones that say what was always done."""
+        later = {"uncertainty"} if self.uncertainty == "none" else set()
+        return set(type(self).model_fields) - TRAIN_BYSTANDERS - later
 
 
 def method_class(name: str) -> Any:

@@ -72,6 +72,16 @@ PAIRS = pa.schema(
     ]
 )
 
+# A further column of PAIRS where scores are means of several draws: d² / (d² + se²) of the deciding objective's scores,
+# their difference and its standard error; null where one of them was drawn once.
+RELIABILITY = "reliability"
+
+
+def pairs_schema(*, reliability: bool) -> pa.Schema:
+    """PAIRS, perhaps with its further column."""
+    return PAIRS.append(pa.field(RELIABILITY, pa.float64())) if reliability else PAIRS
+
+
 # A pairwise judge's verdicts on the answers of two arms (FastChat's rule makes one outcome of both orders).
 JUDGEMENTS = pa.schema(
     [

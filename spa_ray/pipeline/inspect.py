@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.schemas import RELIABILITY
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
 from spa_ray.preferences import build_pairs, denoise
@@ -78,17 +79,19 @@ def weights_at_mean(pairs: pa.Table, all_pairs: pa.Table, config: Config) -> lis
 
     Training takes the mean over the pair's own optimizer step, so its weight there differs a little.
     """
-    mean = float(np.mean(gaps(all_pairs, config.train.gap)))
-    mine = gaps(pairs, config.train.gap)
+    mean = float(np.mean(gaps(all_pairs, config)))
+    mine = gaps(pairs, config)
     return [1.0] * len(mine) if mean == 0 else [float(w) for w in (mine / mean) ** config.train.alpha]
 
 
-def gaps(pairs: pa.Table, gap: str) -> np.ndarray:
-    """(n,) what `train.gap` weighs a pair by."""
+def gaps(pairs: pa.Table, config: Config) -> np.ndarray:
+    """(n,) what a pair is weighed by: `train.gap`, and its reliability with `train.uncertainty`."""
+    gap = config.train.gap
+    reliability = pairs[RELIABILITY].to_numpy() if config.train.uncertainty == "draws" else 1.0
     if gap == "primary":
         first = [pc.list_element(pairs[side], 0).to_numpy() for side in ("chosen_scores", "rejected_scores")]
-        return np.abs(first[0] - first[1])
-    return pairs["gap" if gap == "abs_sum" else "margin"].to_numpy()
+        return np.abs(first[0] - first[1]) * reliability
+    return pairs["gap" if gap == "abs_sum" else "margin"].to_numpy() * reliability
 
 
 def _one_row(episodes: AnyPath, prompt_id: str) -> pa.Table | None:

@@ -129,11 +129,12 @@ def build(config: Config, known: Known) -> dict[str, Any]:
         "denoise": _plain(config.denoise),
         "pairs": _plain(config.pairs, *([] if config.pairs.weights else ["weights"])),  # as before the key
         "frozen_tau": known.tau,
+        **({"reliability": 1} if config.scoring.repeated else {}),
     }
 
 
 def train(config: Config, known: Known) -> dict[str, Any]:
-    section = _plain(config.train.identity(), *TRAIN_BYSTANDERS)
+    section = config.train.identity().model_dump(mode="json", include=config.train.identified_by())
     source = source_hash(config.train.method)
     own = {} if source is None else {"method": source}
     return {"seed": config.seed, "train": section, "chat": _chat(config, known), **own}

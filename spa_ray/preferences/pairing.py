@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from spa_ray.config.models import Config
-from spa_ray.data.schemas import MESSAGE, MESSAGES, PAIRS
+from spa_ray.data.schemas import MESSAGE, MESSAGES, RELIABILITY, pairs_schema
 from spa_ray.errors import InputError
 from spa_ray.preferences.denoising import consistent, view_episodes
 from spa_ray.preferences.scores import Bools, Floats, Ints, list_lengths, score_grid
@@ -71,7 +71,8 @@ def build_pairs(denoised: pa.Table, config: Config, *, delta: float | None = Non
                       rejected one. Answers of which nothing is known, as in imported tables, count as complete.
     Two answers with the same text or the same token ids are no pair, nor is an answer whose text or ids are empty.
     Given answers (`episodes.source`) have no ids, null, until training cuts them into tokens.
-    margin and gap are rounded to 10 decimals.
+    margin and gap are rounded to 10 decimals. Where a score is the mean of several `scoring.draws` there is a further
+    column, `reliability`.
     With `denoise.on_inconsistent: drop_refined` an inconsistent prompt pairs its candidates only. Rows stand in the
     order of the prompts, then of chosen_index and rejected_index.
     Raises: InputError when the table was not denoised, or does not hold what its schema promises.
@@ -80,7 +81,7 @@ def build_pairs(denoised: pa.Table, config: Config, *, delta: float | None = Non
     if needed:
         raise InputError(f"pairs: no column {sorted(needed)[0]!r}; give the table that `denoise` returns")
     columns = ["prompt_id", "messages", "responses", "scores", "error", "attempt", "kept"]
-    schema = PAIRS.with_metadata(denoised.schema.metadata)
+    schema = pairs_schema(reliability=config.scoring.repeated).with_metadata(denoised.schema.metadata)
     least = resolve_delta(denoised["scores"], config) if delta is None else delta
     blocks = _blocks(denoised.select(columns))
     batches = [b for block in blocks for b in _pairs_of(block, config, least, schema)]
@@ -126,7 +127,7 @@ class _Scored:
 
 
 def _pairs_of(block: pa.Table, config: Config, delta: float, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    answers = _Answers.of(block)
+    answers = _Answers.of(block, len(config.objectives) if RELIABILITY in schema.names else 0)
     view = view_episodes(block, config)
     kept = pc.fill_null(block["kept"], False).to_numpy()
     filled = answers.filled(given=config.episodes.source is not None)
@@ -218,9 +219,11 @@ class _Answers:
     cut: Bools
     text_bytes: Ints
     ids_count: Ints
+    mean_variance: Floats
 
     @classmethod
-    def of(cls, block: pa.Table) -> _Answers:
+    def of(cls, block: pa.Table, objectives: int) -> _Answers:
+        """`objectives`: of how many the draws are looked at; 0 for none."""
         column = block["responses"].combine_chunks()
         flat = column.flatten()
         index = flat.field("index").to_numpy(zero_copy_only=False).astype(np.int64)
@@ -243,7 +246,14 @@ class _Answers:
             cut=_cut(flat),
             text_bytes=text_bytes,
             ids_count=list_lengths(ids),
+            mean_variance=_mean_variance(flat, objectives),
         )
+
+    def reliability(self, difference: Floats, objective: Ints, left: Ints, right: Ints) -> pa.Array:
+        """(P,) d² / (d² + se²) of the two answers' scores on an objective; null where a variance is not known."""
+        error = self.mean_variance[left, objective] + self.mean_variance[right, objective]
+        with np.errstate(invalid="ignore"):
+            return pa.array(difference**2 / (difference**2 + error), from_pandas=True)
 
     def filled(self, *, given: bool) -> Bools:
         """(M,) true where neither the text nor the token ids are empty; ids of `given` answers may be null."""
@@ -281,6 +291,24 @@ class _Answers:
         content = pa.concat_arrays([flat.field("content"), pc.cast(system, pa.string())]).take(order)
         offsets = np.concatenate([[0], np.cumsum(lengths + (given & ~own))]).astype(np.int32)
         return _message_lists(role, content, offsets)
+
+
+def _mean_variance(responses: pa.StructArray, objectives: int) -> Floats:
+    """(M, k) variance of the mean of a score's draws: their sample variance over their number; NaN below two draws."""
+    out = np.full((len(responses), objectives), np.nan)
+    if not objectives or responses.type.get_field_index("score_draws") < 0:
+        return out
+    draws = responses.field("score_draws")
+    whole = list_lengths(draws) == objectives
+    drawn = draws.filter(pa.array(whole)).flatten()
+    count = list_lengths(drawn)
+    values = pc.cast(drawn.flatten(), pa.float64()).to_numpy(zero_copy_only=False)
+    of = np.repeat(np.arange(len(count)), count)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.bincount(of, values, minlength=len(count)) / count
+        squares = np.bincount(of, (values - mean[of]) ** 2, minlength=len(count))
+        out[whole] = (squares / (count - 1) / count).reshape(-1, objectives)
+    return out
 
 
 def _cut(responses: pa.StructArray) -> Bools:
@@ -341,6 +369,9 @@ def _rows(
         "decided_by": pa.array(config.objectives).take(pa.array(decided_by)),
         "kind": pa.array(["candidate", "refined"]).take(pa.array(scored.refined[i, row].astype(np.int8))),
     }
+    if RELIABILITY in schema.names:
+        difference = np.take_along_axis(chosen - rejected, decided_by[None], axis=0)[0]
+        columns[RELIABILITY] = answers.reliability(difference, decided_by, left, right)
     return pa.RecordBatch.from_arrays([pc.cast(columns[f.name], f.type) for f in schema], schema=schema)
 
 

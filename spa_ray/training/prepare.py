@@ -13,7 +13,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from spa_ray.config.training import TRAIN_BYSTANDERS
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat, chat_of
 from spa_ray.rollout.settings import ChatSettings, today
@@ -63,7 +62,7 @@ def fingerprint(job: TrainJob) -> str:
 
 
 def _fingerprint(job: TrainJob, state: Any) -> str:
-    settings = job.train.identity().model_dump_json(exclude=set(TRAIN_BYSTANDERS))
+    settings = job.train.identity().model_dump_json(include=job.train.identified_by())
     chat = "" if job.chat is None else job.chat.model_dump_json()
     parts = [content_hash(job.pairs), model_hash(job.model), settings, str(job.seed), chat, *method_source(job.train)]
     parts += [f"{name}: {model_hash(model)}" for name, model in sorted(job.models.items())]
@@ -141,6 +140,7 @@ def _tokenize(job: TrainJob) -> tuple[str, dict[str, int], Any]:
             vocab_size=_vocab_size(job),
             max_length=job.train.max_length,
             gap=job.train.gap,
+            reliable=job.train.uncertainty == "draws",
             method=method_of(job.train, state),
             ends=cache(lambda: end_ids(job.model)),
         )

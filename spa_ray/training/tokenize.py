@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spa_ray.config.training import Train
-from spa_ray.data.schemas import is_imported
+from spa_ray.data.schemas import RELIABILITY, is_imported
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
 from spa_ray.training.method import ANSWERS, Example, Messages, Method, Read, Row
@@ -74,11 +74,13 @@ def tokenize_pairs(
     vocab_size: int,
     max_length: int,
     gap: str,
+    reliable: bool = False,
     method: Method[Train] | None = None,
     ends: Ends = frozenset,
 ) -> dict[str, int]:
     """Write the token rows of all pairs that can be trained on; return the counts of those that cannot, by reason.
-    `ends` gives the model's end-of-sequence ids, for answers without ids.
+    `ends` gives the model's end-of-sequence ids, for answers without ids; with `reliable` a gap is times the pair's
+    `reliability`.
 
     Reasons: `too_long` (a sequence exceeds `max_length` tokens), `identical` (equal answers).
     Raises: InputError for a missing column, an empty response, an id outside the vocabulary, a gap that is not a
@@ -90,9 +92,10 @@ def tokenize_pairs(
     maker = _Maker(chat, method, ends, vocab_size, max_length, dropped)
     partial = out.with_name(out.name + ".partial")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for file, batch in _batches(pairs, [*COLUMNS, *GAP_COLUMNS[gap], *method.columns]):
+        weighed_by = [*GAP_COLUMNS[gap], *([RELIABILITY] if reliable else [])]
+        for file, batch in _batches(pairs, [*COLUMNS, *weighed_by, *method.columns]):
             rows = maker.rows(file, batch)
-            gaps = _gaps(file, batch, gap)
+            gaps = _gaps(file, batch, gap, reliable=reliable)
             for row in rows:
                 row["gap"] = gaps[row.pop("row")]
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
@@ -116,7 +119,8 @@ def _batches(pairs: Path, columns: Sequence[str], *, texts: bool = True) -> Iter
         with source:
             missing = [c for c in columns if c not in source.schema_arrow.names]
             if missing:
-                raise InputError(f"{file}: column {missing[0]!r} is missing; `spa build` writes it (DESIGN, pairs/)")
+                where = ", from scoring.draws of 2 or more" if missing[0] == RELIABILITY else " (DESIGN, pairs/)"
+                raise InputError(f"{file}: column {missing[0]!r} is missing; `spa build` writes it{where}")
             also = ANSWERS if texts and is_imported(source.schema_arrow) else ()
             for batch in source.iter_batches(batch_size=4096, columns=list(dict.fromkeys([*columns, *also]))):
                 yield file, batch
@@ -261,7 +265,7 @@ def _key(prompt: Sequence[int], response: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little", signed=True)
 
 
-def _gaps(file: Path, batch: pa.RecordBatch, gap: str) -> np.ndarray:
+def _gaps(file: Path, batch: pa.RecordBatch, gap: str, *, reliable: bool) -> np.ndarray:
     if gap == "primary":
         first = [
             np.array([scores[0] if scores else None for scores in batch.column(c).to_pylist()], dtype=np.float64)
@@ -270,6 +274,8 @@ def _gaps(file: Path, batch: pa.RecordBatch, gap: str) -> np.ndarray:
         gaps = np.abs(first[0] - first[1])
     else:
         gaps = batch.column(GAP_COLUMNS[gap][0]).to_numpy(zero_copy_only=False).astype(np.float64)
+    if reliable:
+        gaps = gaps * batch.column(RELIABILITY).to_numpy(zero_copy_only=False).astype(np.float64)
     bad = np.flatnonzero(~(np.isfinite(gaps) & (gaps >= 0)))
     if bad.size:
         pair = batch.column("pair_id")[int(bad[0])].as_py()
