@@ -5,6 +5,9 @@
 Fetches the model, then plans, previews and runs `configs/real.yaml` through the ordinary commands, and shows what came
 out as it came out: tables, the health of the judge's signal, three answers before and after, the time of every stage,
 and whether the trained folder answers alike in vLLM and transformers. Run it again to resume.
+
+With `--judge-endpoint` it plays `configs/real-judge.yaml`: 16 prompts of a public set, and every judgement asked of the
+same model behind vLLM's own OpenAI server on loopback. That tests plumbing, not judgement.
 """
 
 from __future__ import annotations
@@ -16,18 +19,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from alike import Alike, compare_greedy
+from served_model import served_model
 
 from spa_ray.logs.noise import hush
 from spa_ray.pipeline.examples import before_after, print_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 SPA = str(Path(sys.executable).parent / "spa")
-CONFIG = "configs/real.yaml"
+CONFIG, BY_ENDPOINT = "configs/real.yaml", "configs/real-judge.yaml"
+JUDGE_PORT, JUDGE_CONTEXT = 8155, 2048  # the port is part of the stages' keys
 FEWEST_PAIRS = 16
 CHECKED = 8  # held-out prompts whose greedy answers are compared
 CHECKED_TOKENS = 32
@@ -37,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="a name that scripts/real_model.py knows")
     parser.add_argument("--preview", type=int, default=4, help="prompts that are previewed; 0 for none")
+    parser.add_argument("--judge-endpoint", action="store_true", help="judge by vLLM's server, on 16 prompts")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_args()
     hush()
@@ -45,16 +51,11 @@ def main() -> int:
     laps: dict[str, float] = {}
     with lap("the model's folder", laps):
         play([sys.executable, "scripts/real_model.py", asked.model, str(folder)])
+    config = BY_ENDPOINT if asked.judge_endpoint else CONFIG
     with lap("spa plan", laps):
-        play([SPA, "plan", CONFIG, *settings])
-    if asked.preview:
-        with lap("spa preview", laps):
-            play([SPA, "preview", CONFIG, "--prompts", str(asked.preview), *settings])
-    with lap("spa run --until build", laps):
-        built = json.loads(play([SPA, "run", CONFIG, "--until", "build", "--json", *settings]))
-    settings += loosened(built)
-    with lap("spa run", laps):
-        result = json.loads(play([SPA, "run", CONFIG, "--json", *settings]))
+        play([SPA, "plan", config, *settings])
+    with judge_server(folder, asked.model, laps) if asked.judge_endpoint else nullcontext():
+        result = chain(config, settings, preview=asked.preview, laps=laps)
     run = Path(result["run_dir"])
     print_examples(before_after(run, arm="spa"))
     trained = Path(result["arms"]["spa"]["iterations"][-1]["model"])
@@ -62,7 +63,33 @@ def main() -> int:
         print_alike(trained, alike(trained))
     print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in laps.items()))
     print(f"in all {sum(laps.values()) / 60:.1f} minutes; what each stage took stands in {run / 'manifest.json'}")
+    if asked.judge_endpoint:
+        print("the judge was this small model itself: that tests plumbing, not judgement")
     return 0
+
+
+def chain(config: str, settings: list[str], *, preview: int, laps: dict[str, float]) -> dict[str, Any]:
+    """Preview, then run to the pairs and to the end. Returns: the run's `--json` object."""
+    if preview:
+        with lap("spa preview", laps):
+            play([SPA, "preview", config, "--prompts", str(preview), *settings])
+    with lap("spa run --until build", laps):
+        built = json.loads(play([SPA, "run", config, "--until", "build", "--json", *settings]))
+    with lap("spa run", laps):
+        found: dict[str, Any] = json.loads(play([SPA, "run", config, "--json", *settings, *loosened(built)]))
+    return found
+
+
+@contextmanager
+def judge_server(folder: Path, name: str, laps: dict[str, float]) -> Iterator[None]:
+    """The model behind vLLM's own server, where `configs/real-judge.yaml` asks it."""
+    log = folder.with_name(f"{name}-server.log")
+    with ExitStack() as stack:
+        with lap("vLLM's server", laps):
+            server = served_model(folder, port=JUDGE_PORT, name=name, context=JUDGE_CONTEXT, log=log)
+            url = stack.enter_context(server)
+        print(f"\nthe judge: {name} behind {url}/v1 ({log})", flush=True)
+        yield
 
 
 @contextmanager

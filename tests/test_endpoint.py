@@ -25,7 +25,7 @@ from spa_ray.engine.openai import (
     EndpointDeadError,
     EndpointError,
 )
-from spa_ray.errors import InputError
+from spa_ray.errors import InputError, RunError
 from spa_ray.generation.endpoint_judge import EndpointJudge, api_key, check_endpoint
 from spa_ray.generation.judging import Item, Judgement
 from spa_ray.generation.templates import Templates
@@ -277,9 +277,10 @@ def test_what_is_kept_is_answered_when_nothing_is_left(tmp_path: Path) -> None:
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
-def scored(fake: FakeEndpoint, **scoring: Any) -> tuple[Judgement, EndpointClient]:
-    judge = {"kind": "endpoint", "base_url": fake.url, "model": "judge", "retries": 1}
-    raw = {"model": {"path": "none"}, "scoring": {"mode": "regex", "judge": judge, **scoring}}
+def scored(fake: FakeEndpoint, *, choices: bool = False, **scoring: Any) -> tuple[Judgement, EndpointClient]:
+    judge = {"kind": "endpoint", "base_url": fake.url, "model": "judge", "retries": 1, "choices": choices}
+    mode = "choice" if choices else "regex"
+    raw = {"model": {"path": "none"}, "scoring": {"mode": mode, "judge": judge, **scoring}}
     config = next(iter(arm_configs(raw, (), where="test", stem="test").values()))
     objectives = load_objectives(config)
     assert config.scoring.judge is not None
@@ -389,10 +390,15 @@ def test_a_budget_in_dollars_needs_prices_and_is_the_runs_own() -> None:
         generate_key({**raw_config(), "arms": {"main": {"budget.usd": 1}}})
 
 
-def test_an_endpoint_judges_by_free_text() -> None:
+def test_an_endpoint_judges_by_free_text_unless_it_is_held_to_choices() -> None:
     raw = raw_config()
     raw["scoring"]["mode"] = "choice"
     with pytest.raises(InputError, match=r"kind endpoint is asked in mode regex, not choice; set scoring\.mode=regex"):
+        generate_key(raw)
+    raw["scoring"]["judge"]["choices"] = True
+    assert generate_key(raw)
+    raw["scoring"]["mode"] = "regex"
+    with pytest.raises(InputError, match=r"asked in mode choice, not regex; set scoring\.mode=choice"):
         generate_key(raw)
 
 
@@ -426,5 +432,41 @@ def test_a_wrong_model_or_nobody_there_is_told_before_anything_starts() -> None:
     serves = "serves no model 'judge'; it serves a, b"
     with running(FakeEndpoint(models=("a", "b"))) as fake, pytest.raises(InputError, match=serves):
         check_endpoint(endpoint(fake), None)
-    with pytest.raises(InputError, match="gives no answer"):
+    with pytest.raises(RunError, match="gives no answer"):
         check_endpoint(endpoint(FakeEndpoint()), None)
+
+
+# --- constrained answers --------------------------------------------------------------------------------------------
+
+
+def obeys(number: int, body: dict[str, Any]) -> str:
+    """Takes the last of the texts that it is held to."""
+    return str(body["structured_outputs"]["choice"][-1])
+
+
+def test_an_endpoint_that_is_held_to_the_ratings_is_asked_for_them_and_nothing_else_is_read() -> None:
+    with running(FakeEndpoint(obeys)) as fake:
+        assert scored(fake, choices=True, scale=[1, 9])[0].score == 9.0
+        assert fake.bodies[0]["structured_outputs"] == {"choice": list("123456789")}
+        assert "[[" not in fake.bodies[0]["messages"][-1]["content"]
+    for nonsense in ("11", "0", "[[7]]", "about 7", ""):
+        with running(FakeEndpoint(lambda number, body, said=nonsense: said)) as fake:
+            assert scored(fake, choices=True, retries=2)[0].score is None
+            assert len(fake.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    "reply", ["One, two, three.", (400, {}, json.dumps({"error": {"message": "Unknown parameter"}}))]
+)
+def test_one_that_does_not_obey_is_told_before_anything_starts(reply: Any) -> None:
+    with running(FakeEndpoint(obeys)) as fake:
+        check_endpoint(endpoint(fake, choices=True), None)
+    with running(FakeEndpoint(lambda number, body: reply)) as fake:
+        check_endpoint(endpoint(fake), None)
+        with pytest.raises(InputError, match="does not hold its answers to given texts"):
+            check_endpoint(endpoint(fake, choices=True), None)
+    with (
+        running(FakeEndpoint(lambda number, body: (503, {}, "{}"))) as fake,
+        pytest.raises(RunError, match="gives no answer"),
+    ):
+        check_endpoint(endpoint(fake, choices=True), None)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
+from served_model import served_model
 
 from spa_ray.cli.demo import demo_config
 from spa_ray.config.endpoint import Endpoint
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.engine.openai import EndpointClient, EndpointDeadError
-from spa_ray.engine.vllm_start import ENVIRONMENT
 from spa_ray.storage.files import read_json
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
@@ -37,31 +33,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # A seeded request whose prefill is chunked kills vLLM's engine on a CPU (spa_ray/engine/vllm_start.py).
-    arguments = ["--host", "127.0.0.1", "--port", port, "--model", MODEL, "--served-model-name", "judge",
-                 "--dtype", "float32", "--max-model-len", 512, "--generation-config", "vllm", "--enforce-eager",
-                 "--no-enable-chunked-prefill", "--max-num-batched-tokens", 16384, "--block-size", 32]  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)]
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        until, url = time.monotonic() + 300, f"http://127.0.0.1:{port}"
-        while not _answers(f"{url}/health"):
-            assert process.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < until, log.read_text()[-2000:]
-            time.sleep(0.5)
+    with served_model(MODEL, port=port, name="judge", context=512, log=log) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(url, timeout=5).status == 200
-    except OSError:
-        return False
 
 
 def counted(server: str) -> dict[str, float]:
@@ -103,6 +77,17 @@ def test_it_judges_a_generation_and_the_accounts_of_both_sides_are_the_same(
     assert {key: account[key] for key in asked} == asked
     assert account["requests"] >= len(judged) - account["cached"]
     assert account["usd"] == pytest.approx((asked["prompt_tokens"] + 10 * asked["generated_tokens"]) / 1e6)
+
+
+def test_held_to_the_ratings_it_writes_nothing_else(server: str, config: Path, spa: Any, ray_session: None) -> None:
+    out = config.parent / "out"
+    changes = ["scoring.mode=choice", "scoring.judge.choices=true", "scoring.retries=0"]
+    status, _, err = spa("generate", config, "--prompts", STREET, "--out", out, *changes)
+    assert status == 0, err
+    responses = [r for row in EpisodeFolder(out / "episodes").table().to_pylist() for r in row["responses"]]
+    assert len(responses) == PROMPTS * ANSWERS
+    assert {reason for r in responses for reason in r["score_status"]} == {"ok"}
+    assert len({score for r in responses for score in r["scores"]}) > 2
 
 
 def test_a_model_that_it_does_not_serve_is_told_in_one_line_before_anything_is_asked(

@@ -145,6 +145,22 @@ def test_an_endpoint_is_asked_again_until_its_verdict_reads() -> None:
     assert row["prompt_tokens"] > 0
 
 
+def test_an_endpoint_may_be_held_to_one_letter() -> None:
+    said = iter("ABX C")
+    fake = FakeEndpoint(act=lambda number, body: next(said, "C"))
+    with running(fake):
+        judge = {"kind": "endpoint", "base_url": fake.url, "model": "judge", "choices": True, "max_concurrency": 1}
+        row = play(pairwise_config(judge=judge, mode="choice", retries=0), "salt", "river")
+        assert {tuple(body["structured_outputs"]["choice"]) for body in fake.bodies} == {("A", "B", "C")}
+        with pytest.raises(InputError, match="asked in mode choice, not regex"):
+            pairwise_config(judge=judge)
+    assert verdicts(row) == [[1.0, -1.0], [None, None]]
+    assert row["responses"][1]["score_status"] == [
+        "parse_failure: no verdict in 'X'",
+        "parse_failure: no verdict in ' '",
+    ]
+
+
 # --- judges of one's own, and ratings --------------------------------------------------------------------------------
 
 

@@ -22,15 +22,19 @@ class Price(Section):
 
 
 class Endpoint(JudgeSection):
-    """A judge behind an OpenAI-compatible API; it judges by `scoring.mode: regex`. Limits hold for all engines
-    together. Keys come from the environment alone."""
+    """A judge behind an OpenAI-compatible API; it judges by `scoring.mode: regex`, or with `choices` by
+    `choice`. Limits hold for all engines together. Keys come from the environment alone."""
 
     reads_prompts: ClassVar[bool] = True
-    only_mode: ClassVar[str | None] = "regex"
     kind: Literal["endpoint"]
     base_url: str = Field(description="for example https://api.openai.com/v1")
     model: str = Field(min_length=1, description="the name that the endpoint knows it by")
     api_key_env: str | None = Field(None, description="the environment variable that holds the key; null: no key")
+    choices: bool = Field(
+        False,
+        description="constrain what it writes to the ratings (or A, B, C), as vLLM's server does by"
+        " `structured_outputs`; it is asked once before anything starts whether it obeys",
+    )
     max_concurrency: int = Field(16, ge=1, description="requests at a time")
     requests_per_minute: int | None = Field(None, ge=1, description="null: no limit; retries count")
     tokens_per_minute: int | None = Field(None, ge=1, description="null: no limit; prompt and answer count")
@@ -48,6 +52,10 @@ class Endpoint(JudgeSection):
             raise ValueError("a URL in a config holds no user or key; name the key's variable in api_key_env")
         return url.rstrip("/")
 
+    @property
+    def only_mode(self) -> str:
+        return "choice" if self.choices else "regex"
+
     def bill(self, work: Mapping[str, float], *, seconds: float = 0.0) -> dict[str, float | None]:
         prompt, generated = work["prompt_tokens"], work["generated_tokens"]
         requests, tokens = self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf
@@ -57,4 +65,5 @@ class Endpoint(JudgeSection):
 
     def key(self) -> Any:
         """Limits, prices and the like change no answer."""
-        return {"kind": self.kind, "base_url": self.base_url, "model": self.model}
+        chosen = {"choices": True} if self.choices else {}
+        return {"kind": self.kind, "base_url": self.base_url, "model": self.model, **chosen}

@@ -21,7 +21,11 @@ class JudgeSection(Section):
     asks_engine: ClassVar[bool] = False  # whether judging is work of the engine that answers, or of one of its kind
     own_pass: ClassVar[bool] = False  # whether it is a model that takes the policy's place, in a pass of its own
     reads_prompts: ClassVar[bool] = False  # whether it is asked by `scoring`'s prompts
-    only_mode: ClassVar[str | None] = None  # the `scoring.mode` that it can be asked in
+
+    @property
+    def only_mode(self) -> str | None:
+        """The `scoring.mode` that it can be asked in."""
+        return None
 
     @property
     def folder(self) -> str | None:

@@ -99,16 +99,20 @@ class EndpointClient:
         max_tokens: int,
         temperature: float,
         seed: int,
+        choices: Sequence[str] | None = None,
         draw: int = 0,
         attempt: int = 0,
     ) -> Answer:
-        """The answer to these messages, kept under the request, `draw` and `attempt`.
+        """The answer to these messages, kept under the request, `draw` and `attempt`. `choices` constrains it to one of
+        these texts, where the endpoint knows vLLM's `structured_outputs`.
 
         Raises: EndpointDeadError; EndpointError after the last retry; ValueError for what the endpoint refuses (400);
         BudgetSpentError, before anything is sent, where the answer might cost more than `allowance`.
         """
         request = {"model": self._endpoint.model, "messages": [dict(m) for m in messages], "max_tokens": max_tokens,
                    "temperature": temperature}  # fmt: skip
+        if choices is not None:
+            request["extra_body"] = constrained(choices)
         key = _key({**request, "base_url": self._endpoint.base_url, "draw": draw, "attempt": attempt})
         if (running := self._asked.get(key)) is not None:  # two prompts with the same answer, say
             return await asyncio.shield(running)
@@ -229,6 +233,11 @@ class EndpointClient:
     def _die(self, why: str) -> EndpointDeadError:
         self._dead = EndpointDeadError(f"endpoint {self._endpoint.base_url}, model {self._endpoint.model}: {why}")
         return self._dead
+
+
+def constrained(choices: Sequence[str]) -> dict[str, Any]:
+    """The part of a request's body that holds an answer to one of these texts."""
+    return {"structured_outputs": {"choice": list(choices)}}
 
 
 def _tokens(messages: Sequence[Mapping[str, str]]) -> int:

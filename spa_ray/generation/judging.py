@@ -107,6 +107,11 @@ def read_pattern(text: str, pattern: re.Pattern[str], scale: Sequence[int], *, f
     return read_number(found.pop() or "", scale)
 
 
+def ratings(scale: Sequence[int]) -> tuple[str, ...]:
+    """The scale's whole numbers as a judge writes them."""
+    return tuple(str(k) for k in range(scale[0], scale[1] + 1))
+
+
 def _on_scale(value: int, scale: Sequence[int]) -> Reading:
     low, high = scale
     return Score(float(value)) if low <= value <= high else ParseFailure(f"{value} is off the scale {low}..{high}")
@@ -293,7 +298,7 @@ def judge_labels(chat: Chat, scoring: Scoring) -> Labels | None:
     """
     if scoring.mode == "regex":
         return None
-    labels = labels_of(chat, [str(k) for k in range(scoring.scale[0], scoring.scale[1] + 1)])
+    labels = labels_of(chat, ratings(scoring.scale))
     if scoring.mode == "expected":
         labels.require_single()
     return labels

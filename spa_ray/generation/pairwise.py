@@ -173,15 +173,18 @@ class EndpointPairwise(_Asking):
         """It is asked for its models when a pass begins."""
 
     async def _ask_once(self, text: str, seed: int, attempt: int) -> Verdict:
+        constrained = self._section.mode == "choice"
         found = await self._ask(
             [{"role": "user", "content": text}],
             max_tokens=self._section.max_tokens,
             temperature=self._section.temperature,
             seed=seed,
+            choices=tuple(LETTERS) if constrained else None,
             draw=0,
             attempt=attempt,
         )
-        verdict = read_verdict(found.text, text=found.text, finished=found.finish_reason == "stop")
+        said = f"[[{found.text.strip()}]]" if constrained else found.text
+        verdict = read_verdict(said, text=found.text, finished=found.finish_reason == "stop")
         return replace(verdict, prompt_tokens=found.prompt_tokens, generated_tokens=found.generated_tokens)
 
 
