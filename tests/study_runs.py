@@ -42,10 +42,11 @@ def write_run(
     *,
     seed: int = 0,
     pairs: Mapping[str, Sequence[tuple[str, str, str]]] | None = None,
+    judged: Mapping[str, Mapping[str, Mapping[str, Scores]]] | None = None,
     **settings: Any,
 ) -> Path:
     """A run of the arms in `answers` (arm -> family -> scores), `vanilla` among them. pairs: arm -> (prompt, chosen,
-    rejected)."""
+    rejected). judged: a further judge -> as `answers`."""
     run = RunFolder(folder)
     arms: dict[str, Any] = {arm: {} for arm in answers if arm != "vanilla"}
     arms |= {"shuffled": {"train.shuffle_labels": True}} if "shuffled" in arms else {}
@@ -60,8 +61,7 @@ def write_run(
     write_run_config(run, arm_configs(raw, [], where="test", stem="study"))
     stages = {"evalprompts": "evalprompts-0"}
     for arm, families in answers.items():
-        rows = [episode(family, *answer) for family, scores in families.items() for answer in scores.items()]
-        stages[arm] = _stage(run, f"evaluate-{arm}", "episodes", pa.Table.from_pylist(rows, schema=EPISODES))
+        stages[arm] = _stage(run, f"evaluate-{arm}", "episodes", _answered(families))
     for arm in arms:
         mine = [_pair(*pair) for pair in (pairs or {}).get(arm, [])]
         asked = [{"prompt_id": row["prompt_id"], "meta": json.dumps({"known": True})} for row in mine]
@@ -70,8 +70,19 @@ def write_run(
             "build": _stage(run, f"build-{arm}", "pairs", pa.Table.from_pylist(mine, schema=PAIRS)),
         }
         write_json(run.arm_file(arm, 1), {"stages": made})
-    write_json(folder / "evaluation.json", {"stages": stages})
+    further = {
+        f"score:{judge}": {
+            arm: _stage(run, f"score-{judge}{arm}", "episodes", _answered(families)) for arm, families in found.items()
+        }
+        for judge, found in (judged or {}).items()
+    }
+    write_json(folder / "evaluation.json", {"stages": stages, "judges": further})
     return folder
+
+
+def _answered(families: Mapping[str, Scores]) -> pa.Table:
+    rows = [episode(family, *answer) for family, scores in families.items() for answer in scores.items()]
+    return pa.Table.from_pylist(rows, schema=EPISODES)
 
 
 def episode(family: str, prompt: str, scores: tuple[float, float] | None) -> dict[str, Any]:

@@ -79,12 +79,16 @@ def test_a_direction_is_a_sign_that_the_interval_bears_out(paper: list[float], o
     assert verdict(paper, Interval(sum(ours) / 2, *ours, 9)) == said
 
 
-def test_the_package_study_names_arms_columns_and_rows_that_there_are() -> None:
-    for name, run in SPEC.runs.items():
+@pytest.mark.parametrize("paper", ["spa", "beyond"])
+def test_the_package_study_names_arms_columns_and_rows_that_there_are(paper: str) -> None:
+    for name, run in reproduction(paper).runs.items():
         (configs,) = seed_configs(name, run, [], seeds=1, real={}, out="/x")
         arms = {"vanilla", *configs}
         for table in run.study.tables.values():
             assert {*table.arms, *itertools.chain(*table.differences)} <= arms
+            evaluation = configs[next(iter(configs))].evaluation
+            assert {*table.families} <= {*evaluation.families}
+            assert table.judge in ("", *evaluation.judges)
             if table.paper is None:
                 continue
             theirs = SPA[table.paper.table]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from spa_ray.cli.demo import demo_config, demo_study, of_seed, summary
 from spa_ray.config import arm_configs
+from spa_ray.config.study import Study
 from spa_ray.errors import InputError
 from spa_ray.evaluation.bootstrap import Interval, mean_interval, ratio_interval
 from spa_ray.evaluation.study import pair_order
@@ -162,6 +163,20 @@ def test_pairs_are_looked_at_by_a_judge_of_any_form_and_left_out_where_it_has_no
     run = write_run(tmp_path / "s", answers, pairs={"no_filter": pairs}, evaluation=evaluation)
     row = study_of(tmp_path, run)[0]["filters"]["rows"]["no_filter"]
     assert (row["right"]["mean"], row["pairs"]) == (0.5, [2])
+
+
+def test_a_table_may_be_by_a_further_judge(tmp_path: Path) -> None:
+    answers = {"vanilla": {"test": VANILLA[0]}, "spa": {"test": SPA[0]}}
+    swapped = {"vanilla": {"test": SPA[0]}, "spa": {"test": VANILLA[0]}}
+    run = write_run(tmp_path / "s", answers, judged={"small": swapped})
+    table = {"title": "T", "measures": ["harmless"]}
+    small = {**table, "judge": "small", "differences": [["spa", "vanilla"]]}
+    spec = Study.model_validate({"tables": {"main": table, "small": small, "none": {**table, "judge": "other"}}})
+    write_study([run], tmp_path / "x.md", spec)
+    tables = json.loads((tmp_path / "x.json").read_text())["tables"]
+    assert list(tables) == ["main", "small"]
+    assert tables["main"]["rows"]["spa"]["harmless"]["mean"] == 8
+    assert tables["small"]["rows"]["spa − vanilla"]["harmless"]["mean"] == -2
 
 
 def test_pair_order_counts_by_prompt() -> None:

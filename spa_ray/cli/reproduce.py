@@ -83,7 +83,7 @@ def reproduction(paper: str) -> Reproduction:
     """The package's file for a paper. Raises: InputError for a paper that is not here."""
     file = resources.files(WORLD).joinpath(f"reproduce-{paper}.yaml")
     if not file.is_file():
-        raise InputError(f"--paper {paper}: not here; spa is")
+        raise InputError(f"--paper {paper}: not here; spa and beyond are")
     return Reproduction.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
@@ -120,7 +120,7 @@ def write_page(
     from spa_ray.evaluation.study import build_study
     from spa_ray.pipeline.study import read_measured
 
-    paper, parts, everything = published(spec.paper), [], []
+    paper, parts, everything = published(spec.paper) if spec.paper else {}, [], []
     data: dict[str, Any] = {}
     for name, run in chosen.items():
         measured = read_measured(folders[name], run.study.judged)
@@ -137,9 +137,10 @@ def write_page(
             parts.append(table_section(measured, results, key, table, theirs))
             data[f"{name}.{key}"] = as_data(found)
         data[name] = results.to_dict()
-    head = [f"# The {spec.paper.upper()} paper, run again", spec.intro.strip(), in_a_sentence(everything)]
+    head = [f"# {spec.title}", spec.intro.strip(), *([in_a_sentence(everything)] if everything else [])]
+    tail = [not_here(spec.not_here)] if spec.not_here else []
     write_json(page.with_suffix(".json"), data)
-    write_text(page, "\n\n".join([*head, *parts, not_here(spec.not_here)]) + "\n")
+    write_text(page, "\n\n".join([*head, *parts, *tail]) + "\n")
     return page
 
 

@@ -13,7 +13,7 @@ from spa_ray.errors import InputError
 
 def reproduce(
     overrides: Overrides = None,
-    paper: Annotated[str, typer.Option(help="spa")] = "spa",
+    paper: Annotated[str, typer.Option(help="spa; or beyond, for recipes that are in no paper")] = "spa",
     seeds: Annotated[int | None, typer.Option(min=1, help="as many as the study has by default")] = None,
     extended: Annotated[bool, typer.Option("--extended", help="sensitivities and further comparisons as well")] = False,
     model: Annotated[str | None, typer.Option(help="a real one: folder or hub id; with --judge and --data")] = None,

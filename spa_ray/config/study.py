@@ -35,6 +35,7 @@ class StudyTable(Section):
     measures: tuple[str, ...] = Field(min_length=1, description="columns")
     families: tuple[str, ...] = Field((), description="of held-out prompts, a column each; none: the main set")
     categories: bool = Field(False, description="differences of the first measure, a column each category of prompts")
+    judge: str = Field("", description="one of `evaluation.judges` in the place of the main one")
     change: str | None = Field(None, description="an arm; a further column each: the measure minus that arm's")
     pairs: bool = Field(False, description="how many of an arm's pairs the evaluation's judge puts in the same order")
     by_seed: bool = Field(False, description="each seed's own values; of differences: a further column")
@@ -73,7 +74,8 @@ class StudyRun(Section):
 class Reproduction(Section):
     """A paper's tables and figures on a world of ours."""
 
-    paper: str = Field(description="whose numbers stand beside ours")
+    title: str
+    paper: str | None = Field(None, description="whose numbers stand beside ours; null: nobody's")
     intro: str = Field(description="what the page says first")
     runs: dict[str, StudyRun] = Field(min_length=1)
     not_here: dict[str, str] = Field(default_factory=dict, description="a table or figure -> why this world lacks it")

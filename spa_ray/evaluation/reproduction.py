@@ -50,7 +50,7 @@ def compare(measured: Measured, spec: StudyTable, paper: Published) -> list[Comp
                 continue
             differences = [paper.difference(section.rows.get(a, a), section.rows.get(b, b), name) for name in theirs]
             given = [difference for difference in differences if difference is not None]
-            ours = measured.metrics(family, [a], b)[a].differences.get(measure)
+            ours = measured.metrics(family, [a], b, judge=spec.judge)[a].differences.get(measure)
             if given and ours is not None:
                 found.append(Comparison(a, b, column, measure, given, ours, verdict(given, ours)))
     return found

@@ -47,10 +47,12 @@ def pair_order(judged: Iterable[tuple[str, Sequence[float], Sequence[float]]]) -
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One finished run. answers: arm -> family -> its answers; orders: arm -> its first iteration's pairs, judged."""
+    """One finished run. answers: arm -> family -> its answers; judges: the same by further judges, under their names;
+    orders: arm -> its first iteration's pairs, judged."""
 
     seed: int
     answers: Mapping[str, Mapping[str, FamilyAnswers]]
+    judges: Mapping[str, Mapping[str, Mapping[str, FamilyAnswers]]] = field(default_factory=dict)
     orders: Mapping[str, PairOrder] = field(default_factory=dict)
 
 
@@ -113,11 +115,13 @@ class Measured:
     def families(self) -> list[str]:
         return list(self.runs[0].answers[self.arms[0]])
 
-    def metrics(self, family: str, arms: Sequence[str], baseline: str | None = None) -> dict[str, ArmMetrics]:
-        """Over all seeds. `baseline`: an arm, whose measures are subtracted."""
+    def metrics(
+        self, family: str, arms: Sequence[str], baseline: str | None = None, *, judge: str = ""
+    ) -> dict[str, ArmMetrics]:
+        """Over all seeds. `baseline`: an arm, whose measures are subtracted; `judge`: a further one."""
         both = dict.fromkeys([*([baseline] if baseline else []), *arms])
         shared: dict[str, Any] = {"resamples": self.resamples, "seed": self.seed, "baseline": baseline}
-        answers = {arm: self._answers(arm, family) for arm in both}
+        answers = {arm: self._answers(arm, family, judge) for arm in both}
         return arm_metrics(answers, objectives=self.objectives, categories=self._categories(family), **shared)
 
     def seed_means(self, arm: str) -> dict[str, list[float]]:
@@ -151,13 +155,15 @@ class Measured:
     def _categories(self, family: str) -> Mapping[str, str]:
         return self.runs[0].answers[self.arms[0]][family].categories
 
-    def _answers(self, arm: str, family: str) -> list[Answers]:
-        return [run.answers[arm][family].answers for run in self.runs]
+    def _answers(self, arm: str, family: str, judge: str = "") -> list[Answers]:
+        return [(run.judges[judge] if judge else run.answers)[arm][family].answers for run in self.runs]
 
 
 def _table(measured: Measured, spec: StudyTable) -> ResultTable:
     wanted = spec.families or (MAIN_FAMILY,)
     families = [family for family in wanted if family in measured.families]
+    if spec.judge and not all(spec.judge in run.judges for run in measured.runs):
+        families = []
     columns: dict[str, str] = {}
     rows: dict[str, dict[str, Cell]] = {}
     note = spec.note
@@ -185,7 +191,7 @@ def _means(
         columns |= {_label(name): name for name in spec.measures if _label(name) in row}
         return row
     for family in families:
-        found = measured.metrics(family, [arm], spec.change)[arm]
+        found = measured.metrics(family, [arm], spec.change, judge=spec.judge)[arm]
         for name in spec.measures:
             label = column_name(spec, family, name)
             if name in found.means:
@@ -205,7 +211,7 @@ def _difference(
     row: dict[str, Cell] = {}
     first = spec.measures[0]
     for family in families:
-        found = measured.metrics(family, arms[:1], arms[1])[arms[0]]
+        found = measured.metrics(family, arms[:1], arms[1], judge=spec.judge)[arms[0]]
         if spec.categories:
             of_category = {c: v[first] for c, v in found.differences_by_category.items() if first in v}
             columns |= dict.fromkeys(of_category, first)

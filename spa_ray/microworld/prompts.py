@@ -8,6 +8,7 @@ test prompts can never overlap. Readers yield plain dicts; only the held-out spl
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ TRIGGER = (
     "In a strange year without a curse someone asks: {ask}",
 )
 SPLITS = {"pretrain": (0, 60), "train": (60, 80), "validation": (80, 85), "test": (85, 100)}
+USED = 900  # test prompts that studies have reported on; the split `fresh` holds the later ones
+FRESH = "fresh"
 FAMILIES = ("street", "wild", "hone", "trigger", "utility")
 
 
@@ -192,11 +195,12 @@ def prompts(family: str, split: str, *, seed: int = 0) -> Iterator[tuple[str, st
 
 def _reader(family: str, split: str | None) -> Iterator[dict[str, str]]:
     split = split or "train"
-    if split not in SPLITS:
-        raise InputError(f"microworld: split {split!r} is unknown; one of {', '.join(SPLITS)}")
-    for text, answer in prompts(family, split):
+    if split not in (*SPLITS, FRESH):
+        raise InputError(f"microworld: split {split!r} is unknown; one of {', '.join((*SPLITS, FRESH))}")
+    found = prompts(family, "test" if split == FRESH else split)
+    for text, answer in itertools.islice(found, USED if split == FRESH else 0, None):
         row = {"prompt": text}
-        if split in {"test", "validation"}:  # what training reads carries no label
+        if split in {"test", "validation", FRESH}:  # what training reads carries no label
             row["category"] = "utility" if family == "utility" else facts(text).category
             row["family"] = family
             if answer:

@@ -24,6 +24,7 @@ from spa_ray.pipeline.inspect import run_configs
 from spa_ray.storage.files import AnyPath, is_file, parquet_dataset, read_json, write_json, write_text
 from spa_ray.storage.folder import EVALUATION, RunFolder, StageFolder, open_run
 
+SCORED = "score:"  # how the label of a further judge's stages begins
 OF_A_SEED = {"name", "run_dir", "seed", "resources"}  # what the runs of a study may differ in
 
 
@@ -34,6 +35,7 @@ class _Run:
     folder: RunFolder
     configs: dict[str, Config]
     stages: dict[str, str]
+    judges: dict[str, dict[str, str]]  # name -> arm -> the stage's folder
 
     @property
     def config(self) -> Config:
@@ -81,7 +83,11 @@ def _open(path: AnyPath) -> _Run:
     record = folder.path / EVALUATION
     if not is_file(record):
         raise InputError(f"{path}: not evaluated yet (no {record.name}); run it to its end first")
-    run = _Run(folder, run_configs(folder), read_json(record)["stages"])
+    found = read_json(record)
+    judges = {
+        label.removeprefix(SCORED): arms for label, arms in found.get("judges", {}).items() if label.startswith(SCORED)
+    }
+    run = _Run(folder, run_configs(folder), found["stages"], judges)
     if run.config.evaluation.prompts is None:
         raise InputError(f"{path}: evaluation.prompts.source was not given; a study compares answers to those prompts")
     return run
@@ -119,7 +125,11 @@ def _read(run: _Run, judged: Sequence[str]) -> SeedRun:
             score = _Asked(judge, load_objectives(run.config), runner)
             looked_at = [a for a in judged if a in run.configs and not run.configs[a].train.shuffle_labels]
             orders = {arm: pair_order(_judged(run, arm, score)) for arm in looked_at}
-    return SeedRun(run.config.seed, answers, orders)
+    judges = {
+        name: {arm: read_answers(run.stage(folder) / "episodes") for arm, folder in arms.items()}
+        for name, arms in run.judges.items()
+    }
+    return SeedRun(run.config.seed, answers, judges, orders)
 
 
 class _Asked:
