@@ -109,6 +109,10 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
     answers = {arm: dict.fromkeys(families, LOW if arm in ("vanilla", "no_filter") else HIGH) for arm in arms}
     chosen = {"core": SPEC.runs["core"]}
     folders = {"core": [write_run(tmp_path / f"s{i}", answers, seed=i) for i in range(2)]}
+    rate = {"wins": 3, "ties": 1, "losses": 0}
+    rates = {"spa": {"against": "vanilla", "families": {"test": {"harmless": rate, "helpful": rate}}}}
+    for folder in folders["core"]:
+        (folder / "win_rates.json").write_text(json.dumps(rates))
     page = write_page(SPEC, chosen, folders, tmp_path / "RESULTS.md")  # type: ignore[arg-type]
     text = page.read_text()
     assert "| SPA | 9.90 | 7.14 | 8.85 |" in text
@@ -116,6 +120,7 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
     assert "| spa − vanilla | helpful | +1.91 +0.86 | +3.00 [+3.00, +3.00] | agrees |" in text
     assert "| spa − sft | helpful | +1.57 +0.85 | +0.00 [+0.00, +0.00] | no difference here |" in text
     assert "2 seeds (0, 1)" in text
+    assert "| spa | 6 / 2 / 0  87.5% | 6 / 2 / 0  87.5% |" in text
     assert "## Not here" in text
     found = json.loads((tmp_path / "RESULTS.json").read_text())["core.table1"]
     assert {c["verdict"] for c in found if (c["a"], c["b"]) == ("spa", "vanilla")} == {AGREES}

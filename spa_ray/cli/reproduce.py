@@ -19,7 +19,7 @@ from spa_ray.cli.demo import WORLD, of_seed, run_locked
 from spa_ray.config import Config, arm_configs
 from spa_ray.config.study import Reproduction, StudyRun
 from spa_ray.errors import InputError
-from spa_ray.storage.files import AnyPath, as_path, write_json, write_text
+from spa_ray.storage.files import AnyPath, as_path, read_json, write_json, write_text
 
 # What of a world's own config a real study keeps: the arms, and nothing that was chosen for a model of 491 words.
 OF_THE_STUDY = ("arms", "objectives", "constitution")
@@ -116,8 +116,17 @@ def write_page(
 ) -> AnyPath:
     """RESULTS.md and, beside it, the same as JSON."""
     from spa_ray.evaluation.published import published
-    from spa_ray.evaluation.reproduction import as_data, compare, in_a_sentence, not_here, own_section, table_section
+    from spa_ray.evaluation.reproduction import (
+        as_data,
+        compare,
+        in_a_sentence,
+        not_here,
+        own_section,
+        table_section,
+        win_rates_section,
+    )
     from spa_ray.evaluation.study import build_study
+    from spa_ray.pipeline.run import WIN_RATES
     from spa_ray.pipeline.study import read_measured
 
     paper, parts, everything = published(spec.paper) if spec.paper else {}, [], []
@@ -136,6 +145,9 @@ def write_page(
             everything += found
             parts.append(table_section(measured, results, key, table, theirs))
             data[f"{name}.{key}"] = as_data(found)
+        if run.win_rates is not None:
+            rates = [read_json(folder / WIN_RATES) for folder in folders[name]]
+            parts.append(win_rates_section(run.win_rates.title, run.win_rates.note, rates))
         data[name] = results.to_dict()
     head = [f"# {spec.title}", spec.intro.strip(), *([in_a_sentence(everything)] if everything else [])]
     tail = [not_here(spec.not_here)] if spec.not_here else []

@@ -61,6 +61,13 @@ class Study(Section):
         return list(dict.fromkeys(arm for table in self.tables.values() if table.pairs for arm in table.arms))
 
 
+class PaperFigure(Section):
+    """What is said of a figure."""
+
+    title: str
+    note: str = ""
+
+
 class StudyRun(Section):
     """One config, its seeds, its tables."""
 
@@ -69,6 +76,7 @@ class StudyRun(Section):
     extended: bool = Field(False, description="left out unless all is asked for")
     config: dict[str, Any] = Field(default_factory=dict, description="sections and keys that differ from the base's")
     study: Study
+    win_rates: PaperFigure | None = Field(None, description="how to show `evaluation.pairwise`; null: not")
 
 
 class Reproduction(Section):

@@ -94,6 +94,27 @@ def own_section(results: Results, key: str) -> str:
     return "\n\n".join([f"## {ours.title}", f"{ours.note} {over_what(results, ours)}".strip(), table_markdown(ours)])
 
 
+def win_rates_section(title: str, note: str, seeds: Sequence[Mapping[str, Any]]) -> str:
+    """The pairwise comparisons of all seeds together. `seeds`: each one's `win_rates.json`, arm -> its comparison."""
+    arms = list(seeds[0])
+    families = seeds[0][arms[0]]["families"]
+    columns = [(family, objective) for family, objectives in families.items() for objective in objectives]
+    head = [objective if family == MAIN_FAMILY else f"{family}: {objective}" for family, objective in columns]
+    lines = [["", *head], ["---", *["---:"] * len(head)]]
+    for arm in arms:
+        cells = []
+        for family, objective in columns:
+            found = [seed[arm]["families"][family][objective] for seed in seeds]
+            wins, ties, losses = (sum(f[name] for f in found) for name in ("wins", "ties", "losses"))
+            share = (wins + ties / 2) / max(1, wins + ties + losses)
+            cells.append(f"{wins} / {ties} / {losses}  {share:.1%}")
+        lines.append([arm, *cells])
+    against = seeds[0][arms[0]]["against"]
+    what = f"Wins / ties / losses against {against} over {len(seeds)} seeds, and (wins + ties / 2) / all."
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([f"## {title}", f"{what} {note}".strip(), table])
+
+
 def as_data(found: Sequence[Comparison]) -> list[dict[str, Any]]:
     return [asdict(comparison) for comparison in found]
 
