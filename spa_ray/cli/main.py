@@ -289,6 +289,21 @@ def inspect(
     emit(result, as_json)
 
 
+@app.command()
+def chat(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL [MODEL]... [KEY=VALUE]...", help="folders or hub ids", show_default=False),
+    ],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to one model, or to several side by side; a prompt from stdin is answered once."""
+    from spa_ray.cli.chat import run_chat
+
+    emit(run_chat(models, verbose=verbose), as_json)
+
+
 annotate = typer.Typer(help="Blind sheets for people, and how judges agree with what they said.", no_args_is_help=True)
 app.add_typer(annotate, name="annotate")
 
