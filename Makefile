@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all one needs; each sets up what is missing first.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: real long interop bench-test chaos docs demo families test lint types unit format lock wheel-check setup clean-venv help
+.PHONY: real long interop reproduce bench-test chaos docs demo families test lint types unit format lock wheel-check setup clean-venv help
 
 BIN := .venv/bin
 
@@ -24,6 +24,9 @@ long: .venv/.ready ## what takes minutes each: killed runs, growing clusters, Ze
 	$(BIN)/python -m pytest -m "long and not alone" --durations 10 $(ARGS)
 	$(BIN)/python -m pytest -m "long and alone" --durations 10 $(ARGS)
 	SPA_ALL_EXAMPLES=1 $(BIN)/python -m pytest -n 2 tests/test_generation_fuzz.py tests/test_preferences_*.py $(ARGS)
+
+reproduce: .venv/.ready ## the SPA paper's tables on the embedded world, 5 seeds (about 90 minutes; ARGS=--extended: 4 hours)
+	@$(BIN)/spa reproduce --paper spa $(ARGS)
 
 unit: .venv/.ready ## the tests that start no engine
 	$(BIN)/python -m pytest -m "not engine and not bench and not chaos" $(ARGS)
