@@ -102,6 +102,7 @@ UNCOVERED = {
     "episodes": "their contents are an input",
     "evaluation.prompts": "their contents are an input",
     "evaluation.families": "their contents are an input",
+    "merge": "an arm's: has a stage of its own: test_merge.py",
     "evaluation.judges": "each has a stage of its own: test_pairwise.py",
     "evaluation.pairwise": "has a stage of its own: test_pairwise.py",
     "evaluation.benchmarks": "each has a stage of its own: test_evaluation_benchmarks.py",

@@ -76,6 +76,8 @@ def arm_configs(raw: Mapping[str, Any], overrides: Iterable[Override], *, where:
         key, value = parse_override(override) if isinstance(override, str) else override
         _apply(base, key, value, where=override if isinstance(override, str) else key)
     base.setdefault("run_dir", f"runs/{base['name']}")
+    if base.get("merge") is not None:
+        raise InputError(f"{where}: merge: belongs to one arm; write arms: {{soup: {{merge: {{of: {{..}}}}}}}}")
     arms = base.get("arms") or {"main": {}}
     if not isinstance(arms, dict) or not all(isinstance(v, dict | None) for v in arms.values()):
         raise InputError(f"{where}: arms: must map a name to overrides, for example {{sft: {{train.method: sft}}}}")

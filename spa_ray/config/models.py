@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from spa_ray.config.benchmark import BenchmarkSection, named
 from spa_ray.config.budget import Budget
 from spa_ray.config.judge import JudgeKinds, judge_section
+from spa_ray.config.merge import Merge
 from spa_ray.config.pairwise import Pairwise
 from spa_ray.config.plugs import ENGINES
 from spa_ray.config.prompts import Episodes, Prompts
@@ -306,6 +307,9 @@ class Config(Section):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     evaluation: Evaluation = Evaluation()
+    merge: Merge | None = Field(
+        None, description="of an arm: its model is other arms' mean, and nothing is generated or trained for it"
+    )
     budget: Budget | None = Field(None, description="null: no bound")
 
     @model_validator(mode="before")

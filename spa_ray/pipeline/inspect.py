@@ -56,7 +56,7 @@ def run_configs(run: RunFolder) -> dict[str, Config]:
 
 
 def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str, Any] | None:
-    row = _one_row(as_path(record["episodes"]), prompt_id)
+    row = _one_row(as_path(record["episodes"]), prompt_id) if "episodes" in record else None  # a merge has none
     if row is None:
         return None
     chapter: dict[str, Any] = {"episode": row.to_pylist()[0], "objectives": list(config.objectives)}

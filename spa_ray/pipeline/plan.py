@@ -22,6 +22,7 @@ from spa_ray.generation.benchmark import benchmark_prompts, make_benchmark
 from spa_ray.generation.judging import judge_labels, slow_labels
 from spa_ray.pipeline import plan_cost as cost
 from spa_ray.pipeline.host import planned_host
+from spa_ray.pipeline.merges import tuned
 from spa_ray.pipeline.plan_folder import weights_checked
 from spa_ray.pipeline.plan_memory import refusal
 from spa_ray.pipeline.plan_model import ModelFacts, found_folder, model_facts
@@ -88,7 +89,7 @@ def _plan(arms: dict[str, Config], price: float | None, folder: Path | None) -> 
         "price_per_gpu_hour": price,
         "output_gib": _output(look, graph, stages),
         "assumptions": cost.assumptions(first, look.devices, endpoint=any("judge" in stage for stage in stages)),
-        "refusal": refusal(arms, look.model, look.host, gpu=look.devices.gpus_per_worker > 0),
+        "refusal": refusal(tuned(arms), look.model, look.host, gpu=look.devices.gpus_per_worker > 0),
         "notes": list(dict.fromkeys([*look.notes, *(n for arm in plan_arms.values() for n in arm["notes"])])),
     }  # fmt: skip
 
@@ -230,7 +231,7 @@ class _Costs:
         compute = {
             "import": self._import,
             "generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate,
-            "benchmark": self._benchmark, "score": self._score, "pairwise": self._pairwise,
+            "merge": self._merge, "benchmark": self._benchmark, "score": self._score, "pairwise": self._pairwise,
         }  # fmt: skip
         rows, work, seconds, gpus = compute[stage.stage.partition(":")[0]](stage)
         judge = cost.judged(_judge_of(stage), work)
@@ -265,6 +266,12 @@ class _Costs:
     def _train(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         on, job = self.look.devices, self.look.training(stage.config)
         return job.pairs, Work(), job.seconds, on.workers * on.gpus_per_worker
+
+    def _merge(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        """All models read, and one written."""
+        merge, size = stage.config.merge, cost.model_bytes(stage.config, self.look.model)
+        assert merge is not None
+        return 0, Work(), (len(merge.of) + 1) * size / cost.WEIGHTS_PER_SECOND, 0.0
 
     def _evaluate(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         """One model's part of the pass, or of the two passes, over all models."""
@@ -320,6 +327,9 @@ def _total(stages: list[Plan], starts: dict[str, float], price: float | None) ->
 
 def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
     """What is the arm's own: its stages, method, pairs, memory, notes."""
+    if config.merge is not None:
+        evaluated = ["evaluate"] if has_evaluation(config) else []
+        return {"stages": ["merge", *evaluated], "merge": config.merge.model_dump(mode="json"), "notes": []}
     mine = [stage for stage in stages if name in stage["arms"]]
     first = {stage["stage"]: stage for stage in reversed(mine)}
     prompts, train, sampling = look.prompts(config), config.train, config.sampling.model_dump(mode="json")
@@ -377,7 +387,7 @@ def _on_layout(config: Config, look: _Lookup) -> str | None:
 
 def _output(look: _Lookup, graph: list[PlannedStage], stages: list[Plan]) -> Plan:
     """GiB that the run folder grows by: trained models, which is certain, and the rest, which is estimated."""
-    trained = [stage.config for stage in graph if stage.stage == "train"]
+    trained = [stage.config for stage in graph if stage.stage in ("train", "merge")]
     models = sum(cost.model_bytes(config, look.model) for config in trained)
     checkpoints = max((cost.checkpoint_bytes(config, look.model) for config in trained), default=0.0)
     written = sum(cost.stage_bytes(stage["rows"], stage["generated_tokens"]) for stage in stages)

@@ -23,15 +23,16 @@ def print_plan(plan: Plan) -> None:
 def _about(plan: Plan) -> Any:
     from rich.table import Table
 
-    model, first = plan["model"], next(iter(plan["arms"].values()))
+    model, arms = plan["model"], _tuned(plan)
+    first = arms[0]
     memory = first["memory_gib"]
     table = Table(show_header=False, title_justify="left", title=" → ".join(first["stages"]))
     guess = " (estimated)" if model["estimated"] else ""
     table.add_row("model", f"{model['path']}: {model['parameters'] / 1e6:,.1f} M parameters{guess}, {model['dtype']}")
-    for source, prompts in {arm["prompts"]["source"]: arm["prompts"] for arm in plan["arms"].values()}.items():
+    for source, prompts in {arm["prompts"]["source"]: arm["prompts"] for arm in arms}.items():
         counted = " (not counted)" if prompts["estimated"] else ""
         table.add_row("prompts", f"{source}: {prompts['count']:,}{counted}, about {prompts['tokens']:g} tokens each")
-    asking = [arm for arm in plan["arms"].values() if "generate" in arm["stages"]]
+    asking = [arm for arm in arms if "generate" in arm["stages"]]
     for text in dict.fromkeys(_sampling(arm["sampling"]) for arm in asking):
         table.add_row("sampling", text)
     table.add_row("requests a prompt", f"{first['generate']['requests_per_prompt']:g}")
@@ -71,9 +72,14 @@ def _memory(memory: Plan) -> str:
     return f"engine weights {memory['engine_weights']:g}, {cache}"
 
 
+def _tuned(plan: Plan) -> list[Plan]:
+    """The arms that are trained."""
+    return [arm for arm in plan["arms"].values() if "merge" not in arm]
+
+
 def worst_training(plan: Plan) -> Plan:
     """The training memory of the arm that needs most."""
-    found: list[Plan] = [arm["memory_gib"]["training"] for arm in plan["arms"].values()]
+    found: list[Plan] = [arm["memory_gib"]["training"] for arm in _tuned(plan)]
     return max(found, key=lambda training: training["total"])
 
 
@@ -96,6 +102,9 @@ def _arms(plan: Plan) -> Any:
         "arm", "method", "β", "γ", "lr", "gap", "pairs", "steps", "movement", "iterations", title_justify="left"
     )
     for name, arm in plan["arms"].items():
+        if "merge" in arm:
+            table.add_row(name, f"merge of {', '.join(f'{n} {w:g}' for n, w in arm['merge']['of'].items())}")
+            continue
         train = arm["train"]
         numbers = [f"{train[key]:g}" for key in ("beta", "gamma", "lr")]
         counts = [

@@ -22,6 +22,7 @@ from spa_ray.errors import InputError
 from spa_ray.generation.setup import check_generation, check_judges
 from spa_ray.objectives import load_objectives
 from spa_ray.pipeline.manifest import versions
+from spa_ray.pipeline.merges import merge_rounds
 from spa_ray.pipeline.models import fetch_model, is_hub_id
 from spa_ray.pipeline.plan_model import context_of, text_settings
 from spa_ray.pipeline.preflight_files import context_warning, find_too_long
@@ -48,6 +49,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
     Returns: warnings. Raises: InputError for what cannot work.
     """
     first, files = next(iter(arms.values())), files or PromptFiles()
+    merge_rounds(arms)
     warnings = untested(versions(), where="this machine")
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "prompts.parquet"

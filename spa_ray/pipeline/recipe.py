@@ -13,6 +13,7 @@ from spa_ray.config.models import Config
 from spa_ray.config.pairwise import REFERENCE
 from spa_ray.config.training import BY_METHOD, Train
 from spa_ray.errors import InputError
+from spa_ray.pipeline.merges import merge_rounds, of, tuned
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES, first_prompt
 from spa_ray.storage.hashing import digest
@@ -90,8 +91,9 @@ def extra_models(config: Config) -> dict[str, Config]:
 
 def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
     """The nodes of one stage and iteration at a time, an arm each; every node comes after its inputs."""
-    first = next(iter(arms.values()))
+    first, merges = next(iter(arms.values())), merge_rounds(arms)
     base = Node(BASE, VANILLA, first)
+    arms = tuned(every := arms)
     models = dict.fromkeys(arms, base)
     episodes: dict[str, Node] = {}
     tau: dict[tuple[str, str], Node] = {}
@@ -125,6 +127,10 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
             inputs = {"pairs": builds[arm, ""], "model": models[arm], **extra[arm]}
             models[arm] = Node("train", arm, config, iteration, inputs)
         yield [models[arm] for arm in active]
+    for arms_of_round in merges:
+        models |= {arm: _merge(arm, every[arm], base, models) for arm in arms_of_round}
+        yield [models[arm] for arm in arms_of_round]
+    models = {arm: models[arm] for arm in every}
     if has_evaluation(first):
         yield from _evaluation(first, {VANILLA: base, **models})
     for name in first.evaluation.benchmarks:
@@ -134,6 +140,11 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
             Node("benchmark", arm, first, 0, {"prompts": prompts_of, "model": model}, part=name)
             for arm, model in {VANILLA: base, **models}.items()
         ]
+
+
+def _merge(arm: str, config: Config, base: Node, models: Mapping[str, Node]) -> Node:
+    assert config.merge is not None
+    return Node("merge", arm, config, 1, {"base": base, **{of(name): models[name] for name in config.merge.of}})
 
 
 def _evaluation(config: Config, models: Mapping[str, Node]) -> Iterator[list[Node]]:

@@ -22,6 +22,7 @@ from spa_ray.evaluation.benchmarks import benchmark_measures
 from spa_ray.logs import driver_log
 from spa_ray.pipeline.first_day import first_day, record_first_day
 from spa_ray.pipeline.manifest import write_manifest, write_run_config
+from spa_ray.pipeline.merges import tuned
 from spa_ray.pipeline.models import fetch_model, shared_model
 from spa_ray.pipeline.plan import make_plan
 from spa_ray.pipeline.plan_compare import PLAN, compare
@@ -218,11 +219,11 @@ class Pipeline:
         if not self._checked:
             stored = not (is_local(self.folder.path) and is_local(self.shared_base))
             stages = set(UNTIL[: UNTIL.index(self.until) + 1])
-            if all(config.episodes.source for config in self.arms.values()):
+            if all(config.episodes.source for config in tuned(self.arms).values()):
                 stages.discard("generate")
             check_cluster(self.config, stages=stages, say=self.progress.say, one_node=stored)
             if "train" in stages:
-                check_training_memory(self.arms, self.base, live_nodes())
+                check_training_memory(tuned(self.arms), self.base, live_nodes())
             self._checked = True
 
     def _done(self, stage: StageFolder) -> bool:

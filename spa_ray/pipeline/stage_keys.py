@@ -175,6 +175,12 @@ def pairwise(config: Config, known: Known) -> dict[str, Any]:
     }
 
 
+def merge(config: Config, known: Known) -> dict[str, Any]:
+    """Shares and not weights: 9:1 and 18:2 are the same model."""
+    assert config.merge is not None
+    return {"shares": config.merge.shares, "what": config.merge.what}
+
+
 def _judging(config: Config, known: Known, judge: JudgeSection) -> dict[str, Any]:
     """What judging given answers depends on, whoever judges: an engine counts where one is asked."""
     about = {"seed": config.seed, "objectives": _objectives(config, config.evaluation.objectives)}

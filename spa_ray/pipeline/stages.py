@@ -8,6 +8,7 @@ and the evaluation passes over all models together.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,9 @@ from typing import Any
 from spa_ray import evaluation, generation, preferences, training
 from spa_ray.config.models import Config
 from spa_ray.engine.placement import engine_resources
+from spa_ray.errors import InputError, RunError
 from spa_ray.pipeline import stage_keys as keys
+from spa_ray.pipeline.merges import of
 from spa_ray.pipeline.progress import train_counter
 from spa_ray.pipeline.prompt_files import PromptFiles
 from spa_ray.pipeline.work import Context, Work
@@ -188,6 +191,31 @@ def run_train(works: Sequence[Work], context: Context) -> None:
         context.finish(work, time.time() - result.seconds, **result.to_dict(), model_hash=hashed)
 
 
+def run_merge(works: Sequence[Work], context: Context) -> None:
+    """Models to their weighted mean, by a task of Ray."""
+    import ray
+
+    from spa_ray.training.merge import merge_stored
+
+    task = ray.remote(merge_stored).options(num_cpus=1)
+    for work in works:
+        started, merge, out = time.time(), work.config.merge, work.stage.folder / "model"
+        assert merge is not None
+        work.stage.begin(keys.attempt(work.config))
+        models: dict[str, float] = defaultdict(float)  # arms may share a model
+        for arm, share in merge.shares.items():
+            models[str(work.input(of(arm)))] += share
+        with context.progress.step("merge"):
+            try:
+                ray.get(task.remote(dict(models), str(work.input("base")), str(out), merge.what,
+                                    work.config.model.trust_remote_code))  # fmt: skip
+            except ray.exceptions.RayTaskError as e:
+                if isinstance(e.cause, InputError):
+                    raise e.cause from e
+                raise RunError(f"merge: {work.name}: {e.cause}; --verbose shows Ray's log") from e
+        context.finish(work, started, model_hash=model_hash(out))
+
+
 def _check_pairs(work: Work) -> None:
     from spa_ray.pipeline.build import check_pairs
 
@@ -252,6 +280,7 @@ ROWS = (
           rows=None),
     Stage("train", training.STAGE_VERSION, keys.train, ("pairs", "model"), "model", run_train, check=_check_pairs,
           rows=None, gpus=_workers_gpus),
+    Stage("merge", training.MERGE_VERSION, keys.merge, ("base",), "model", run_merge, rows=None),
     Stage("evalprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_held_out,
           rows=None),
     Stage("evaluate", evaluation.STAGE_VERSION, keys.evaluate, ("prompts", "model", "judge"), "episodes",
