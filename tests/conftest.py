@@ -37,6 +37,24 @@ def other_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A classifier with two outputs and random weights on the tiny model's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(3)
+    shape = AutoConfig.from_pretrained(tiny_model, id2label={0: "useful", 1: "safe"}, label2id={"useful": 0, "safe": 1})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    shape.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    model = AutoModelForSequenceClassification.from_config(shape)
+    model.score.weight.data.mul_(3)  # outputs that differ
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray for every test that needs one."""
     from spa_ray.pipeline.cluster import connected

@@ -71,6 +71,16 @@ def test_a_sheet_that_cannot_be_read_is_told_with_its_place(text: str, told: str
         read_sheet(text, key, OBJECTIVES, where="s")
 
 
+def test_people_see_all_turns_of_a_conversation() -> None:
+    turns = [("user", "first"), ("assistant", "second"), ("user", "third")]
+    prompts = [{**PROMPTS[0], "messages": [{"role": role, "content": said} for role, said in turns]}]
+    rows, _ = make_sheet(prompts, OBJECTIVES, limit=None, seed=0)
+    assert rows[0]["conversation"] == "User: first\n\nAssistant: second\n\nUser: third"
+    found = Tags()
+    found.feed(as_form(rows, dict.fromkeys(OBJECTIVES, ""), "sheet.csv"))
+    assert rows[0]["conversation"] in found.text
+
+
 def test_a_cell_is_never_a_formula_of_the_spreadsheet() -> None:
     prompts = [{**PROMPTS[0], "a": '=HYPERLINK("http://x")', "b": "fine, 5 - 3"}]
     (row,) = csv.DictReader(io.StringIO(as_csv(make_sheet(prompts, OBJECTIVES, limit=None, seed=0)[0])))

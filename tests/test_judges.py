@@ -182,26 +182,11 @@ def test_the_page_shows_the_class() -> None:
 # --- reward models --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A classifier with two outputs and random weights on the tiny model's tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(3)
-    shape = AutoConfig.from_pretrained(tiny_model, id2label={0: "useful", 1: "safe"}, label2id={"useful": 0, "safe": 1})
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    shape.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    model = AutoModelForSequenceClassification.from_config(shape)
-    model.score.weight.data.mul_(3)  # outputs that differ
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+QUESTION = [{"role": "user", "content": "How do I clean it?"}]
 
 
-def item(answer: str) -> Item:
-    return Item([{"role": "user", "content": "How do I clean it?"}], "{}", answer, OBJECTIVES, lambda *_: 0)
+def item(answer: str, messages: list[dict[str, str]] = QUESTION) -> Item:
+    return Item(messages, "{}", answer, OBJECTIVES, lambda *_: 0)
 
 
 def scores(judge: RewardJudge, answers: tuple[str, ...] = ANSWERS) -> list[list[Judgement]]:
@@ -287,6 +272,9 @@ def test_a_model_without_a_chat_template_scores_question_and_answer_as_a_pair(pa
         with torch.no_grad():
             wanted = float(model(**one).logits[0, 0])
         assert [j.score for j in found] == pytest.approx([wanted, wanted], abs=1e-5)
+    turns = [*QUESTION, {"role": "assistant", "content": "Ask first."}, {"role": "user", "content": "Yes. How?"}]
+    asked = reward(pair_model, attribute=0)._encode(item("No.", turns))["input_ids"]
+    assert asked == tokenizer("User: How do I clean it?\nAssistant: Ask first.\nUser: Yes. How?", "No.")["input_ids"]
     separators = reward(pair_model, attribute=0)._encode(item("Yes. [SEP] no"))["input_ids"].count(3)
     assert separators == 2  # the tokenizer's own
 
@@ -324,6 +312,14 @@ def test_a_model_whose_head_was_never_trained_is_refused(reward_model: Path, tin
     shutil.copy(reward_model / "config.json", tmp_path / "headless")
     with pytest.raises(InputError, match=r"its files hold no score\.weight"):
         reward(tmp_path / "headless")
+
+
+def test_a_chat_template_shows_a_reward_model_all_turns(reward_model: Path) -> None:
+    judge = reward(reward_model)
+    turns = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "second"}, QUESTION[0]]
+    text = judge._tokenizer.decode(judge._encode(item("Yes.", turns))["input_ids"])
+    at = [text.index(said) for said in ("first", "second", "How do I clean it?", "Yes.")]
+    assert at == sorted(at)
 
 
 def test_control_tokens_in_an_answer_are_text_to_a_reward_model(reward_model: Path) -> None:

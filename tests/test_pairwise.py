@@ -211,6 +211,27 @@ def test_a_pairwise_class_scores_no_single_answer() -> None:
         check_judges(config)
 
 
+def test_every_kind_of_judge_is_shown_all_turns_of_a_conversation() -> None:
+    turns = [{"role": r, "content": c} for r, c in (("user", "first"), ("assistant", "second"), ("user", "third"))]
+    shown = "[Conversation]\nUser: first\nAssistant: second\nUser: third\n"
+    with running(FakeEndpoint(act=lambda number, body: "[[A]]")) as fake:
+        judge = {"kind": "endpoint", "base_url": fake.url, "model": "judge"}
+        play(pairwise_config(judge=judge), "salt", "river", messages=turns)
+        assert len(fake.bodies) == 4
+        assert all(shown in body["messages"][-1]["content"] for body in fake.bodies)
+    for judge in (f"{HERE}:LastOfThree", f"{HERE}:rates_three"):
+        assert verdicts(play(pairwise_config(judge=judge), "x", "y", messages=turns)) == [[0.0, 0.0]] * 2
+
+
+class LastOfThree(PairwiseJudge):
+    def compare(self, item: Any, a: str, b: str) -> Any:
+        return "tie" if [turn["content"] for turn in item.messages] == ["first", "second", "third"] else "a"
+
+
+def rates_three(messages: Any, meta: Any, answer: str, objective: str) -> float:
+    return float(len(messages)) if answer in ("x", "y") else 1.0
+
+
 # --- win rates --------------------------------------------------------------------------------------------------------
 
 BOTH = np.array([[1, 1], [1, -1], [1, 0], [0, 0], [-1, -1], [1, NAN], [NAN, NAN], [1, 1]], dtype=float)

@@ -81,8 +81,8 @@ class Reward(JudgeSection):
     )
     input: Literal["chat", "pair"] | None = Field(
         None,
-        description="chat: the conversation by the model's chat template; pair: the last question and the answer as a"
-        " sentence pair; null: chat where there is a template",
+        description="chat: the conversation by the model's chat template; pair: the question (all turns of a"
+        " conversation, with their roles) and the answer as a sentence pair; null: chat where there is a template",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: as its files are")
     batch_size: int = Field(16, ge=1, description="answers in one forward pass")
@@ -104,9 +104,10 @@ class Reward(JudgeSection):
         return self.device != "cpu"
 
     def key(self) -> Any:
-        return [self.model_dump(mode="json", exclude={"path", "batch_size", "device"}), _files(self.path)]
+        return [self.model_dump(mode="json", exclude={"path", "batch_size", "device"}), _files(self.path), VERSION]
 
 
+VERSION = 2  # of how a reward model is shown a conversation
 KEPT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # what of a model's folder decides its scores
 
 

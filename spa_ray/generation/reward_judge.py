@@ -105,8 +105,10 @@ class RewardJudge:
         if self._chat is not None:
             ids = self._chat.answered_ids(item.messages, item.response)
             return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        said = item.messages[-1]["content"], item.response
-        return dict(self._tokenizer(*said, split_special_tokens=True))
+        asked = item.messages[-1]["content"]
+        if len(item.messages) > 1:
+            asked = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in item.messages)
+        return dict(self._tokenizer(asked, item.response, split_special_tokens=True))
 
     async def _outputs(self, encoded: Encoded) -> list[float]:
         """(outputs,) of one sequence."""
