@@ -1,7 +1,9 @@
-"""The SPA paper's baselines on the embedded model: models of one objective, their soups by weights and by adapters."""
+"""The SPA paper's baselines on the embedded model: models of one objective, their soups by weights and by adapters, and
+Self-Criticism."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,19 @@ SMALL = [
     "pairs.include=candidates_only",
     "pairs.delta=1",
 ]
-ARMS = {**TWO, "soup": soup(harm=9, help=1), "factors": soup("adapters", harm=9, help=1)}
+# The embedded model reads its own two templates alone.
+CRITIC = {
+    "train.method": "self_criticism",
+    "scoring.prompt": "Judge {{ objective.name }}. Question: {{ question }} Answer: {{ answer }}",
+    "refine.prompt": "{% set ranked = candidates | sort(attribute='total') %}Improve. Question: {{ question }}"
+    " Candidate: {{ ranked[0].text }} Candidate: {{ ranked[-1].text }}",
+}
+ARMS = {
+    **TWO,
+    "critic": CRITIC,
+    "soup": soup(harm=9, help=1),
+    "factors": soup("adapters", harm=9, help=1),
+}
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -65,6 +79,21 @@ def test_soups_are_evaluated_as_any_other_arm(finished: dict[str, Any]) -> None:
     assert finished["arms"]["soup"]["iterations"] == [{"model": str(model(finished, "soup"))}]
 
 
+def test_self_criticism_learns_refined_answers_above_every_candidate(finished: dict[str, Any]) -> None:
+    (iteration,) = finished["arms"]["critic"]["iterations"]
+    pairs = pds.dataset(iteration["pairs"], format="parquet").to_table().to_pylist()
+    episodes = pds.dataset(iteration["episodes"], format="parquet").to_table().to_pylist()
+    totals = {row["prompt_id"]: [sum(scores) for scores in row["scores"] if None not in scores] for row in episodes}
+    assert all(len(row["responses"]) == 5 for row in episodes)  # four candidates
+    better = {prompt_id for prompt_id, sums in totals.items() if sums[-1] > max(sums[:-1])}
+    assert {pair["prompt_id"] for pair in pairs} == better
+    assert {pair["kind"] for pair in pairs} == {"refined"}
+    log = next(Path(iteration["model"]).parent.rglob("train_log.jsonl")).read_text().splitlines()
+    assert "logps/chosen" in json.loads(log[-1])
+    result = json.loads(next(Path(iteration["model"]).parent.rglob("train_result.json")).read_text())
+    assert result["dropped"]["duplicate"] == len(pairs) - len(better)  # each prompt's answer once
+
+
 def test_a_finished_run_is_resumed_cleaned_compared_and_told(finished: dict[str, Any]) -> None:
     folder = Path(finished["run_dir"])
     stamps = {file: file.stat().st_mtime_ns for file in (folder / "stages").glob("merge-*/**/*") if file.is_file()}
@@ -75,4 +104,4 @@ def test_a_finished_run_is_resumed_cleaned_compared_and_told(finished: dict[str,
     assert [s["status"] for s in compare_run(folder)["stages"] if s["stage"] == "merge"] == ["done", "done"]
     episodes = pds.dataset(finished["arms"]["harm"]["iterations"][0]["episodes"], format="parquet").to_table()
     told = story(folder, episodes["prompt_id"][0].as_py())
-    assert list(told["arms"]) == ["harm", "help"]
+    assert list(told["arms"]) == ["critic", "harm", "help"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,8 @@ def test_adapters_of_later_iterations_have_no_common_base() -> None:
 
 def test_a_model_with_a_head_of_its_own_is_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "examples"))
+    monkeypatch.setitem(sys.modules, "dual_head", None)  # what is imported here is forgotten afterwards
+    monkeypatch.delitem(sys.modules, "dual_head")
     merges = {"h": {"train.method": "dual_head:DualHead"}, "s": soup(harm=1, h=1)}
     with pytest.raises(InputError, match="h: dual_head:DualHead has more than a model, which has no mean"):
         planned_stages(arms(merges))

@@ -1,7 +1,8 @@
 """From a YAML file, a profile, arms and `key=value` overrides to validated `Config`s, one an arm.
 
 Order of precedence, weakest first: model defaults, profile, file, command-line overrides, arm overrides (an arm's own
-`profile` replaces the run's). A section that is given as a mapping changes the keys that it names and no other. Every
+`profile` replaces the run's). A training method's `defaults` go before the profile, and of an arm that names the method
+before the command line. A section that is given as a mapping changes the keys that it names and no other. Every
 mistake is an `InputError` of one line that names the file and the key.
 """
 
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from spa_ray.config.faults import explain, shown
 from spa_ray.config.kinds import annotation_at, config_of, is_section, settle, takes_structure, takes_text
 from spa_ray.config.models import PROFILES, Config
-from spa_ray.config.training import DEFAULT_METHOD
+from spa_ray.config.training import DEFAULT_METHOD, method_class
 from spa_ray.config.yaml_text import YamlFaultError, read_plain
 from spa_ray.errors import InputError
 
@@ -86,9 +87,12 @@ def arm_configs(raw: Mapping[str, Any], overrides: Iterable[Override], *, where:
 
 
 def _with_arm(base: Raw, arm: str, where: str) -> Raw:
-    merged = _copy(base)
+    merged, changes = _copy(base), list(_leaves(base["arms"][arm]))
     given: set[str] = set()
-    for key, value in _leaves(base["arms"][arm]):
+    named = dict(changes).get("train.method")
+    for key, value in _brought(named).items():
+        set_dotted(merged, key, value, where=f"{where}: arms")
+    for key, value in changes:
         if key.split(".")[0] in {"arms", "name", "run_dir", "budget"}:
             raise InputError(f"{where}: arms: {key!r} belongs to the run and cannot differ between arms")
         if key in given:
@@ -98,7 +102,19 @@ def _with_arm(base: Raw, arm: str, where: str) -> Raw:
     profile = merged.get("profile", "paper")
     if not isinstance(profile, str) or profile not in PROFILES:
         raise InputError(f"{where}: profile: {shown(profile)} is unknown; one of {', '.join(PROFILES)}")
-    return _merge(PROFILES[profile], merged)
+    weak = _copy(PROFILES[profile])
+    train = merged.get("train")
+    for key, value in _brought(train.get("method") if isinstance(train, dict) and named is None else None).items():
+        set_dotted(weak, key, value, where=f"{where}: train.method")
+    return _merge(weak, merged)
+
+
+def _brought(method: Any) -> Mapping[str, Any]:
+    """The keys that a training method brings; none of a name that is none, which validation will say."""
+    try:
+        return getattr(method_class(method), "defaults", {}) if isinstance(method, str) else {}
+    except InputError:
+        return {}
 
 
 def _leaves(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -97,9 +97,10 @@ ONLY = r"^only:.+$"  # `pairs.order` by one objective
 class Denoise(Section):
     """The two denoising criteria (SPA, Eq. 1 and the consistency rule)."""
 
-    consistency: Literal["strict", "primary_ge", "off"] = Field(
+    consistency: Literal["strict", "primary_ge", "total", "off"] = Field(
         "strict",
-        description="the refined answer must beat every candidate on every objective (>= on the first; not at all)",
+        description="the refined answer must beat every candidate on every objective (>= on the first; in the sum of"
+        " all; not at all)",
     )
     on_inconsistent: Literal["drop_prompt", "drop_refined"] = Field(
         "drop_prompt", description="drop_refined keeps the candidates of such a prompt"

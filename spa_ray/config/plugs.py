@@ -26,6 +26,7 @@ METHODS = {
     "ipo": "spa_ray.methods.ipo:IPO",
     "orpo": "spa_ray.methods.orpo:ORPO",
     "sft": "spa_ray.methods.sft:SFT",
+    "self_criticism": "spa_ray.methods.self_criticism:SelfCriticism",
 }
 
 ENGINES = {"vllm": "spa_ray.engine.vllm_engine:VLLMEngine"}  # whose sampling arguments and folders we know

@@ -163,7 +163,7 @@ def inconsistent(sample: Sample, signal: Signal) -> Iterator[Advice]:
     rule, kept = sample.config.denoise.consistency, signal["kept"]["inconsistent"]
     if rule == "off" or signal["kept"]["too_few_scores"][0] == 0 or kept[0] >= FILTERED:
         return
-    milder = ["off"] if rule == "primary_ge" else ["primary_ge", "off"]
+    milder = ["primary_ge", "off"] if rule == "strict" else ["off"]
     yield _better(
         sample,
         "inconsistent",

@@ -340,9 +340,10 @@ def _scores(response: Response) -> list[float]:
 
 
 def _listed(response: Response, objectives: Sequence[Objective]) -> Row:
-    """A candidate as the refinement template sees it; whole scores are shown as whole numbers."""
+    """A candidate as the refinement template sees it, with the sum of its scores; whole scores are shown as whole
+    numbers."""
     scores = {
         o.name: int(j.score) if j.score is not None and j.score.is_integer() else j.score
         for o, j in zip(objectives, response.judgements, strict=True)
     }
-    return {"text": response.completion.text, "scores": scores}
+    return {"text": response.completion.text, "scores": scores, "total": math.fsum(_scores(response))}

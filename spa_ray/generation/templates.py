@@ -158,7 +158,7 @@ class Templates:
         return self._score_system.render(**self._common(messages), answer=answer, objective=objective)
 
     def refine(self, messages: Sequence[Message], candidates: Sequence[Mapping[str, Any]]) -> str:
-        """`candidates`: each has `text` and `scores` by objective name."""
+        """`candidates`: each has `text`, `scores` by objective name, and their `total`."""
         return self._refine.render(**self._common(messages), candidates=candidates)
 
     def refine_system(self, messages: Sequence[Message], candidates: Sequence[Mapping[str, Any]]) -> str | None:
@@ -176,7 +176,7 @@ class Templates:
 
     def _try_all(self) -> None:
         example = [{"role": "user", "content": "?"}]
-        scored = [{"text": "!", "scores": {o.name: self.scale[0] for o in self.objectives}}]
+        scored = [{"text": "!", "scores": {o.name: self.scale[0] for o in self.objectives}, "total": 0.0}]
         for objective in self.objectives:
             _try("scoring.prompt", partial(self.score, example, "!", objective))
             _try("scoring.system", partial(self.score_system, example, "!", objective))

@@ -132,7 +132,7 @@ class _Counter:
     def refine(self, messages: Sequence[Message], answers: Sequence[str], context: int | None) -> None:
         """The lowest candidates are left out where the context is too small, as in the episode itself."""
         scores = {o.name: self.config.scoring.scale[0] for o in self.objectives}
-        listed = [{"text": answer, "scores": scores} for answer in answers]
+        listed = [{"text": answer, "scores": scores, "total": sum(scores.values())} for answer in answers]
         while True:
             user = {"role": "user", "content": self.templates.refine(messages, listed)}
             ids = self.encoder.prompt_ids([user], self.templates.refine_system(messages, listed))

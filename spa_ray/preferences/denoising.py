@@ -71,8 +71,9 @@ def denoise(episodes: pa.Table, config: Config, *, tau: float | None) -> pa.Tabl
       too_few_scores  fewer than objectives + 1 scored candidates, or no scored refined answer; of given answers
                       (`episodes.source`) fewer than 2. It holds whatever the other rules are set to.
       inconsistent    `strict`: the refined answer is not above every scored candidate on every objective; `primary_ge`:
-                      it may tie on the first. Not a reason with `off` or `on_inconsistent: drop_refined`; with the
-                      latter `build_pairs` leaves the refined answer out.
+                      it may tie on the first; `total`: the sum of its scores is not above every candidate's. Not a
+                      reason with `off` or `on_inconsistent: drop_refined`; with the latter `build_pairs` leaves the
+                      refined answer out.
       zero_det        det Σ = 0. Only with `informativeness`.
       high_det        det Σ > tau. Only with `informativeness`; never when tau is None.
     Raises: InputError when a column is missing, when the table was scored on other objectives, or when a row's parts
@@ -155,6 +156,9 @@ def consistent(view: EpisodeView, config: Config) -> Bools:
     values = view.grid.values
     best = np.where(view.candidates, values, -np.inf).max(axis=1, initial=-np.inf)
     refined = np.where(view.scored_refined, values, -np.inf).max(axis=1, initial=-np.inf)
+    if rule == "total":
+        best_total = np.where(view.candidates, values.sum(axis=0), -np.inf).max(axis=0, initial=-np.inf)
+        return refined.sum(axis=0) > best_total
     first = refined[0] > best[0] if rule == "strict" else refined[0] >= best[0]
     return first & (refined[1:] > best[1:]).all(axis=0)
 

@@ -108,6 +108,9 @@ class Method(Generic[C]):
     """A training method. Derive from it, or from `PairwiseMethod`, and give `train.method: my_file:MyMethod`."""
 
     Config: ClassVar[type[Train]] = Train  # the method's keys under `train`, with their defaults
+    # Keys of other sections, dotted, that an arm of this method has unless it gives them: above those of the file where
+    # the arm names the method, else below them.
+    defaults: ClassVar[Mapping[str, Any]] = {}
     # Learning rates that are known to work with AdamW on every weight of a model of 7 to 8 billion parameters.
     known_lr: ClassVar[tuple[float, float] | None] = None
     sides: ClassVar[tuple[str, ...]] = ANSWERS  # the sequences of an example, by name
