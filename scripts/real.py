@@ -31,6 +31,7 @@ from spa_ray.pipeline.examples import before_after, print_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 SPA = str(Path(sys.executable).parent / "spa")
+SMALLEST = "smollm2-135m"
 CONFIG, BY_ENDPOINT = "configs/real.yaml", "configs/real-judge.yaml"
 JUDGE_PORT, JUDGE_CONTEXT = 8155, 2048  # the port is part of the stages' keys
 FEWEST_PAIRS = 16
@@ -40,11 +41,13 @@ CHECKED_TOKENS = 32
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="a name that scripts/real_model.py knows")
+    parser.add_argument("--model", default=SMALLEST, help="a name that scripts/real_model.py knows")
     parser.add_argument("--preview", type=int, default=4, help="prompts that are previewed; 0 for none")
     parser.add_argument("--judge-endpoint", action="store_true", help="judge by vLLM's server, on 16 prompts")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_args()
+    if asked.judge_endpoint and asked.model != SMALLEST:
+        parser.error(f"--judge-endpoint is for {SMALLEST}, which {BY_ENDPOINT} names")
     hush()
     folder = Path(".cache/real") / asked.model
     settings = [f"model.path={folder}", *asked.overrides]

@@ -185,6 +185,16 @@ def test_people_are_held_against_every_judge_of_the_run(run: Path, tmp_path: Pat
     assert harmless["judges"]["main"]["kappa"] is None  # both say one thing of everything
 
 
+def test_no_sheet_tells_whose_answer_is_whose(run: Path, tmp_path: Path) -> None:
+    """No model, judge, prompt id or folder of the run, and not the draw's seed, which would give the sides away."""
+    made = sheet_out(run, out=tmp_path / "sheet.csv", arm="spa", against="vanilla", limit=5, seed=71834)
+    for file in ("form", "sheet"):
+        text = Path(made[file]).read_text(encoding="utf-8")
+        hidden = ("spa", "vanilla", "second", "main", "test/\\d+", "71834", re.escape(str(run)), "a_first")
+        assert not [word for word in hidden if re.search(rf"\b{word}\b", text)]
+    assert json.loads(Path(made["key"]).read_text())["a"] == "spa"
+
+
 def test_what_is_missing_is_told(run: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.csv"
     options: dict[str, Any] = {"out": sheet, "against": "vanilla", "limit": 2, "seed": 0}

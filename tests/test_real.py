@@ -13,6 +13,9 @@ import real
 import real_model
 import real_prompts
 
+from spa_ray.config import load_config
+from spa_ray.config.endpoint import Endpoint
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 
@@ -89,3 +92,14 @@ def test_the_prompts_are_what_the_script_draws(tmp_path: Path, monkeypatch: pyte
     assert real_prompts.main() == 0
     for name in ("prompts.jsonl", "held_out.jsonl"):
         assert (tmp_path / name).read_bytes() == (ROOT / "configs" / "real" / name).read_bytes()
+
+
+def test_the_chain_with_an_endpoint_asks_the_server_that_it_starts() -> None:
+    config = load_config(ROOT / real.BY_ENDPOINT)["spa"]
+    pairwise = config.evaluation.pairwise
+    assert pairwise is not None
+    judges = [config.scoring.judge, config.evaluation.judge, pairwise.judge]
+    assert all(isinstance(judge, Endpoint) and judge.choices for judge in judges)
+    assert {judge.base_url for judge in judges} == {f"http://127.0.0.1:{real.JUDGE_PORT}/v1"}
+    assert {judge.model for judge in judges} == {"smollm2-135m"}
+    assert (config.prompts.limit, config.evaluation.prompts.limit) == (16, 16)

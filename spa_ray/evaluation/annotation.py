@@ -7,6 +7,7 @@ gives the filled rows as verdicts again. Nothing in a sheet names a model.
 from __future__ import annotations
 
 import csv
+import hashlib
 import html
 import io
 import json
@@ -91,7 +92,14 @@ def as_form(rows: Sequence[Row], objectives: Mapping[str, str], name: str) -> st
     cards = "\n".join(_card(row, objectives) for row in rows)
     meaning = "".join(f"<dt>{html.escape(o)}</dt><dd>{html.escape(text)}</dd>" for o, text in objectives.items())
     # «</script>» in a text cannot end the script: every < is written as an escape of JSON
-    told = json.dumps({"ids": [row["id"] for row in rows], "objectives": list(objectives), "name": name})
+    told = json.dumps(
+        {
+            "ids": [row["id"] for row in rows],
+            "objectives": list(objectives),
+            "name": name,
+            "sheet": hashlib.sha256(as_csv(rows).encode()).hexdigest(),  # another one's choices are not this one's
+        }
+    )
     page = PAGE.replace("@MEANING@", meaning).replace("@TOLD@", told.replace("<", "\\u003c"))
     return page.replace("@CARDS@", cards)
 
@@ -127,7 +135,7 @@ button { font: inherit; padding: .4rem 1rem }
 <form>@CARDS@</form>
 <footer><button type="button" id="save">Save as CSV</button> <span id="count"></span></footer>
 <script>
-const told = @TOLD@, form = document.querySelector("form"), at = "spa " + told.name + " " + location.pathname;
+const told = @TOLD@, form = document.querySelector("form"), at = "sheet " + told.sheet;
 const chosen = () => Object.fromEntries(new FormData(form));
 const count = () => { document.getElementById("count").textContent =
   Object.keys(chosen()).length + " of " + told.ids.length * told.objectives.length + " judged" };
