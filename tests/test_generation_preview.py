@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from spa_ray.errors import RunError
 from spa_ray.generation.preview import preview
+from tests.fake_endpoint import FakeEndpoint, running
 from tests.scripted import WEIGHTS, play, prompt, scripted_config
 
 
@@ -18,6 +22,19 @@ def test_a_preview_is_the_episode_with_every_prompt_and_answer():
     for response in shown["episode"]["responses"]:
         assert any(call["text"] == response["text"] for call in shown["calls"])
     assert all("How do I bake bread?" in call["prompt"] for call in shown["calls"])
+
+
+def test_what_a_judge_behind_an_endpoint_is_asked_is_shown_too():
+    with running(FakeEndpoint()) as fake:
+        judge = {"kind": "endpoint", "base_url": fake.url, "model": "judge"}
+        config = scripted_config(scoring={"mode": "regex", "judge": judge, "system": "Be fair."}, sampling={"n": 3})
+        (shown,) = asyncio.run(preview(config, WEIGHTS, [prompt()]))
+        judged = [call for call in shown["calls"] if call["text"] == "[[7]]"]
+        assert len(judged) == len(fake.bodies) == 8
+        assert all(call["prompt"].startswith("Be fair.\n\nYou are a strict, fair judge") for call in judged)
+        assert {call["prompt_tokens"] for call in judged} == {10}
+    with pytest.raises(RunError, match="gives no answer"):
+        asyncio.run(preview(config, WEIGHTS, [prompt()]))
 
 
 def test_a_prompt_that_fails_is_shown_with_its_error():

@@ -110,7 +110,7 @@ def _signal(shown: list[dict[str, Any]], config: Config, total: int, arms: Mappi
 def _print_calls(prompt: dict[str, Any]) -> None:
     print(printable(f"=== {prompt['episode']['prompt_id']}"))
     for call in prompt["calls"]:
-        sent = f"--- sent ({len(call['prompt_ids'])} tokens):\n{call['prompt']}"
+        sent = f"--- sent ({call['prompt_tokens']} tokens):\n{call['prompt']}"
         print(printable(f"{sent}\n--- answered: {call['text']}"))
     if prompt["episode"]["error"] is not None:
         print(printable(f"--- error: {prompt['episode']['error']}"))
