@@ -1,4 +1,4 @@
-"""HH_λ against the paper's printed table, the RV coefficient, wins and losses, and the bootstrap."""
+"""HH_λ, the RV coefficient, wins and losses, and the bootstrap."""
 
 from __future__ import annotations
 
@@ -11,23 +11,6 @@ from spa_ray.evaluation import bootstrap
 from spa_ray.evaluation.bootstrap import mean_interval, paired_difference
 from spa_ray.evaluation.metrics import Outcome, hh_lambda, rv_coefficient, win_tie_loss
 
-# SPA, Table 3: harmless, helpful, HH_5, HH_10, HH_20.
-TABLE_3 = {
-    "Self-Criticism": (9.65, 7.68, 9.32, 9.47, 9.56),
-    "RS 6:4": (9.87, 6.14, 9.25, 9.53, 9.69),
-    "RS 7:3": (9.80, 5.94, 9.16, 9.45, 9.62),
-    "RS 8:2": (9.30, 6.85, 8.89, 9.08, 9.18),
-    "RS 9:1": (9.90, 6.17, 9.28, 9.56, 9.72),
-    "SPA": (9.90, 7.14, 9.44, 9.65, 9.77),
-}
-
-
-@pytest.mark.parametrize(("lam", "column"), [(5, 2), (10, 3), (20, 4)])
-@pytest.mark.parametrize("method", TABLE_3)
-def test_every_hh_of_the_papers_table_3_recomputes_to_the_printed_digits(method: str, lam: int, column: int) -> None:
-    row = TABLE_3[method]
-    assert round(hh_lambda(row[0], row[1], lam), 2) == row[column]
-
 
 def test_hh_of_the_means_is_the_mean_of_the_prompts_hh() -> None:
     a, b = np.array([9.0, 4.0, 7.0]), np.array([2.0, 8.0, 5.0])
@@ -36,11 +19,39 @@ def test_hh_of_the_means_is_the_mean_of_the_prompts_hh() -> None:
         hh_lambda(1.0, 1.0, 0)
 
 
-def test_rv_is_one_for_the_same_configuration_however_turned_and_scaled() -> None:
-    x = np.random.default_rng(0).normal(size=(30, 2))
-    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
-    assert rv_coefficient(x, x) == pytest.approx(1)
-    assert rv_coefficient(x, 3 * x @ turn + 5) == pytest.approx(1)
+def rv_of_distances(x: np.ndarray, y: np.ndarray) -> float:
+    """The same by another definition: the cosine of the two Gram matrices, which double centring makes of squared
+    distances between rows."""
+    m = len(x)
+    centre = np.eye(m) - np.full((m, m), 1 / m)
+    a, b = (-0.5 * centre @ ((z[:, None] - z[None]) ** 2).sum(axis=2) @ centre for z in (x, y))
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(3, 40), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_rv_agrees_with_an_independent_definition(seed: int, m: int, p: int, q: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.uniform(1, 10, size=(m, p)), rng.uniform(1, 10, size=(m, q))
+    assert abs(rv_coefficient(x, y) - rv_of_distances(x, y)) < 1e-12
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(3, 40), st.integers(1, 3), st.floats(0.01, 100), st.floats(-50, 50))
+@settings(max_examples=100, deadline=None)
+def test_rv_does_not_change_with_a_rotation_a_shift_and_one_common_scale(
+    seed: int, m: int, k: int, scale: float, shift: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.uniform(1, 10, size=(m, k)), rng.uniform(1, 10, size=(m, k))
+    turn, _ = np.linalg.qr(rng.normal(size=(k, k)))
+    assert rv_coefficient(scale * x @ turn + shift, y) == pytest.approx(rv_coefficient(x, y), abs=1e-9)
+    assert rv_coefficient(x, scale * x @ turn + shift) == pytest.approx(1)
+
+
+def test_rv_changes_when_one_axis_alone_is_scaled() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 2)), rng.normal(size=(30, 2))
+    assert rv_coefficient(x * [10, 1], y) != pytest.approx(rv_coefficient(x, y), abs=0.01)
 
 
 def test_rv_of_single_columns_is_the_squared_correlation() -> None:
@@ -52,18 +63,13 @@ def test_rv_of_single_columns_is_the_squared_correlation() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 20))
 @settings(max_examples=50, deadline=None)
-def test_rv_is_the_papers_formula_symmetric_and_between_0_and_1(seed: int, m: int) -> None:
+def test_rv_is_symmetric_and_between_0_and_1(seed: int, m: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = rng.integers(1, 11, size=(m, 2)).astype(float), rng.normal(size=(m, 2))
     found = rv_coefficient(x, y)
     if np.ptp(x, axis=0).max() == 0:
         assert np.isnan(found)
         return
-    cx, cy = x - x.mean(axis=0), y - y.mean(axis=0)
-    sxy, sxx, syy = cx.T @ cy, cx.T @ cx, cy.T @ cy
-    assert found == pytest.approx(
-        np.trace(sxy @ sxy.T) / np.sqrt(np.trace(sxx @ sxx) * np.trace(syy @ syy)), rel=1e-9, abs=1e-12
-    )
     assert found == pytest.approx(rv_coefficient(y, x))
     assert -1e-12 <= found <= 1 + 1e-12
 

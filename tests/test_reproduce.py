@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ SPA = published("spa")
 SPEC = reproduction("spa")
 
 
-def test_every_published_row_has_a_number_a_column() -> None:
-    for table in SPA.values():
+@pytest.mark.parametrize("paper", ["spa", "sga"])
+def test_every_published_row_has_a_number_a_column(paper: str) -> None:
+    for table in published(paper).values():
         rows = [*table.rows.values(), *table.differences.values()]
         assert rows
         assert {len(row) for row in rows} == {len(table.columns)}
@@ -34,7 +36,7 @@ def test_the_published_hh_scores_are_those_of_the_published_means() -> None:
     table = SPA["table3"]
     for harmless, helpful, *printed in table.rows.values():
         for lam, given in zip((5, 10, 20), printed, strict=True):
-            assert round(float(hh_lambda(harmless, helpful, lam)), 2) == pytest.approx(given, abs=0.0051)
+            assert round(hh_lambda(harmless, helpful, lam), 2) == given
 
 
 def test_the_published_tables_agree_where_they_print_the_same_model() -> None:
@@ -54,6 +56,42 @@ def test_not_all_of_what_the_text_says_is_in_its_tables() -> None:
     sft, vanilla = (list(zip(one.rows[name][::2], one.rows[name][1::2], strict=True)) for name in ("SFT", "Vanilla"))
     below = [hh_lambda(*a, 5) < hh_lambda(*b, 5) for a, b in zip(sft, vanilla, strict=True)]
     assert (len(below), sum(below)) == (6, 3)
+
+
+SGA = published("sga")
+MODELS = ("Llama3.2-1B", "Llama3.2-3B", "Llama3.1-8B", "Qwen3-4B", "Qwen2.5-7B", "Qwen3-8B")
+DATA_SETS = ("HH-RLHF", "UltraFeedback", "HelpSteer2")
+
+
+def test_all_108_win_rates_of_sga_s_table_1_are_means_of_its_table_2() -> None:
+    one, two = SGA["table1"], SGA["table2"]
+    for data, model, method in itertools.product(DATA_SETS, MODELS, one.columns):
+        of_data = [at for at, column in enumerate(two.columns) if column.startswith(data)]
+        mean = statistics.fmean(two.rows[f"{model} {method}"][at] for at in of_data)
+        printed = one.rows[f"{data} {model}"][one.columns.index(method)]
+        assert abs(mean - printed) <= 0.05 + 1e-9, (data, model, method)
+    assert len(one.rows) * len(one.columns) == 108 + 18
+
+
+@pytest.mark.parametrize("data", DATA_SETS)
+def test_sga_s_averages_are_those_of_its_models(data: str) -> None:
+    table = SGA["table1"]
+    for at, printed in enumerate(table.rows[f"{data} Average"]):
+        assert abs(statistics.fmean(table.rows[f"{data} {model}"][at] for model in MODELS) - printed) <= 0.05 + 1e-9
+
+
+def test_sga_s_tables_agree_where_they_print_the_same_models() -> None:
+    one, five = SGA["table1"], SGA["table5"]
+    for model in ("Llama3.2-3B", "Qwen3-4B"):
+        sensed = [one.rows[f"{data} {model}"][one.columns.index("SGA_SFT")] for data in five.columns]
+        assert five.rows[f"{model} SGA_SFT"] == sensed
+
+
+def test_sga_is_not_safe_by_priority() -> None:
+    """Helpful is won at the expense of harmless: SFT is above SGA_DPO on harmless in every model."""
+    table = SGA["table2"]
+    at = table.columns.index("HH-RLHF Harmless")
+    assert all(table.rows[f"{m} SFT"][at] > table.rows[f"{m} SGA_DPO"][at] for m in MODELS)
 
 
 def test_differences_are_of_rows_or_as_the_text_gives_them() -> None:
