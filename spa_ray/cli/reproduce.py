@@ -147,7 +147,7 @@ def write_page(
             data[f"{name}.{key}"] = as_data(found)
         if run.win_rates is not None:
             rates = [read_json(folder / WIN_RATES) for folder in folders[name]]
-            parts.append(win_rates_section(run.win_rates.title, run.win_rates.note, rates))
+            parts.append(win_rates_section(run.win_rates, rates))
         data[name] = results.to_dict()
     head = [f"# {spec.title}", spec.intro.strip(), *([in_a_sentence(everything)] if everything else [])]
     tail = [not_here(spec.not_here)] if spec.not_here else []

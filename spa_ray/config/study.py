@@ -66,6 +66,8 @@ class PaperFigure(Section):
 
     title: str
     note: str = ""
+    arms: tuple[str, ...] = Field((), description="none: all")
+    families: tuple[str, ...] = Field((), description="none: all")
 
 
 class StudyRun(Section):

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spa_ray.config.study import StudyTable
+from spa_ray.config.study import PaperFigure, StudyTable
 from spa_ray.evaluation.bootstrap import Interval
 from spa_ray.evaluation.prompts import MAIN_FAMILY
 from spa_ray.evaluation.published import Published
 from spa_ray.evaluation.study import Measured, Results, column_name, over_what, table_markdown
 from spa_ray.evaluation.tables import cell
 
-AGREES, DIFFERS, UNCLEAR, MIXED = "agrees", "differs", "no difference here", "the paper's cells differ in sign"
+AGREES, DIFFERS, UNCLEAR, MIXED = "agrees", "differs", "no difference here", "the paper gives no one direction"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def in_a_sentence(found: Sequence[Comparison]) -> str:
     counts = Counter(c.verdict for c in found)
     told = len(found) - counts[MIXED]
     parts = [f"{counts[AGREES]} agree", f"{counts[DIFFERS]} differ", f"{counts[UNCLEAR]} show no difference here"]
-    rest = f"; of {counts[MIXED]} more the paper's own cells differ in sign" if counts[MIXED] else ""
+    rest = f"; for {counts[MIXED]} more the paper gives no one direction" if counts[MIXED] else ""
     return f"Of {told} directions of the paper {', '.join(parts)}{rest}."
 
 
@@ -94,11 +94,16 @@ def own_section(results: Results, key: str) -> str:
     return "\n\n".join([f"## {ours.title}", f"{ours.note} {over_what(results, ours)}".strip(), table_markdown(ours)])
 
 
-def win_rates_section(title: str, note: str, seeds: Sequence[Mapping[str, Any]]) -> str:
+def win_rates_section(figure: PaperFigure, seeds: Sequence[Mapping[str, Any]]) -> str:
     """The pairwise comparisons of all seeds together. `seeds`: each one's `win_rates.json`, arm -> its comparison."""
-    arms = list(seeds[0])
+    arms = [arm for arm in seeds[0] if not figure.arms or arm in figure.arms]
     families = seeds[0][arms[0]]["families"]
-    columns = [(family, objective) for family, objectives in families.items() for objective in objectives]
+    columns = [
+        (family, objective)
+        for family, objectives in families.items()
+        if not figure.families or family in figure.families
+        for objective in objectives
+    ]
     head = [objective if family == MAIN_FAMILY else f"{family}: {objective}" for family, objective in columns]
     lines = [["", *head], ["---", *["---:"] * len(head)]]
     for arm in arms:
@@ -110,9 +115,10 @@ def win_rates_section(title: str, note: str, seeds: Sequence[Mapping[str, Any]])
             cells.append(f"{wins} / {ties} / {losses}  {share:.1%}")
         lines.append([arm, *cells])
     against = seeds[0][arms[0]]["against"]
-    what = f"Wins / ties / losses against {against} over {len(seeds)} seeds, and (wins + ties / 2) / all."
+    over = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    what = f"Wins / ties / losses against {against} over {over}, and (wins + ties / 2) / all."
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([f"## {title}", f"{what} {note}".strip(), table])
+    return "\n\n".join([f"## {figure.title}", f"{what} {figure.note}".strip(), table])
 
 
 def as_data(found: Sequence[Comparison]) -> list[dict[str, Any]]:
