@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from spa_ray.config import arm_configs
+from spa_ray.config import arm_configs, load_config
+from spa_ray.config.models import evaluation_scoring
 from spa_ray.config.plugs import BENCHMARKS, SOURCES, load_plug
 from spa_ray.config.prompts import Prompts
 from spa_ray.data.prompts import PromptCounts, read_prompts
@@ -305,7 +306,9 @@ def test_near_duplicates_are_kept_and_counted(tmp_path: Path) -> None:
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 
-CONFIGS = ("llama-3.1-8b-saferlhf", "mistral-7b-wildguard", "llama-3.1-8b-honeset")
+MODELS = {"llama-3.1-8b": 1.375, "mistral-7b": 0.25}  # and γ
+CELLS = [f"paper/{model}-{data}" for model in MODELS for data in ("saferlhf", "wildguard", "honeset")]
+CONFIGS = ("llama-3.1-8b-saferlhf", "mistral-7b-wildguard", "llama-3.1-8b-honeset", *CELLS)
 
 
 @pytest.mark.parametrize("stem", CONFIGS)
@@ -331,6 +334,27 @@ def test_the_shipped_configs_are_planned_on_local_files_of_the_true_schema(
         assert any("prompts: 1 rows left out: in the evaluation" in note for note in plan["notes"])
     for arm in plan["arms"].values():
         assert arm["generate"]["requests"] > 0
+
+
+@pytest.mark.parametrize("stem", CELLS)
+def test_the_six_cells_of_table_1_are_the_recipe_to_the_letter(stem: str) -> None:
+    """ALGORITHMS 1; what each arm trains by, and a judge of its own that is asked for its likeliest rating."""
+    path = ROOT / "configs" / f"{stem}.yaml"
+    arms = load_config(path)
+    first = arms["spa"]
+    assert list(arms) == ["sft", "spa_dpo", "spa_simpo", "spa"]
+    assert {name: config.train.beta for name, config in arms.items()} == {
+        "sft": 2.5,
+        "spa_dpo": 0.1,
+        "spa_simpo": 2.5,
+        "spa": 2.5,
+    }
+    assert first.train.gamma == next(gamma for model, gamma in MODELS.items() if model in stem)
+    assert first.objectives == (("honest" if "honeset" in stem else "harmless"), "helpful")
+    defaults = arm_configs({"model": {"path": "m"}}, [], where="c.yaml", stem="c")["main"]
+    assert (first.denoise, first.pairs, first.scoring) == (defaults.denoise, defaults.pairs, defaults.scoring)
+    asked = evaluation_scoring(first)
+    assert (asked.judged_by.kind, asked.mode, asked.temperature, asked.max_tokens) == ("endpoint", "regex", 0, 512)
 
 
 PAGE = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")

@@ -80,6 +80,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "pairs.truncated": ("allow", "B"),
     "evaluation.judge": ("spa_ray.microworld.oracle:judge", "E"),
     "evaluation.objectives": (["helpful", "harmless"], "E"),
+    "evaluation.scoring": ({"scale": [1, 5]}, "E"),
     "evaluation.sampling.temperature": (0.5, "E"),
     "evaluation.sampling.top_p": (0.9, "E"),
     "evaluation.sampling.min_p": (0.1, "E"),

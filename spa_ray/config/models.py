@@ -234,6 +234,9 @@ class Evaluation(Section):
     )
     pairwise: Pairwise | None = Field(None, description="answers compared in pairs; null: none are")
     objectives: tuple[str, ...] | None = Field(None, description="null: the run's objectives")
+    scoring: Scoring | None = Field(
+        None, description="how its judges rate, with defaults of its own; null: as `scoring`"
+    )
     sampling: EvalSampling = EvalSampling()
     bootstrap: int = Field(1000, ge=1, description="resamples of the 95% intervals")
     benchmarks: Annotated[dict[str, BenchmarkSection], BeforeValidator(named)] = Field(
@@ -251,6 +254,8 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _are_held_out(self) -> Evaluation:
+        if self.scoring is not None and self.scoring.judge is not None:
+            raise ValueError("scoring.judge: who judges is evaluation.judge; remove the key")
         if any(prompts.decontaminate for prompts in self.held_out):
             raise ValueError("prompts.decontaminate: of prompts to train on; remove the key")
         return self
@@ -399,11 +404,12 @@ def named_plugs(config: Config) -> list[str]:
 
 
 def evaluation_scoring(config: Config, place: str = "judge") -> Scoring:
-    """How a judge of the evaluation scores, by its place there: as in generation, but by that judge. One with a pass of
-    its own scores there as `self`."""
+    """How a judge of the evaluation scores, by its place there: as in generation unless `evaluation.scoring` says
+    otherwise, but by that judge. One with a pass of its own scores there as `self`."""
     judge = config.evaluation.all_judges[place]
-    mode = judge.only_mode or config.scoring.mode
-    return config.scoring.model_copy(update={"judge": None if judge.own_pass else judge, "mode": mode})
+    scoring = config.evaluation.scoring or config.scoring
+    mode = judge.only_mode or scoring.mode
+    return scoring.model_copy(update={"judge": None if judge.own_pass else judge, "mode": mode})
 
 
 GIVEN_ANSWERS: dict[str, dict[str, Any]] = {
