@@ -124,6 +124,7 @@ body { max-width: 70rem; margin: auto; padding: 1rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: 0 }
 section { border-top: 2px solid; margin: 2rem 0; padding-top: 1rem }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
+.two { margin-top: 1rem }
 .two > div { border: 1px solid; padding: 0 .8rem .8rem }
 fieldset { margin: .8rem 0 } label { margin-right: 1.5rem }
 footer { position: sticky; bottom: 0; padding: .6rem; background: Canvas; border-top: 1px solid }

@@ -88,7 +88,7 @@ def api_key(endpoint: Endpoint) -> str | None:
         return None
     key = os.environ.get(endpoint.api_key_env)
     if not key:
-        raise InputError(f"scoring.judge: the environment has no {endpoint.api_key_env}, which api_key_env names")
+        raise InputError(f"the environment has no {endpoint.api_key_env}, which api_key_env of a judge names")
     return key
 
 
@@ -97,7 +97,7 @@ def check_endpoint(endpoint: Endpoint, key: str | None) -> None:
 
     Raises: InputError where the model, the key or `choices` does not fit; RunError while nobody answers.
     """
-    where = f"scoring.judge: {endpoint.base_url}"
+    where = f"the endpoint {endpoint.base_url}"
     found = _look(endpoint, key, "GET", "models")
     if found.status_code in (401, 403):
         raise InputError(f"{where} refuses the key (status {found.status_code}); see api_key_env")
@@ -140,4 +140,4 @@ def _look(endpoint: Endpoint, key: str | None, method: str, path: str, **body: A
         )
     except httpx.HTTPError as e:
         told = f"{endpoint.base_url} gives no answer ({type(e).__name__}: {e})"
-        raise RunError(f"scoring.judge: {told}; start it, or change base_url") from e
+        raise RunError(f"the endpoint {told}; start it, or change base_url") from e
