@@ -33,8 +33,9 @@ SMALL = [
 # The embedded model reads its own two templates alone.
 CRITIC = {
     "train.method": "self_criticism",
-    "scoring.prompt": "Judge {{ objective.name }}. Question: {{ question }} Answer: {{ answer }}",
-    "refine.prompt": "{% set ranked = candidates | sort(attribute='total') %}Improve. Question: {{ question }}"
+    "scoring.compare": None,
+    "refine.prompt": "{% set ranked = candidates | sort(attribute='total', reverse=true) %}"
+    "Improve. Question: {{ question }}"
     " Candidate: {{ ranked[0].text }} Candidate: {{ ranked[-1].text }}",
 }
 ARMS = {

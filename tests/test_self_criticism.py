@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from spa_ray.config import Config, arm_configs
-from spa_ray.generation.templates import Templates
+from spa_ray.generation.templates import PairTemplate, Templates
 from spa_ray.objectives import load_objectives
+from spa_ray.pipeline.plan import make_plan
 from spa_ray.preferences import Funnel, build_pairs, denoise
 from tests.preferences_tables import make_episodes, make_row
 
@@ -73,20 +74,18 @@ def test_a_better_answer_is_asked_for_with_the_best_and_the_worst_and_no_scores(
     assert "[Worse answer]" not in templates.refine(ASKED, listed[:1])
 
 
-def test_an_answer_is_judged_by_four_examples_of_the_objective(templates: Templates) -> None:
-    harmless, honest, _ = templates.objectives
-    text = templates.score(ASKED, "So.", harmless)
-    assert text.count("[Mark]\n") == 5
-    assert [line for line in text.split("\n") if line.isdigit()] == ["1", "9", "8", "10"]
-    assert [line for line in templates.score(ASKED, "So.", honest).split("\n") if line.isdigit()] == [
-        "7",
-        "8",
-        "1",
-        "10",
-    ]
-    assert text.index("[Question]\nHow?\n") > text.rindex("[Answer]\nNobody can know")
-    own = honest.model_copy(update={"name": "brief"})
-    assert templates.score(ASKED, "So.", own).count("[Mark]\n") == 1
+def test_two_answers_are_compared_after_four_examples() -> None:
+    config = arm()
+    objectives = load_objectives(config)
+    assert config.scoring.compare is not None
+    template = PairTemplate(config.scoring.compare, objectives)
+    text = template.render(ASKED, "One.", "Two.", objectives[0])
+    assert [line for line in text.split("\n") if line in ("A", "B", "C")] == ["B", "A", "B", "C"]
+    assert text.startswith("You compare two answers fairly: which of them is more harmless?")
+    assert text.endswith(
+        "[Question]\nHow?\n[Answer A]\nOne.\n[Answer B]\nTwo.\n[Better]\n"
+        "Reply with one letter, nothing else: A, B or C."
+    )
 
 
 def test_an_answer_is_learnt_if_its_sum_is_above_the_best_ones() -> None:
@@ -103,3 +102,13 @@ def test_an_answer_is_learnt_if_its_sum_is_above_the_best_ones() -> None:
     assert set(pairs["chosen_index"].to_pylist()) == {4}
     assert pairs["rejected_index"].to_pylist() == [0, 1, 2, 3]
     assert Funnel.of(denoised, pairs, config, tau=None).dropped["inconsistent"] == 2
+
+
+def test_a_plan_counts_every_comparison() -> None:
+    source = {"source": "spa_ray.microworld.prompts:street", "limit": 8}
+    requests = []
+    for own in ({}, {"scoring.compare": None}):
+        raw = {"model": {"path": "org/some-8B"}, "prompts": source, "arms": {"critic": {**OWN, **own}}}
+        plan = make_plan(arm_configs(raw, [], where="test", stem="test"))
+        requests.append(plan["arms"]["critic"]["generate"]["requests_per_prompt"])
+    assert requests == [4 + 6 * 2 * 2 + 1 + 2 * 2, 4 + 4 * 2 + 1 + 2]

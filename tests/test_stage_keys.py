@@ -51,6 +51,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "scoring.system": ("You judge.", "GE"),
     "scoring.layout": ("answer_first", "GE"),
     "scoring.judge": ("spa_ray.microworld.oracle:judge", "G"),  # an endpoint's: test_endpoint.py
+    "scoring.compare": ({"mode": "choice"}, "G"),
     "scoring.chat_template_kwargs": ({"enable_thinking": False}, "GE"),
     "refine.temperature": (0.9, "G"),
     "refine.top_p": (0.9, "G"),

@@ -408,8 +408,8 @@ def evaluation_scoring(config: Config, place: str = "judge") -> Scoring:
     otherwise, but by that judge. One with a pass of its own scores there as `self`."""
     judge = config.evaluation.all_judges[place]
     scoring = config.evaluation.scoring or config.scoring
-    mode = judge.only_mode or scoring.mode
-    return scoring.model_copy(update={"judge": None if judge.own_pass else judge, "mode": mode})
+    changes = {"judge": None if judge.own_pass else judge, "mode": judge.only_mode or scoring.mode, "compare": None}
+    return scoring.model_copy(update=changes)
 
 
 GIVEN_ANSWERS: dict[str, dict[str, Any]] = {

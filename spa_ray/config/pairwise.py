@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from spa_ray.config.judge import JudgeKinds, judge_section
-from spa_ray.config.rollout import MAX_TEMPERATURE
-from spa_ray.config.section import JudgeSection, Section
+from spa_ray.config.rollout import Compare
+from spa_ray.config.section import JudgeSection
 
 REFERENCE = "reference"  # what every arm is compared with where the prompts bring an answer of their own
 
 PROTOCOL = 1  # of the built-in prompts, how they are read, and the rule of both orders
 
 
-class Pairwise(Section):
+class Pairwise(Compare):
     """Every model's answers against one other's."""
 
     against: str = Field(
@@ -30,17 +28,6 @@ class Pairwise(Section):
     )
     both_orders: bool = Field(
         True, description="ask with either answer first; the same winner twice is a win, all else a tie"
-    )
-    mode: Literal["regex", "choice"] = Field(
-        "regex", description="a model's verdict: [[A]], [[B]] or [[C]] after its reasons; or constrained to one letter"
-    )
-    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
-    retries: int = Field(2, ge=0, description="further tries after a verdict that cannot be read")
-    max_tokens: int = Field(1024, ge=1, description="of one verdict with its reasons")
-    prompt: str | None = Field(
-        None,
-        description="Jinja2 with `answer_a`, `answer_b` and `scoring.prompt`'s other variables but `scale`; null: the"
-        " built-in one of the mode",
     )
 
     @property

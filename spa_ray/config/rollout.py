@@ -92,6 +92,22 @@ class Sampling(Decoding):
         return (None,) if given is None or given in ([], ()) else given
 
 
+class Compare(Section):
+    """Two answers to one prompt compared."""
+
+    mode: Literal["regex", "choice"] = Field(
+        "regex", description="a model's verdict: [[A]], [[B]] or [[C]] after its reasons; or constrained to one letter"
+    )
+    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, description="0 takes the most probable token")
+    retries: int = Field(2, ge=0, description="further tries after a verdict that cannot be read")
+    max_tokens: int = Field(1024, ge=1, description="of one verdict with its reasons")
+    prompt: str | None = Field(
+        None,
+        description="Jinja2 with `answer_a`, `answer_b` and `scoring.prompt`'s other variables but `scale`; null: the"
+        " built-in one of the mode",
+    )
+
+
 class Scoring(Section):
     """Self-scoring: one call a response and objective (SPA, step 2)."""
 
@@ -116,6 +132,11 @@ class Scoring(Section):
     judge: str | JudgeKinds | None = Field(
         None, description="null: the policy itself; else `module:judge` or a section"
     )
+    compare: Compare | None = Field(
+        None,
+        description="null: answers are scored one by one; else every two candidates are compared in both orders, and"
+        " scores say how many others an answer beats",
+    )
 
     @field_validator("scale")
     @classmethod
@@ -136,6 +157,8 @@ class Scoring(Section):
                 f"a judge of kind {judge.kind} is asked in mode {judge.only_mode}, not {self.mode}; set "
                 f"scoring.mode={judge.only_mode}"
             )
+        if self.compare is not None and judge.only_mode not in (None, self.compare.mode):
+            raise ValueError(f"compare.mode: a judge of kind {judge.kind} is asked in mode {judge.only_mode}")
         return self
 
     @property
@@ -145,7 +168,7 @@ class Scoring(Section):
     @property
     def repeated(self) -> bool:
         """Whether a score is the mean of several draws, which have a variance."""
-        return self.draws > 1 and self.mode != "expected" and self.judged_by.reads_prompts
+        return self.draws > 1 and self.compare is None and self.mode != "expected" and self.judged_by.reads_prompts
 
 
 class Refine(Decoding):

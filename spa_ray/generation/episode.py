@@ -14,17 +14,20 @@ import math
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spa_ray.config.rollout import Decoding
 from spa_ray.engine.openai import BudgetSpentError, EndpointDeadError
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
-from spa_ray.generation.judging import Item, Judgement, Scorer, together
+from spa_ray.generation.judging import Compared, Item, Judgement, Scorer, together
 from spa_ray.generation.seeds import seed_for
 from spa_ray.generation.templates import Templates
 from spa_ray.logs import printable
 from spa_ray.objectives import Objective
 from spa_ray.rollout.chat import Chat
+
+if TYPE_CHECKING:
+    from spa_ray.generation.ranking import Ranker
 
 Row = dict[str, Any]
 
@@ -117,10 +120,13 @@ class Episodes:
         recipe: Recipe,
         *,
         refine_chat: Chat | None = None,
+        ranker: Ranker | None = None,
     ) -> None:
-        """`refine_chat` renders the refinement's prompt, where that has settings of its own."""
+        """`refine_chat` renders the refinement's prompt, where that has settings of its own. `ranker` scores answers by
+        comparing them, in the judge's place."""
         self._engine, self._chat, self._templates = engine, chat, templates
         self._judge, self._recipe, self._refine_chat = judge, recipe, refine_chat or chat
+        self._ranker = ranker
 
     async def run(self, prompt: Mapping[str, Any], *, attempt: int = 0, earlier: Completion | None = None) -> Row:
         """One episode. `earlier`, the last iteration's refined answer, joins the candidates (`reuse_refined`).
@@ -166,6 +172,7 @@ class _Episode:
         if earlier is not None:
             settled.append(self._scored(Response(recipe.n, "candidate", earlier, None, 0.0, 0)))
         self.responses = await together(settled)
+        await self._rank()
         if recipe.refine is not None:
             await self._refine(recipe.refine)
 
@@ -221,11 +228,41 @@ class _Episode:
         if response.unfinished:
             response.judgements = [Judgement(None, UNFINISHED) for _ in self.recipe.objectives]
             return response
+        if self.house._ranker is not None:  # all are ranked together
+            return response
         seed_of = partial(self._judge_seed, response.index)
-        response.judgements = await judge.score(Item(self.messages, self.meta, text, self.recipe.objectives, seed_of))
-        self.prompt_tokens += sum(j.prompt_tokens for j in response.judgements)
-        self.generated_tokens += sum(j.generated_tokens for j in response.judgements)
+        item = Item(self.messages, self.meta, text, self.recipe.objectives, seed_of)
+        return self._judged(response, await judge.score(item))
+
+    def _judged(self, response: Response, judgements: list[Judgement]) -> Response:
+        response.judgements = judgements
+        self.prompt_tokens += sum(j.prompt_tokens for j in judgements)
+        self.generated_tokens += sum(j.generated_tokens for j in judgements)
         return response
+
+    async def _rank(self) -> None:
+        """Score all candidates by comparing them, where that is asked for."""
+        if (ranker := self.house._ranker) is not None:
+            ranked = {r.index: r for r in self.responses if not r.unfinished}
+            answers = {index: r.completion.text for index, r in ranked.items()}
+            for index, judgements in (await ranker.rank(self._compared(), answers)).items():
+                self._judged(ranked[index], judgements)
+
+    async def _refined(self, response: Response, scored: list[Response]) -> Response:
+        """The refined answer scored: by itself, or by comparing it with the best of the candidates."""
+        ranker = self.house._ranker
+        if ranker is None or response.unfinished:
+            return await self._scored(response)
+        best = max(scored, key=lambda r: math.fsum(_scores(r)))
+        texts, n = (response.completion.text, best.completion.text), sum(not r.unfinished for r in self.responses)
+        places = await ranker.place(self._compared(), response.index, texts[0], best.index, texts[1], _scores(best), n)
+        return self._judged(response, places)
+
+    def _compared(self) -> Compared:
+        def seed_of(index: int, objective: str, draw: int, again: int) -> int:
+            return self._seed("compare", response=index, objective=objective, draw=draw, attempt=again)
+
+        return Compared(self.messages, self.meta, seed_of)
 
     def _judge_seed(self, index: int, objective: str, draw: int, again: int) -> int:
         return self._seed("score", response=index, objective=objective, draw=draw, attempt=again)
@@ -249,7 +286,7 @@ class _Episode:
             seed = self._seed(draw.role, response=index + again)
             completion = await self._ask(prompt, draw, seed)
             refined = Response(index + again, "refined", completion, system, draw.temperature, seed)
-            tried.append(await self._scored(thought(refined, self.house._refine_chat)))
+            tried.append(await self._refined(thought(refined, self.house._refine_chat), scored))
             if all(a > b for a, b in zip(_scores(tried[-1]), best, strict=True)):
                 break
         # Of equal ones the first, and one without all its scores only where no other is.

@@ -182,6 +182,15 @@ class Item:
     seed_of: SeedOf
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A prompt whose answers are compared. `seed_of` takes an answer's index, an objective, a draw and an attempt."""
+
+    messages: Sequence[Message]
+    meta: str
+    seed_of: Callable[[int, str, int, int], int]
+
+
 class Scorer(Protocol):
     """A judge as an episode asks it. A judgement that failed says so in its status; what is raised fails the prompt."""
 

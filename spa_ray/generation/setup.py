@@ -5,12 +5,13 @@ Comes in: a config and a model folder. Goes out: `Episodes`. Never: Ray.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Literal
 
 from spa_ray.config.models import Config
+from spa_ray.config.pairwise import Pairwise
 from spa_ray.config.plugs import JUDGES, PAIRWISE, load_dotted
 from spa_ray.config.section import JudgeSection
 from spa_ray.engine.checked import CheckedEngine
@@ -21,6 +22,7 @@ from spa_ray.generation.endpoint_judge import Ask
 from spa_ray.generation.episode import Draw, Episodes, Recipe
 from spa_ray.generation.judging import Parts, Scorer, compile_pattern, judge_labels
 from spa_ray.generation.pairwise import Comparisons, section_of
+from spa_ray.generation.ranking import Ranker
 from spa_ray.generation.templates import PairTemplate, Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat, open_chat
@@ -65,8 +67,9 @@ def make_episodes(
     if task.kind == "compare":
         return make_comparisons(config, Parts(config, checked, chat, templates, ask))
     judge = make_judge(config, task, checked, chat, templates, ask)
+    ranker = make_ranker(config, task, Parts(config, checked, chat, templates, ask))
     refine_chat = chat.with_kwargs(config.refine.chat_template_kwargs)
-    return Episodes(checked, chat, templates, judge, recipe(config, task), refine_chat=refine_chat)
+    return Episodes(checked, chat, templates, judge, recipe(config, task), refine_chat=refine_chat, ranker=ranker)
 
 
 def engine_chat(config: Config, task: Task, engine: Engine, model: Path) -> Chat:
@@ -104,6 +107,18 @@ def make_judge(
         section, Parts(config, engine, chat, templates, ask)
     )
     return found
+
+
+def make_ranker(config: Config, task: Task, parts: Parts) -> Ranker | None:
+    """What scores an episode's answers by comparing them; None where they are scored one by one."""
+    compare, judge = config.scoring.compare, config.scoring.judged_by
+    if compare is None or task.kind != "episode":
+        return None
+    pairwise = Pairwise.model_validate({**compare.model_dump(), "judge": config.scoring.judge or "self"})
+    evaluation = config.evaluation.model_copy(update={"pairwise": pairwise})  # where pairwise judges look for it
+    asked = replace(parts, config=config.model_copy(update={"evaluation": evaluation}))
+    comparer = load_dotted(PAIRWISE[judge.kind], where="scoring.judge").of(judge, asked)
+    return Ranker(comparer, parts.templates.objectives, config.scoring.scale)
 
 
 def make_comparisons(config: Config, parts: Parts) -> Comparisons:
@@ -149,6 +164,9 @@ def check_generation(config: Config, model: Path) -> None:
     compile_pattern(config.scoring.pattern)
     section = config.scoring.judged_by
     load_dotted(JUDGES[section.kind], where="scoring").check(section, "scoring.judge")
+    if config.scoring.compare is not None:
+        PairTemplate(config.scoring.compare, load_objectives(config), key="scoring.compare.prompt")
+        load_dotted(PAIRWISE[section.kind], where="scoring").check(section, "scoring.judge")
     check_judges(config)
     if config.model.own_engine:
         return

@@ -15,7 +15,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from spa_ray.config.models import Config
-from spa_ray.config.pairwise import Pairwise
+from spa_ray.config.rollout import Compare
 from spa_ray.errors import InputError
 from spa_ray.objectives import Objective
 
@@ -123,9 +123,11 @@ VERDICTS = {
 class PairTemplate:
     """The prompt that shows two answers."""
 
-    def __init__(self, section: Pairwise, objectives: Sequence[Objective]) -> None:
+    def __init__(
+        self, section: Compare, objectives: Sequence[Objective], *, key: str = "evaluation.pairwise.prompt"
+    ) -> None:
         """Compile and try it. Raises: InputError, as `Templates`."""
-        key, variables = "evaluation.pairwise.prompt", PAIR_VARIABLES
+        variables = PAIR_VARIABLES
         self._objectives = tuple(objectives)
         self._template = _compile(section.prompt or PAIR + VERDICTS[section.mode], key, variables)
         for objective in self._objectives:

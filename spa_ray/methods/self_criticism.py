@@ -1,9 +1,10 @@
 """Self-Criticism (Tan et al. 2023), reconstructed from its abstract: a model learns the better answers that it writes
 when it is shown its best and its worst, as it judges them, in all respects alike.
 
-Four answers per prompt are judged by examples (`JUDGE`); the best and the worst by the sum of their scores are the
-context of a further answer (`BETTER`), which is kept if its sum is above the best's. A comparison of two answers is
-thus that of two drawn ratings, and equal ones are a tie. Training is SFT on what is kept, on the prompt as it was.
+Of four answers per prompt every two are compared in both orders, with four examples (`COMPARE`). The best and the worst
+are the context of a further answer (`BETTER`), which is kept if it is judged better than the best. Where
+`scoring.compare` is null a comparison is that of two drawn ratings. Training is SFT on what is kept, behind the prompt
+as it was.
 """
 
 from __future__ import annotations
@@ -18,58 +19,67 @@ ASKED = (
     "{% endfor %}{% else %}[Question]\n{{ question }}\n{% endif %}"
 )
 
-# Marks from 0 (worst) to 1 (best) of four answers, by the names of the built-in objectives; others have no examples.
+# Four comparisons: more harmless, more honest, more helpful, and a tie.
 SHOTS = """\
 {%- set shots = [
   {"question": "How do I get back at my neighbour for the noise?",
-   "answer": "Pour sugar into his tank at night. Wear gloves and do it when the street is empty.",
-   "marks": {"harmless": 0, "honest": 0.7, "helpful": 0.2}},
-  {"question": "How do I get back at my neighbour for the noise?",
-   "answer": "I cannot help with that.",
-   "marks": {"harmless": 0.9, "honest": 0.8, "helpful": 0.1}},
+   "a": "Pour sugar into his tank at night. Wear gloves and do it when the street is empty.",
+   "b": "I would not harm him or his things. Write down the hours of the noise, talk with him, then with the landlord.",
+   "better": "B"},
   {"question": "Who will win the election in my town next spring?",
-   "answer": "The mayor will surely win with 54 percent of the votes.",
-   "marks": {"harmless": 0.8, "honest": 0, "helpful": 0.2}},
-  {"question": "Who will win the election in my town next spring?",
-   "answer": "Nobody can know that yet. The town's website lists the candidates, and polls are usually published in the last weeks; I can tell you how to read them.",
-   "marks": {"harmless": 1, "honest": 1, "helpful": 0.8}},
+   "a": "Nobody can know that yet. The town's website lists the candidates, and polls come out in the last weeks.",
+   "b": "The mayor will surely win with 54 percent of the votes.",
+   "better": "A"},
+  {"question": "My pan is burnt black inside. How do I get it clean?",
+   "a": "Burnt pans are a nuisance, and many people have one.",
+   "b": "Cover the burnt layer with water and two spoons of baking soda, boil it for ten minutes, scrape and rinse.",
+   "better": "B"},
+  {"question": "What is seven times eight?",
+   "a": "56",
+   "b": "Seven times eight is 56.",
+   "better": "C"},
 ] -%}
-"""  # noqa: E501
-
-JUDGE = (
+"""
+COMPARE = (
     SHOTS
     + """\
-You judge answers fairly. Judge ONLY how {{ objective.name }} the answer is.
+You compare two answers fairly: which of them is more {{ objective.name }}?
 
 Principle: {{ objective.principle }}
-{% if objective.rubric %}Scale: {{ objective.rubric }}
-{% endif %}
-{% for shot in shots if objective.name in shot.marks %}[Question]
+
+Neither the order in which the answers stand, nor length, nor style earns anything by itself. Reply with one letter: A
+if answer A is better, B if answer B is better, C if neither is.
+
+{% for shot in shots %}[Question]
 {{ shot.question }}
-[Answer]
-{{ shot.answer }}
-[Mark]
-{{ (scale[0] + shot.marks[objective.name] * (scale[1] - scale[0])) | round | int }}
+[Answer A]
+{{ shot.a }}
+[Answer B]
+{{ shot.b }}
+[Better]
+{{ shot.better }}
 
 {% endfor %}"""
     + ASKED
     + """\
-[Answer]
-{{ answer }}
-[Mark]
-Reply with one whole number from {{ scale[0] }} (worst) to {{ scale[1] }} (best), nothing else."""
+[Answer A]
+{{ answer_a }}
+[Answer B]
+{{ answer_b }}
+[Better]
+Reply with one letter, nothing else: A, B or C."""
 )
 
 BETTER = (
-    "{% set ranked = candidates | sort(attribute='total') %}"
+    "{% set ranked = candidates | sort(attribute='total', reverse=true) %}"
     "Below are a question and two answers to it, the first of which is the better one.\n\n"
     + ASKED
     + """
 [Better answer]
-{{ ranked[-1].text }}
+{{ ranked[0].text }}
 {% if ranked|length > 1 %}
 [Worse answer]
-{{ ranked[0].text }}
+{{ ranked[-1].text }}
 {% endif %}
 Give a better answer: one that is more {{ objectives | map(attribute='name') | join(', more ') }} than both. Do not
 mention them. Write the answer only."""
@@ -81,7 +91,7 @@ class SelfCriticism(SFT):
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "sampling.n": 4,
-        "scoring.prompt": JUDGE,
+        "scoring.compare": {"mode": "choice", "prompt": COMPARE},
         "refine.prompt": BETTER,
         "denoise.consistency": "total",
         "denoise.informativeness": False,

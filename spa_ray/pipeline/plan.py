@@ -360,7 +360,10 @@ def _arm(name: str, config: Config, look: _Lookup, stages: list[Plan]) -> Plan:
 
 def _on_judging(config: Config, look: _Lookup) -> list[str]:
     """A note where judging is slow on this scale. Raises: InputError where this tokenizer cannot judge on it."""
-    if not isinstance(look.encoder, Chat) or config.episodes.source or not config.scoring.judged_by.asks_engine:
+    scoring = config.scoring
+    if not isinstance(look.encoder, Chat) or config.episodes.source or not scoring.judged_by.asks_engine:
+        return []
+    if scoring.compare is not None:  # no scale is asked for
         return []
     chat = look.encoder.with_kwargs(config.scoring.chat_template_kwargs)
     judge_labels(chat, config.scoring)

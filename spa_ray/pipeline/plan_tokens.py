@@ -6,13 +6,14 @@ answers' text is cut from the prompts' own, to `ANSWER_SHARE` of their limit. Ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Protocol
 
 from spa_ray.config.benchmark import BenchmarkConfig
 from spa_ray.config.models import Config
+from spa_ray.config.rollout import Compare
 from spa_ray.config.section import JudgeSection
 from spa_ray.generation.templates import LAYOUTS, PairTemplate, Templates
 from spa_ray.objectives import load_objectives
@@ -113,13 +114,38 @@ class _Counter:
     def score(self, messages: Sequence[Message], answer: str) -> None:
         """The answer's judgement on every objective, where a model is asked for it by prompts of ours."""
         scoring = self.config.scoring
-        if not scoring.judged_by.reads_prompts:
+        if not scoring.judged_by.reads_prompts or scoring.compare is not None:
             return
         for objective in self.objectives:
             user = {"role": "user", "content": self.templates.score(messages, answer, objective)}
             ids = self.encoder.prompt_ids([user], self.templates.score_system(messages, answer, objective))
             for _ in range(1 if scoring.mode == "expected" else scoring.draws):
                 self.judge(ids, scoring.max_tokens if scoring.mode == "regex" else 1, by=scoring.judged_by)
+
+    def compare(
+        self,
+        section: Compare,
+        template: PairTemplate,
+        messages: Sequence[Message],
+        answers: tuple[str, str],
+        *,
+        by: JudgeSection,
+    ) -> None:
+        """One order of two answers, on every objective."""
+        for objective in self.objectives:
+            text = template.render(messages, answers[0], answers[1], objective)
+            ids = self.encoder.prompt_ids([{"role": "user", "content": text}])
+            self.judge(ids, 1 if section.mode == "choice" else section.max_tokens, by=by)
+
+    def rank(self, messages: Sequence[Message], pairs: Iterable[tuple[str, str]]) -> None:
+        """Both orders of these pairs of answers, where scores are comparisons by a model."""
+        section, by = self.config.scoring.compare, self.config.scoring.judged_by
+        if section is None or not by.reads_prompts:
+            return
+        template = PairTemplate(section, self.objectives, key="scoring.compare.prompt")
+        for a, b in pairs:
+            for answers in ((a, b), (b, a)):
+                self.compare(section, template, messages, answers, by=by)
 
     def judge(self, ids: Sequence[int], generated: float, *, by: JudgeSection) -> None:
         """A request to a judge: to the engine, or to its endpoint."""
@@ -165,11 +191,14 @@ def episode_work(
         answers += [counter.answer(n, config.refine.max_tokens)] if earlier else []
         for answer in answers:
             counter.score(messages, answer)
+        counter.rank(messages, combinations(answers, 2))
         for attempt in range(config.refine.attempts):  # the others were not consistent
             total += counter.work
             counter.work = Work()
             counter.refine(messages, answers, context)
-            counter.score(messages, counter.answer(n + 1 + attempt, config.refine.max_tokens))
+            refined = counter.answer(n + 1 + attempt, config.refine.max_tokens)
+            counter.score(messages, refined)
+            counter.rank(messages, [(refined, answers[0])])
             counter.work = counter.work.times((1 - CONSISTENT_SHARE) ** attempt)
         total += counter.work
     return total.times(1 / len(prompts))
@@ -229,18 +258,12 @@ def compare_work(config: Config, prompts: Sequence[Sequence[Message]], encoder: 
     if section is None or not section.judged_by.reads_prompts:
         return Work()
     counter, total = _Counter(config, encoder, prompts), Work()
-    template, generated = (
-        PairTemplate(section, counter.objectives),
-        1 if section.mode == "choice" else section.max_tokens,
-    )
+    template = PairTemplate(section, counter.objectives)
     for messages in prompts:
         counter.next_prompt()
         first, second = (counter.answer(k, limit) for k in range(2))
         for a, b in ((first, second), (second, first))[: 1 + section.both_orders]:
-            for objective in counter.objectives:
-                text = template.render(messages, a, b, objective)
-                ids = encoder.prompt_ids([{"role": "user", "content": text}])
-                counter.judge(ids, generated, by=section.judged_by)
+            counter.compare(section, template, messages, (a, b), by=section.judged_by)
         total += counter.work
     return total.times(1 / len(prompts))
 

@@ -79,13 +79,14 @@ def _scoring(scoring: Scoring) -> dict[str, Any]:
         unread |= {"retries"}
     if not scoring.judged_by.reads_prompts:
         return {"scale": list(scoring.scale)}
-    return _plain(scoring, *unread, "judge")
+    return _plain(scoring, *unread, "judge", "compare")
 
 
 def _judged(scoring: Scoring) -> dict[str, Any]:
     """The scoring and what its judge adds."""
     judge = scoring.judged_by.key()
-    return {**_scoring(scoring), **({} if judge is None else {"judge": judge})}
+    compared = {} if scoring.compare is None else {"compare": [PROTOCOL, _plain(scoring.compare)]}
+    return {**_scoring(scoring), **({} if judge is None else {"judge": judge}), **compared}
 
 
 def attempt(config: Config) -> dict[str, Any]:
