@@ -27,7 +27,8 @@ from alike import Alike, compare_greedy
 from served_model import served_model
 
 from spa_ray.logs.noise import hush
-from spa_ray.pipeline.examples import before_after, print_examples
+from spa_ray.report.examples import of_run, print_examples
+from spa_ray.report.run_data import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SPA = str(Path(sys.executable).parent / "spa")
@@ -60,7 +61,7 @@ def main() -> int:
     with judge_server(folder, asked.model, laps) if asked.judge_endpoint else nullcontext():
         result = chain(config, settings, preview=asked.preview, laps=laps)
     run = Path(result["run_dir"])
-    print_examples(before_after(run, arm="spa"))
+    print_examples(of_run(read_run(run)))
     trained = Path(result["arms"]["spa"]["iterations"][-1]["model"])
     with lap("vLLM beside transformers", laps):
         print_alike(trained, alike(trained))

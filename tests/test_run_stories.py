@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from spa_ray.config.models import Evaluation
 from spa_ray.config.prompts import Prompts
 from spa_ray.data.readers import Row
-from spa_ray.pipeline.examples import RULE, Example, median_and_worst, print_examples
 from spa_ray.pipeline.inspect import print_story
 from spa_ray.pipeline.prompt_files import PromptFiles
+from spa_ray.report.examples import RULE, choose, print_examples
+from spa_ray.report.run_data import Answer, Asked
 from tests.scripted import scripted_config
 
 
@@ -63,35 +64,40 @@ def test_one_arm_is_told_without_a_heading_of_outcomes(capsys: pytest.CaptureFix
     assert out.count("arm main, iteration 1") == out.count("arm main, iteration 2") == 1
 
 
-def example(before: list[float | None], after: list[float | None], question: str = "q") -> Example:
-    return Example(question, "harmful", "b", "a", before, after)
+def asked(before: list[float | None], after: list[float | None], name: str = "q") -> Asked:
+    said = [{"role": "user", "content": name}]
+    return Asked(name, "test", "harmful", said, {"vanilla": Answer("b", before), "spa": Answer("a", after)})
 
 
-def test_the_median_and_the_worst_change_are_shown_with_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gain_median_and_loss_are_shown_with_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
     group = [
-        example([5, 5], [9, 5], "best"),
-        example([5, 5], [5, 5], "median"),
-        example([5, 5], [2, 9], "worst"),
-        example([5, None], [9, 9], "unscored"),
+        asked([5, 5], [9, 5], "best"),
+        asked([5, 5], [5, 5], "median"),
+        asked([5, 5], [2, 9], "worst"),
+        asked([5, None], [9, 9], "unscored"),
     ]
-    chosen = median_and_worst(group)
-    assert [(e.question, e.shown_as) for e in chosen] == [("median", "median change"), ("worst", "worst change")]
+    chosen = choose(group, arm="spa")
+    assert [(e.asked.prompt_id, e.shown_as) for e in chosen] == [
+        ("best", "largest gain"), ("median", "median change"), ("worst", "largest loss"),
+    ]  # fmt: skip
     print_examples(chosen)
     out = capsys.readouterr().out
     assert out.count(RULE) == 1
-    assert "[harmful: worst change, -3/+4] worst" in out
+    assert "[harmful: largest loss, -3/+4] worst" in out
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9))
-def test_a_failure_is_among_the_examples_wherever_there_is_one(changes: list[tuple[int, int]]) -> None:
-    group = [example([0, 0], [a - 5, b - 5]) for a, b in changes]
-    chosen = median_and_worst(group)
-    assert min(e.change for e in chosen if e.change) == min(e.change for e in group if e.change)
-    assert len(chosen) == min(2, len(group))
+def test_the_best_and_the_worst_are_among_the_examples(changes: list[tuple[int, int]]) -> None:
+    group = [asked([0, 0], [a - 5, b - 5], str(k)) for k, (a, b) in enumerate(changes)]
+    chosen = choose(group, arm="spa")
+    shown = {e.change for e in chosen}
+    assert {(a - 5, b - 5) for a, b in (min(changes), max(changes))} <= shown
+    assert len({e.asked.prompt_id for e in chosen}) == len(chosen)
+    assert all(e.shown_as != "largest loss" or e.change < (0, 0) for e in chosen)
 
 
 def test_nothing_scored_is_no_example() -> None:
-    assert median_and_worst([example([None], [1.0])]) == []
+    assert choose([asked([None], [1.0])], arm="spa") == []
 
 
 # --- prompts are read once ----------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ from spa_ray.config.models import Model
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives
-from spa_ray.pipeline.examples import Example, print_examples
 from spa_ray.pipeline.inspect import print_story, run_configs
 from spa_ray.pipeline.manifest import write_manifest, write_run_config
 from spa_ray.pipeline.progress import Progress
+from spa_ray.report.examples import Example, print_examples
+from spa_ray.report.run_data import Answer, Asked
 from spa_ray.storage.folder import RunFolder
 from spa_ray.storage.model_folder import check_model_folder
 from spa_ray.storage.weights import check_safetensors
@@ -276,7 +277,8 @@ def test_an_inspected_story_shows_escapes_as_they_are_and_no_markup(
 
 
 def test_examples_and_progress_show_escapes_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    print_examples([Example(HOSTILE, HOSTILE, HOSTILE, HOSTILE, [1.0], [None])])
+    asked = Asked("p", "test", HOSTILE, [{"role": "user", "content": HOSTILE}], {})
+    print_examples([Example("median change", asked, Answer(HOSTILE, [1.0]), Answer(HOSTILE, [None]))])
     progress = Progress()
     progress.say(HOSTILE)
     progress.counter("generate")({"done": 1, "total": 1, "error": HOSTILE})

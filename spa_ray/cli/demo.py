@@ -17,9 +17,11 @@ from spa_ray.config import Config, arm_configs
 from spa_ray.config.study import Study
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import MAIN_FAMILY
-from spa_ray.pipeline.examples import before_after, print_examples
 from spa_ray.pipeline.result_print import print_funnel, print_metrics
 from spa_ray.pipeline.study import write_study
+from spa_ray.report.examples import of_run, print_examples
+from spa_ray.report.run_data import read_run
+from spa_ray.report.write import write_report
 from spa_ray.storage.files import as_path, read_json
 
 if TYPE_CHECKING:
@@ -103,14 +105,15 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Funnels, metric tables, examples, the path."""
+    """Funnels, metric tables, examples, the path of the report, which this writes."""
     run_dir = as_path(result["run_dir"])
     funnels = {json.dumps(arm["iterations"][0]["funnel"]): name for name, arm in reversed(result["arms"].items())}
     for text, name in reversed(funnels.items()):
         print_funnel(json.loads(text), name)
     print_metrics(read_json(run_dir / "metrics.json"))
-    print_examples(before_after(run_dir, arm="spa"))
+    print_examples(of_run(read_run(run_dir)))
     print(f"run folder: {run_dir}")
+    print(f"report: {write_report(run_dir)['report']}")
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:

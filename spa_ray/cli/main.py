@@ -78,8 +78,12 @@ def run(
     """The whole pipeline; run it again to resume."""
     from spa_ray.config import load_config
     from spa_ray.pipeline.commands import run_config
+    from spa_ray.report.write import write_report
 
-    emit(run_config(load_config(config, overrides or []), until=until, verbose=verbose), as_json)
+    result = run_config(load_config(config, overrides or []), until=until, verbose=verbose)
+    result["report"] = write_report(result["run_dir"])["report"]
+    print(f"report: {result['report']}")
+    emit(result, as_json)
 
 
 @app.command()
@@ -302,6 +306,23 @@ def chat(
     from spa_ray.cli.chat import run_chat
 
     emit(run_chat(models, verbose=verbose), as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Any], typer.Argument(parser=as_path, metavar="RUN [RUN]", help="run folder, or two to compare")
+    ],
+    out: Annotated[
+        Any,
+        typer.Option(parser=out_path, metavar="PATH", help="folder; else the first run's", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One page that says what a run found (report.html), and its tables; of two runs, what is different."""
+    from spa_ray.report.write import report as write
+
+    emit(write(runs, out=out), as_json)
 
 
 annotate = typer.Typer(help="Blind sheets for people, and how judges agree with what they said.", no_args_is_help=True)
