@@ -34,7 +34,8 @@ Written from `spa_ray/config/models.py` by `make docs`; do not edit.
 
 A config is one YAML file. Every key can be given on the command line as `key=value` with dots (`sampling.n=4`).
 Unknown keys are refused. What wins, weakest first: the defaults below, `profile`, the file, the command line, an
-arm's own overrides. `spa schema` prints the same as a JSON schema.
+arm's own overrides. A method may bring keys of other sections (METHODS.md). `spa schema` prints the same as a JSON
+schema.
 """
 
 

@@ -14,8 +14,11 @@ from spa_ray.errors import InputError
 from spa_ray.pipeline.plan import make_plan
 from spa_ray.pipeline.plan_print import print_plan
 from spa_ray.pipeline.recipe import planned_stages
+from spa_ray.storage.files import as_path, copy_files, files_under
 from spa_ray.storage.model_folder import check_model_folder
+from spa_ray.storage.node_cache import CACHE
 from spa_ray.training.merge import merge_models, merge_stored
+from tests.s3_server import BUCKET, s3_server
 from tests.tiny_model import build_tiny_model
 
 PROMPTS = "spa_ray.microworld.prompts:street"
@@ -89,6 +92,27 @@ def test_of_equal_models_the_mean_is_the_model(models: list[Path], tmp_path: Pat
     merge_stored({str(models[2]): 1.0}, str(models[0]), str(tmp_path / "soup"), "weights", False)
     assert all(torch.equal(t, tensors_of(models[2])[n]) for n, t in tensors_of(tmp_path / "soup").items())
     assert not (tmp_path / "soup" / "leftover").exists()
+
+
+def test_models_on_an_object_store_are_merged_there(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    with s3_server() as environment:
+        for key, value in {**environment, CACHE: str(tmp_path / "cache")}.items():
+            monkeypatch.setenv(key, value)
+        root = as_path(f"s3://{BUCKET}/run")
+        for source in models[1:]:
+            copy_files(source, root / source.name, files_under(source))
+        shares = {str(root / source.name): share for source, share in zip(models[1:], SHARES, strict=True)}
+        merge_stored(shares, str(models[0]), str(root / "stages" / "merge-1" / "model"), "weights", False)
+        stored = root / "stages" / "merge-1" / "model"
+        copy_files(stored, tmp_path / "back", files_under(stored))
+    check_model_folder(tmp_path / "back")
+    found, first, second = (tensors_of(folder) for folder in (tmp_path / "back", *models[1:]))
+    assert all(torch.allclose(t, 0.9 * first[n] + 0.1 * second[n], atol=1e-6) for n, t in found.items())
+    assert not list((tmp_path / "cache" / "scratch" / "merge").iterdir())
 
 
 def lora_model(base: Path, folder: Path, *, seed: int, r: int) -> Path:

@@ -30,13 +30,14 @@ def check_capabilities(config: Config, *, several_models: bool = False) -> None:
     if not config.model.own_engine:
         return
     able = getattr(load_plug(ENGINES, config.model.engine, where="model.engine"), "capabilities", CAPABILITIES)
-    judged, mode = config.scoring.judged_by.asks_engine, config.scoring.mode
+    judged, mode, ranks = config.scoring.judged_by.asks_engine, config.scoring.mode, config.scoring.compare
     pairwise = config.evaluation.pairwise
     compares = pairwise is not None and pairwise.judged_by.asks_engine and pairwise.mode == "choice"
     stops = config.sampling.stop or config.refine.stop or config.evaluation.sampling.stop
     for needed, asked in (
         ("choices", "scoring.mode choice" if judged and mode == "choice" else None),
         ("choices", "evaluation.pairwise.mode choice" if compares else None),
+        ("choices", "scoring.compare.mode choice" if judged and ranks and ranks.mode == "choice" else None),
         ("logprobs", "scoring.mode expected" if judged and mode == "expected" else None),
         ("stop", "a stop string" if stops else None),
         ("load_weights", "an evaluation of several models" if several_models else None),
