@@ -34,7 +34,7 @@ unit: .venv/.ready ## the tests that start no engine
 interop: .venv/.ready ## compare with lm-evaluation-harness, and open our pairs in other trainers (.cache/interop; 15 minutes)
 	scripts/interop.sh
 	$(BIN)/python scripts/real_model.py smollm2-135m .cache/real/smollm2-135m
-	$(BIN)/python -m pytest -n0 -m long tests/test_interop.py $(ARGS)
+	$(BIN)/python -m pytest -n0 -m long tests/test_interop.py tests/test_interop_pairs.py $(ARGS)
 
 bench-test: .venv/.ready ## every benchmark at toy size
 	$(BIN)/python -m pytest -m bench $(ARGS)

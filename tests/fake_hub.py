@@ -1,10 +1,12 @@
 """A hub of data sets on loopback: as much of the Hugging Face hub's HTTP interface as `datasets` asks for to stream.
 
-`Hub(repositories)` serves {owner/name: {path: bytes}} at one commit; names in `gated` are refused as a hub does.
+`Hub(repositories)` serves {owner/name: {path: bytes}} at one commit; names in `gated` are refused as a hub does. With
+`writers`, the tokens that may write, it takes new repositories and commits: `created` has what was asked for.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -13,12 +15,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    def __init__(self, repositories: Mapping[str, Mapping[str, bytes]], gated: frozenset[str] = frozenset()) -> None:
-        self.repositories, self.gated = repositories, gated
+    def __init__(
+        self,
+        repositories: Mapping[str, Mapping[str, bytes]],
+        gated: frozenset[str] = frozenset(),
+        writers: frozenset[str] = frozenset(),
+    ) -> None:
+        self.repositories, self.gated, self.writers = dict(repositories), gated, writers
+        self.created: list[dict[str, Any]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -77,7 +87,38 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.answer(404)
 
         def do_POST(self) -> None:
-            self.do_GET()
+            parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            if not hub.writers or parts[-2] == "paths-info":
+                self.do_GET()
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.headers.get("Authorization", "").removeprefix("Bearer ") not in hub.writers:
+                self.answer(401, X_Error_Message="Invalid username or password.")
+            elif parts == ["api", "repos", "create"]:
+                asked = json.loads(body)
+                hub.created.append(asked)
+                name = f"{asked.get('organization', 'me')}/{asked['name']}"
+                hub.repositories.setdefault(name, {})
+                self.tell({"url": f"{hub.url}/{name}", "id": name})
+            elif parts == ["api", "validate-yaml"]:
+                header = json.loads(body)["content"].split("---")[1]
+                self.tell({"errors": [], "warnings": [] if yaml.safe_load(header) else [{"message": "empty"}]})
+            elif parts[4] == "preupload":
+                files = json.loads(body)["files"]
+                self.tell(
+                    {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+                )
+            elif parts[4] == "commit":
+                lines = [json.loads(line) for line in body.splitlines()]
+                files = {
+                    v["path"]: base64.b64decode(v["content"]) for v in (x["value"] for x in lines if x["key"] == "file")
+                }
+                name = "/".join(parts[2:4])
+                hub.repositories[name] = {**hub.repositories[name], **files}
+                self.tell({"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+        def tell(self, found: Any) -> None:
+            self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
 
         def repository(self, name: str, revision: str | None) -> Mapping[str, bytes] | None:
             if name in hub.gated:

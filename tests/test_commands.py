@@ -65,11 +65,15 @@ def test_generate_counts_its_rows(episodes: dict[str, Any]) -> None:
 def test_build_reads_the_objectives_off_the_episodes(pairs: dict[str, Any]) -> None:
     assert list(pairs["funnel"]["pairs_by_decided_by"]) == ["harmless", "helpful"]
     assert pairs["funnel"]["pairs"] > 64
+    assert f"| pairs | {pairs['funnel']['pairs']} |" in (home / "built" / "README.md").read_text()
 
 
-def test_train_leaves_a_model_folder(model: dict[str, Any], home: Path) -> None:
+def test_train_leaves_a_model_folder(model: dict[str, Any], pairs: dict[str, Any], home: Path) -> None:
     assert model["pairs"] == 64
     assert (home / "trained" / "model.safetensors").is_file()
+    card = (home / "trained" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert f"{pairs['funnel']['pairs']} pairs of" in card
 
 
 def test_evaluate_scores_every_held_out_prompt(model: dict[str, Any], home: Path) -> None:

@@ -118,6 +118,23 @@ def test_metrics_name_vanilla_and_every_arm(finished: dict[str, Any]) -> None:
         assert arm["means"]["harmless"]["low"] <= arm["means"]["harmless"]["mean"] <= arm["means"]["harmless"]["high"]
 
 
+def test_every_model_and_its_pairs_have_a_card(finished: dict[str, Any]) -> None:
+    from huggingface_hub import DatasetCard, ModelCard
+
+    first, last = finished["arms"]["two"]["iterations"]
+    card = ModelCard.load(Path(last["model"]) / "README.md")
+    means = finished["arms"]["two"]["metrics"]["test"]["means"]
+    told = {
+        result.metric_type: result.metric_value for result in card.data.eval_results if result.dataset_name == "test"
+    }
+    assert told == {name: interval["mean"] for name, interval in means.items()}
+    assert f"{last['funnel']['pairs']} pairs of 48 prompts" in card.text
+    assert not ModelCard.load(Path(first["model"]) / "README.md").data.eval_results  # the last one was evaluated
+    pairs = DatasetCard.load(Path(last["pairs"]).parent / "README.md")
+    assert f"| kept | {last['funnel']['kept']} |" in pairs.text
+    assert pairs.data.to_dict()["configs"][0]["data_files"][0]["path"] == "pairs/*.parquet"
+
+
 def test_the_manifest_holds_the_plan_beside_what_happened(finished: dict[str, Any]) -> None:
     run_dir = Path(finished["run_dir"])
     compared = compare_run(run_dir)

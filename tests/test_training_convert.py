@@ -305,7 +305,7 @@ def test_a_model_folder_is_pushed_as_it_is_and_private_unless_asked(spa: Any, hu
     assert status == 0
     assert json.loads(out.splitlines()[-1]) == {"model": str(tiny_model), "pushed": "https://hub/me/model"}
     (_, created), (_, uploaded) = hub.calls
-    assert created == {"repo": "me/model", "private": True, "exist_ok": True}
+    assert created == {"repo": "me/model", "private": True, "exist_ok": True, "repo_type": "model"}
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/model", tiny_model)
     spa(tiny_model, "--push-to-hub", "me/model", "--public")
     assert hub.calls[2][1]["private"] is False

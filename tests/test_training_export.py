@@ -144,8 +144,15 @@ def test_the_exported_folder_has_the_tensors_and_files_of_its_source(
 ) -> None:
     model = build(tmp_path / "source", kind, tie_word_embeddings=tie, dtype=dtype)
     kept = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.model", "modeling_own.py"]
-    kept += ["own_code/layers.py", "tokenizer_config.json", "README.md"]
-    left = ["original/consolidated.00.pth", "original/params.json", "model.onnx", "tf_model.h5", "onnx/model.onnx"]
+    kept += ["own_code/layers.py", "tokenizer_config.json", "LICENSE"]
+    left = [
+        "README.md",
+        "original/consolidated.00.pth",
+        "original/params.json",
+        "model.onnx",
+        "tf_model.h5",
+        "onnx/model.onnx",
+    ]
     for name in [*kept, *left]:
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(f"{name}\n")

@@ -240,13 +240,17 @@ def export(
         typer.Argument(
             parser=local_path,
             metavar="SOURCE",
-            help="model folder, adapter, or a job's work folder or checkpoint",
+            help="model folder, adapter, a job's work folder or checkpoint, or pairs",
             show_default=False,
         ),
     ],
     out: Annotated[
         Any,
-        typer.Option("--out", parser=local_path, metavar="PATH", help="model folder to write", show_default=False),
+        typer.Option("--out", parser=local_path, metavar="PATH", help="folder to write", show_default=False),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="of pairs: trl, axolotl or llama_factory", show_default=False),
     ] = None,
     adapter: Annotated[
         Any,
@@ -259,22 +263,32 @@ def export(
         typer.Option(parser=local_path, metavar="PATH", help="base model, where it has moved", show_default=False),
     ] = None,
     step: Annotated[int | None, typer.Option(help="checkpoint of this step; else the newest")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(help="upload the model folder to this repository")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="upload the folder to this repository")] = None,
     public: Annotated[bool, typer.Option("--public", help="a new repository is public")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code of the base model")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter, or turn a checkpoint into a model folder; push it to a hub when asked."""
-    if out is None and (push_to_hub is None or adapter or base or step is not None):
-        raise InputError("spa export: --out is missing; name the model folder to write")
-    from spa_ray.training import convert
+    """Merge an adapter, turn a checkpoint into a model folder, or pairs into another trainer's; push it when asked."""
+    from spa_ray.pipeline.export_pairs import export_pairs, pairs_in
+    from spa_ray.storage.hub_push import check_repo, push
 
     if push_to_hub is not None:
-        convert.check_repo(push_to_hub)
+        check_repo(push_to_hub)
+    if form is not None or pairs_in(source):
+        if adapter or base or step is not None:
+            raise InputError("spa export: --adapter, --base and --step are of models; SOURCE are pairs")
+        emit(export_pairs(source, out, form, push_to_hub, private=not public), as_json)
+        return
+    if out is None and (push_to_hub is None or adapter or base or step is not None):
+        raise InputError("spa export: --out is missing; name the model folder to write")
+    from spa_ray.storage.model_folder import check_model_folder
+    from spa_ray.training import convert
+
     if out is not None:
         convert.export(source, out, adapter=adapter, base=base, step=step, trust_remote_code=trust_remote_code)
     folder = out or source
-    url = None if push_to_hub is None else convert.push(folder, push_to_hub, private=not public)
+    check_model_folder(folder)
+    url = None if push_to_hub is None else push(folder, push_to_hub, private=not public)
     print(folder if url is None else url)
     emit({"model": str(folder.absolute()), "pushed": url}, as_json)
 

@@ -22,6 +22,7 @@ from spa_ray.data.left_out import write_list
 from spa_ray.data.schemas import is_imported
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.errors import InputError
+from spa_ray.pipeline.cards import Trained, model_card, pairs_card, write_card
 from spa_ray.pipeline.cluster import connected
 from spa_ray.pipeline.first_day import FILE as FIRST_DAY
 from spa_ray.pipeline.first_day import first_day, record_first_day
@@ -179,6 +180,7 @@ def build_stage(
             context = _context(arm, stage.folder, progress, day, verbose=verbose)
             _do("build", Work(stage, arm, {"episodes": folder}), context)
     funnel = stage.facts()["funnel"]
+    write_card(stage.folder, pairs_card(arm, f"{arm.name}-pairs", funnel))
     print_funnel(funnel, str(episodes))
     return {"pairs": str(stage.folder / "pairs"), "funnel": funnel}
 
@@ -241,6 +243,9 @@ def train_stage(config: Config, *, pairs: AnyPath | str, out: AnyPath, verbose: 
             stored = not all(is_local(path) for path in (*inputs.values(), out))
             work = Work(stage, config, inputs, known, arms={out.name: config}, out=out)
             _do("train", work, context, one_node=stored, before=before)
+    funnel = folder.parent / "funnel.json"  # where `spa build` wrote the pairs
+    made_of = Trained(model, read_json(funnel) if is_file(funnel) else None)
+    write_card(out, model_card(config, out.name, made_of))
     return {"model": str(out), **stage.facts()}
 
 

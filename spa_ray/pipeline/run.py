@@ -132,10 +132,31 @@ class Pipeline:
             evaluated.setdefault(arm, {"metrics": {}})["benchmarks"] = measures
         for arm, rates in self._pairwise().items():
             evaluated[arm]["pairwise"] = rates
+        self._cards(evaluated)
         nothing: dict[str, Any] = {"metrics": {}}
         arms = {arm: {"iterations": self._iterations(arm), **evaluated.get(arm, nothing)} for arm in self.arms}
         vanilla = {VANILLA: evaluated[VANILLA]} if VANILLA in evaluated else {}
         return {"run_dir": str(self.folder.path), "arms": arms, **vanilla}
+
+    def _cards(self, evaluated: dict[str, dict[str, Any]]) -> None:
+        """README.md in every model folder and beside every `pairs/`."""
+        from spa_ray.pipeline.cards import Trained, model_card, pairs_card, write_card
+
+        cards: dict[AnyPath, str] = {}
+        for node, stage in self.stages.items():
+            output = STAGES[node.stage].output
+            if output not in ("pairs", "model"):
+                continue
+            last = node.user == node.arm and node.iteration == self.arms[node.arm].iterations.count
+            name = f"{node.config.name}-{node.user.replace(':', '-')}" + ("" if last else f"-{node.iteration}")
+            if output == "pairs":
+                cards.setdefault(stage.folder, pairs_card(node.config, name, stage.facts()["funnel"]))
+                continue
+            funnel = self.stages[node.inputs["pairs"]].facts()["funnel"] if "pairs" in node.inputs else None
+            found = Trained(self.base, funnel, *((evaluated.get(node.arm), evaluated.get(VANILLA)) if last else ()))
+            cards.setdefault(stage.folder / output, model_card(node.config, name, found))
+        for folder, text in cards.items():
+            write_card(folder, text)
 
     def _iterations(self, arm: str) -> list[dict[str, Any]]:
         return [

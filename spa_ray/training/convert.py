@@ -175,35 +175,6 @@ def find_checkpoint(source: Path, step: int | None) -> Path:
     raise InputError(f"{source}: neither a model folder, an adapter nor a work folder with {CHECKPOINTS}/")
 
 
-def push(folder: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a model folder to the hub's `repo` (made if it is not there) and return its address.
-
-    Raises: InputError for a folder or a name that cannot be; RunError when the hub refuses or cannot be reached.
-    """
-    import httpx
-    from huggingface_hub import HfApi
-
-    check_model_folder(folder)
-    check_repo(repo)
-    api = HfApi()
-    try:
-        url = str(api.create_repo(repo, private=private, exist_ok=True))
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model by spa export")
-    except (OSError, httpx.HTTPError) as e:  # the hub's own errors are OSErrors, a missing token's too
-        raise RunError(f"{repo}: the hub did not take it ({_first_line(e)}); {folder} stands, push it again") from e
-    return url
-
-
-def check_repo(repo: str) -> None:
-    """Raises: InputError for what is no name of a repository."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as e:
-        raise InputError(f"--push-to-hub {repo}: {_first_line(e)}; write owner/name") from e
-
-
 def _job_of(checkpoint: Path, out: Path, base: Path | None) -> TrainJob:
     path = checkpoint.parent.parent / JOB
     if not path.is_file():

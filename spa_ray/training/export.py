@@ -26,7 +26,7 @@ WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf"),
     *("*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.nemo"),
 )
-OURS = ("config.json", "adapter_config.json", METHOD)
+OURS = ("config.json", "adapter_config.json", METHOD, "README.md")  # written anew: a card is of one model
 TEMPLATES = "additional_chat_templates"  # transformers' folder for templates with names
 GENERATION = "generation_config.json"
 NOTHING = Beside()
@@ -104,7 +104,7 @@ def merge_adapter(base: Path, adapter: Path, dtype: torch.dtype, *, trust_remote
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """All of a model folder but weights and config, byte for byte: tokenizer, templates, generation config, code.
+    """All of a model folder but weights, config and card, byte for byte: tokenizer, templates, generation config, code.
 
     Of its subfolders only templates with names and Python packages: others hold weights in other formats.
     """

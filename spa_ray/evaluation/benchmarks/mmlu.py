@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -67,6 +68,8 @@ class MMLU(Benchmark[MMLUConfig]):
 
     def _before(self) -> dict[str, Turns]:
         """The solved examples of each subject."""
+        if self.config.path is not None and Path(self.config.path).expanduser().is_file():
+            raise InputError(f"{WHERE}.path: give the folder of dev/ and test/, or shots: 0 with one file")
         found: dict[str, Turns] = defaultdict(list)
         for _, values in named_rows("mmlu", self.config, *COLUMNS, split="dev", where=WHERE):
             turns = found[str(values["subject"])]
