@@ -68,14 +68,18 @@ def model_card(config: Config, name: str, model: Trained) -> str:
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*TAGS, config.train.method],
+        tags=[*TAGS, "merge" if config.merge else config.train.method],
         datasets=[source] if source else None,
         eval_results=results or None,
     )
     made = "pairs of the user's own" if funnel is None else _made_of(config, funnel)
+    how = f"Trained with spa_ray by the method `{config.train.method}`."
+    if config.merge is not None:
+        shares = ", ".join(f"{share:g} of `{arm}`" for arm, share in config.merge.shares.items())
+        how, made = f"Merged with spa_ray: {shares} ({config.merge.what}).", "that of the merged models"
     parts = [
         f"# {name}",
-        f"Trained with spa_ray by the method `{config.train.method}`.",
+        how,
         _table({"base model": f"`{base_id or config.model.path}`", "preference data": made,
                 "objectives": ", ".join(config.objectives),
                 "licence": licence or "that of the base model, whose folder names none"}),
