@@ -17,7 +17,8 @@ from spa_ray.engine.openai import EndpointClient
 from spa_ray.engine.scripted import ScriptedTokenizer
 from spa_ray.errors import InputError
 from spa_ray.evaluation.benchmarks import arena_hard, mt_bench
-from spa_ray.generation.benchmark import Plays, benchmark_prompts
+from spa_ray.generation.benchmark import Plays, benchmark_prompts, make_benchmark
+from spa_ray.generation.setup import Task, check_judges
 from spa_ray.pipeline.plan import make_plan
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES
@@ -182,7 +183,8 @@ def test_both_published_forms_of_baseline_answers_are_read(tmp_path: Path) -> No
     ("changes", "told"),
     [
         ({"baseline": None}, r"evaluation.benchmarks.arena_hard.baseline: missing|baseline: must be"),
-        ({"judge": "base"}, "one of kind base cannot be asked here; give one of kind endpoint, or self"),
+        ({"judge": "base"}, "one of kind base takes the place of the model under test; give one of kind endpoint"),
+        ({"judge": {"kind": "model", "path": "m"}}, "one of kind model takes the place of the model under test"),
     ],
 )
 def test_what_arena_hard_cannot_do_without_is_told(
@@ -229,6 +231,82 @@ def test_a_plan_prices_the_judge_and_a_budget_needs_its_price(questions: str) ->
     stages = [stage for stage in plan["stages"] if stage["stage"] == "benchmark:mt_bench"]
     assert [(s["rows"], s["requests"], s["judge"]["requests"]) for s in stages] == [(2, 4, 4)] * 2
     assert all(stage["judge"]["usd"] > 4 * 400 * 10 / 1e6 for stage in stages)
+
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def played(name: str, by: Any, **section: Any) -> tuple[list[dict[str, Any]], Any]:
+    """Rows and measures by a judge that writes no text, made as a run makes it."""
+    config = config_with(name, **{**section, "judge": by})
+    check_judges(config)
+    chosen = config.evaluation.benchmarks[name]
+    plays, _ = scripted_episodes(config, Task(kind="play", scored=False, benchmark=name))
+
+    async def all_rows() -> list[dict[str, Any]]:
+        return [await plays.run(prompt) for prompt in benchmark_prompts(chosen, where=name)]
+
+    rows = asyncio.run(all_rows())
+    assert [row["error"] for row in rows] == [None] * len(rows)
+    metas = [json.loads(row["meta"]) for row in rows]
+    rows = [{**row, "result": meta.pop("result"), "meta": meta} for row, meta in zip(rows, metas, strict=True)]
+    return rows, make_benchmark(chosen).metrics(rows)
+
+
+def test_a_function_rates_every_turn_with_the_conversation_before_it(
+    questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "turns_judge.py").write_text(
+        "def judge(messages, meta, response, objective):\n"
+        "    assert (objective, messages[-1]['role']) == ('quality', 'user') and response\n"
+        "    return {1: 4, 3: 11 if 'math' in meta else 7}[len(messages)]\n"
+    )
+    rows, measures = played("mt_bench", "turns_judge:judge", path=questions)
+    assert [[r["verdict"] for r in row["result"]["ratings"]] for row in rows] == [[4, 7], [4, None]]
+    assert "parse_failure" in rows[1]["result"]["ratings"][1]["text"]
+    assert (measures["score"]["mean"], measures["unjudged"]) == (5, 1)
+    assert "judge" not in {turn["kind"] for row in rows for turn in row["responses"]}
+
+
+def test_a_pairwise_judge_of_ones_own_compares_with_the_baseline_in_both_orders(
+    arena: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shorter answer wins: the baseline's two words, against a scripted answer of more."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    rows, measures = played("arena_hard", "shorter:Shorter", **arena)
+    assert [[v["verdict"] for v in row["result"]["verdicts"]] for row in rows] == [["A>B", "B>A"]] * 2
+    assert rows[0]["result"]["verdicts"][0]["text"].startswith("2 words and ")
+    assert (measures["win_rate"]["mean"], measures["unjudged"]) == (0, 0)
+    _, tied = played("arena_hard", {"kind": "function", "name": "shorter:Shorter", "config": {"slack": 999}}, **arena)
+    assert tied["win_rate"]["mean"] == 0.5
+
+
+def test_a_reward_model_compares_by_its_outputs_and_rates_where_they_are_made_a_rating(
+    arena: dict[str, str], questions: str, reward_model: Path
+) -> None:
+    section = {"kind": "reward", "path": str(reward_model), "attribute": 0}
+    rows, measures = played("arena_hard", section, **arena)
+    for row in rows:
+        there, back = row["result"]["verdicts"]
+        first, second = map(float, there["text"].split())
+        assert there["verdict"] == ("A>B" if first > second else "B>A")
+        assert back["verdict"] == ("B>A" if first > second else "A>B")
+    assert measures["unjudged"] == 0
+    _, measures = played("mt_bench", {**section, "transform": "sigmoid"}, path=questions)
+    assert 1 < measures["score"]["mean"] < 10
+    raw, none = played("mt_bench", {**section, "transform": [0.0, 99.0]}, path=questions)
+    assert (none["score"], none["unjudged"]) == (None, 4)
+    assert "off the scale 1..10" in raw[0]["result"]["ratings"][0]["text"]
+
+
+def test_a_judge_that_is_none_is_told_before_anything_starts(questions: str, arena: dict[str, str]) -> None:
+    for name, judge, section in (
+        ("mt_bench", "no_such_file:judge", {"path": questions}),
+        ("arena_hard", {"kind": "reward", "path": "/no/such"}, arena),
+    ):
+        with pytest.raises(InputError, match=rf"evaluation.benchmarks.{name}.judge: "):
+            check_judges(config_with(name, **{**section, "judge": judge}))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not beside this checkout")

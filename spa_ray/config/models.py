@@ -399,7 +399,8 @@ class Config(Section):
 def named_plugs(config: Config) -> list[str]:
     """What the config may name by dotted path and other machines import."""
     benchmarks = [section.benchmark for section in config.evaluation.benchmarks.values()]
-    judges = [config.scoring.judged_by, *config.evaluation.all_judges.values()]
+    of_benchmarks = [j for section in config.evaluation.benchmarks.values() if (j := section.judged_by) is not None]
+    judges = [config.scoring.judged_by, *config.evaluation.all_judges.values(), *of_benchmarks]
     return [config.train.method, config.model.engine, *benchmarks, *(name for j in judges for name in j.plugs())]
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from spa_ray.config.benchmark import BenchmarkConfig, benchmark_class
 from spa_ray.config.rollout import EvalSampling
@@ -22,12 +22,16 @@ from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
 from spa_ray.generation.endpoint_judge import Ask as Endpoint
 from spa_ray.generation.episode import Draw, PromptTooLongError, Response, Row, error_of, error_row, thought
+from spa_ray.generation.judging import Item, Judgement
+from spa_ray.generation.pairwise import Question, Verdict
 from spa_ray.generation.seeds import seed_for
+from spa_ray.objectives import Objective
 from spa_ray.rollout.chat import Chat
 
 Asked = Sequence[Mapping[str, str]] | str  # messages; a text is given to the model as it is, without its chat template
 C = TypeVar("C", bound=BenchmarkConfig)
 ROLE = "answer"
+QUALITY = Objective(name="quality", principle="how well the response answers the prompt")  # of judges without a text
 
 
 class Ask(Protocol):
@@ -46,6 +50,14 @@ class Ask(Protocol):
         again."""
         ...
 
+    async def rate(self, messages: Sequence[Mapping[str, str]], response: str) -> Judgement:
+        """What the section's `judge` scores a response with, where it is no text that answers (`judged`)."""
+        ...
+
+    async def compare(self, messages: Sequence[Mapping[str, str]], a: str, b: str) -> Verdict:
+        """Which of two responses that `judge` finds better; `a` is shown first."""
+        ...
+
 
 class Benchmark(Generic[C]):
     """A benchmark. Derive from it and give `evaluation.benchmarks.NAME.benchmark: my_file:MyBenchmark`."""
@@ -54,6 +66,7 @@ class Benchmark(Generic[C]):
     version: ClassVar[int] = 1  # of its protocol: prompts, asking, measures
     questions: ClassVar[int] = 1  # that a prompt asks, for plans
     judgements: ClassVar[int] = 0  # that a prompt asks of the judge, for plans
+    judged: ClassVar[Literal["rate", "compare"] | None] = None  # what it asks of a judge that writes no text
     needs: ClassVar[tuple[str, ...]] = ()  # of an engine's capabilities: `continuations` for `ask.logprobs`
 
     def __init__(self, config: C) -> None:
@@ -97,18 +110,26 @@ class Plays:
     """Plays a benchmark's prompts on one engine, as `Episodes` runs episodes."""
 
     def __init__(
-        self, section: BenchmarkConfig, engine: Engine, chat: Chat, seed: int, endpoint: Endpoint | None = None
+        self,
+        section: BenchmarkConfig,
+        engine: Engine,
+        chat: Chat,
+        seed: int,
+        endpoint: Endpoint | None = None,
+        judge: Any = None,
     ) -> None:
-        """`endpoint` reaches the benchmark's judge, where that is one."""
+        """`endpoint` reaches the benchmark's judge, where that is one; `judge` is a `Scorer` or `Comparer`, by its
+        `judged`."""
         self._benchmark, self._sampling = make_benchmark(section), section.sampling
         self._engine, self._chat, self._seed, self._endpoint = engine, chat, seed, endpoint
+        self._judge = judge
 
     async def run(self, prompt: Mapping[str, Any], *, attempt: int = 0, earlier: Completion | None = None) -> Row:
         """One prompt's play. What goes wrong becomes the row's `error`, as an episode's."""
         meta = json.loads(prompt["meta"])
         seed_id = prompt.get("seed_id") or prompt["prompt_id"]  # the same for a prompt that several models answer
         seed_of = partial(self._draw_seed, seed_id, attempt)
-        ask = _Asking(self._engine, self._chat, self._sampling, seed_of, self._endpoint)
+        ask = _Asking(self._engine, self._chat, self._sampling, seed_of, self._endpoint, self._judge, prompt["meta"])
 
         async def play() -> None:
             row = {"prompt_id": seed_id, "messages": prompt["messages"], "meta": dict(meta)}
@@ -138,9 +159,11 @@ class _Asking:
         sampling: EvalSampling,
         seed_of: Callable[[int], int],
         endpoint: Endpoint | None,
+        judge: Any,
+        meta: str,
     ) -> None:
         self._engine, self._chat, self._sampling = engine, chat, sampling
-        self._seed_of, self._endpoint = seed_of, endpoint
+        self._seed_of, self._endpoint, self._judge, self._meta = seed_of, endpoint, judge, meta
         self.turns: list[Response] = []
         self.spent = {"prompt_tokens": 0, "generated_tokens": 0}
 
@@ -158,6 +181,14 @@ class _Asking:
         self.spent["prompt_tokens"] += found.prompt_tokens
         self.spent["generated_tokens"] += found.generated_tokens
         return turn.completion
+
+    async def rate(self, messages: Sequence[Mapping[str, str]], response: str) -> Judgement:
+        item = Item(messages, self._meta, response, (QUALITY,), lambda _, draw, attempt: self._seed_of(attempt))
+        (found,) = await self._judge.score(item)
+        return found
+
+    async def compare(self, messages: Sequence[Mapping[str, str]], a: str, b: str) -> Verdict:
+        return await self._judge.compare(Question(messages, self._meta, QUALITY, self._seed_of), a, b)
 
     async def _answer(self, kind: str, prompt: Asked, settings: Mapping[str, Any]) -> Completion:
         sampling = EvalSampling.model_validate(settings)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from spa_ray.config.benchmark import BenchmarkConfig
 from spa_ray.config.models import Config
 from spa_ray.config.pairwise import Pairwise
 from spa_ray.config.plugs import JUDGES, PAIRWISE, load_dotted
@@ -17,7 +18,7 @@ from spa_ray.config.section import JudgeSection
 from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.protocol import Engine
 from spa_ray.errors import InputError
-from spa_ray.generation.benchmark import Plays
+from spa_ray.generation.benchmark import QUALITY, Plays, make_benchmark
 from spa_ray.generation.endpoint_judge import Ask
 from spa_ray.generation.episode import Draw, Episodes, Recipe
 from spa_ray.generation.judging import Parts, Scorer, compile_pattern, judge_labels
@@ -27,6 +28,8 @@ from spa_ray.generation.templates import PairTemplate, Templates
 from spa_ray.objectives import load_objectives
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.settings import ChatSettings
+
+SCALE = (1, 10)  # of a benchmark's judge that gives numbers
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ def make_episodes(
     checked = engine if isinstance(engine, CheckedEngine) else CheckedEngine(engine)
     objectives = load_objectives(config)
     chat = engine_chat(config, task, engine, model)
-    if task.kind == "play":
-        return Plays(config.evaluation.benchmarks[task.benchmark], checked, chat, config.seed, ask)
     templates = Templates(config, objectives)
+    if task.kind == "play":
+        section = config.evaluation.benchmarks[task.benchmark]
+        judge = benchmark_judge(section, Parts(config, checked, chat, templates, ask))
+        return Plays(section, checked, chat, config.seed, ask, judge)
     if task.kind == "compare":
         return make_comparisons(config, Parts(config, checked, chat, templates, ask))
     judge = make_judge(config, task, checked, chat, templates, ask)
@@ -129,6 +134,20 @@ def make_comparisons(config: Config, parts: Parts) -> Comparisons:
     return Comparisons(judge, parts.templates.objectives, both_orders=both, seed=config.seed)
 
 
+def benchmark_judge(section: BenchmarkConfig, parts: Parts) -> Any:
+    """The `Scorer` or `Comparer` of a benchmark whose judge writes no text, on a scale from 1 to 10; else None."""
+    judge = section.judged_by
+    if judge is None or judge.reads_prompts:
+        return None
+    scoring = parts.config.scoring.model_copy(update={"scale": SCALE})
+    config = parts.config.model_copy(update={"scoring": scoring, "objectives": (QUALITY.name,)})
+    return load_dotted(_registry(section)[judge.kind], where="judge").of(judge, replace(parts, config=config))
+
+
+def _registry(section: BenchmarkConfig) -> dict[str, str]:
+    return PAIRWISE if make_benchmark(section).judged == "compare" else JUDGES
+
+
 def recipe(config: Config, task: Task) -> Recipe:
     objectives = load_objectives(config)
     if task.kind != "episode":
@@ -181,5 +200,9 @@ def check_judges(config: Config) -> None:
     for place, section in config.evaluation.all_judges.items():
         registry, where = PAIRWISE if place.startswith("pairwise") else JUDGES, f"evaluation.{place}"
         load_dotted(registry[section.kind], where=where).check(section, where)
+    for name, benchmark in config.evaluation.benchmarks.items():
+        if (judge := benchmark.judged_by) is not None and not judge.reads_prompts:
+            where = f"evaluation.benchmarks.{name}.judge"
+            load_dotted(_registry(benchmark)[judge.kind], where=where).check(judge, where)
     if config.evaluation.pairwise is not None:
         PairTemplate(config.evaluation.pairwise, load_objectives(config))

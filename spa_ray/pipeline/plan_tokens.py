@@ -244,7 +244,7 @@ def answer_work(
 
 def play_judging(section: BenchmarkConfig, asked: Work, judgements: int) -> Work:
     """Of a benchmark's prompt: what its judge is asked, about as long as the play itself each time."""
-    if section.judged_by is None:
+    if section.judged_by is None or not section.judged_by.reads_prompts:
         return Work()
     read = asked.prompt_tokens + asked.generated_tokens + PLAY_JUDGE_PROMPT
     if section.judged_by.asks_engine:

@@ -16,7 +16,7 @@ from pydantic import Field
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.errors import InputError
 from spa_ray.evaluation.benchmarks.common import drawn, file_rows, named_rows
-from spa_ray.evaluation.benchmarks.judged import JudgedConfig, judged
+from spa_ray.evaluation.benchmarks.judged import JudgedConfig, compared, judged
 from spa_ray.evaluation.bootstrap import ratio_interval
 from spa_ray.generation.benchmark import Ask, Benchmark
 from spa_ray.generation.judging import together
@@ -25,6 +25,7 @@ WHERE = "evaluation.benchmarks: arena_hard"
 VERDICT = re.compile(r"\[\[(A>>B|A>B|A=B|B>A|B>>A)\]\]")
 CLEAR = 3  # how often a clear win counts
 FIRST_WINS = {"A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0}
+NAMES = {"a": "A>B", "b": "B>A", "tie": "A=B"}  # what a judge says that does not tell clear from slight
 TASK = """\
 Compare the answers of two assistants, A and B, to the prompt below. First work out your own answer. Then \
 compare both answers with yours: find what is wrong or missing, and ask whether each is helpful, to the point and no \
@@ -48,6 +49,7 @@ class ArenaHard(Benchmark[ArenaHardConfig]):
 
     Config = ArenaHardConfig
     judgements = 2
+    judged = "compare"
 
     def prompts(self) -> Iterator[Mapping[str, Any]]:
         baseline = read_answers(self.config.baseline)
@@ -63,6 +65,8 @@ class ArenaHard(Benchmark[ArenaHardConfig]):
         question, other = row["messages"][-1]["content"], row["meta"]["baseline"]
         ours = (await ask(row["messages"])).text
         orders = [(other, ours), (ours, other)]
+        if not self.config.writes_text:
+            return {"verdicts": await together([compared(ask, row["messages"], pair, NAMES) for pair in orders])}
         asked = [judge_prompt(question, a, b) for a, b in orders]
         return {"verdicts": await together([judged(ask, text, verdict, self.config) for text in asked])}
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from spa_ray.config.rollout import EvalSampling
 from spa_ray.errors import InputError
 from spa_ray.evaluation.benchmarks.common import drawn, file_rows, named_rows
-from spa_ray.evaluation.benchmarks.judged import JudgedConfig, judged
+from spa_ray.evaluation.benchmarks.judged import JudgedConfig, judged, rated
 from spa_ray.evaluation.bootstrap import ratio_interval
 from spa_ray.generation.benchmark import Ask, Benchmark
 from spa_ray.generation.judging import together
@@ -37,8 +37,7 @@ class MTBenchConfig(JudgedConfig):
     sources: ClassVar[frozenset[str]] = JudgedConfig.sources | {"references"}
 
     references: str | None = Field(
-        None,
-        description="`reference_answer_gpt-4.jsonl`, for math, reasoning and coding; null: the questions' own",
+        None, description="`reference_answer_gpt-4.jsonl`, for math, reasoning and coding; null: the questions' own"
     )
     sampling: EvalSampling = Field(EvalSampling(), description="of an answer; the category sets the temperature")
 
@@ -48,13 +47,13 @@ class MTBench(Benchmark[MTBenchConfig]):
 
     Config = MTBenchConfig
     questions = judgements = 2
+    judged = "rate"
 
     def prompts(self) -> Iterator[Mapping[str, Any]]:
         given = {} if self.config.references is None else read_references(self.config.references)
         rows = []
         for place, values in named_rows("mt_bench", self.config, "category", "turns", where=WHERE):
-            number = str(values.get("question_id", values.get("prompt_id")))  # the hub's name of it
-            category = str(values["category"])
+            category, number = str(values["category"]), str(values.get("question_id", values.get("prompt_id")))
             reference = list(given.get(number) or values.get("reference") or []) if category in WITH_REFERENCE else []
             if len(values["turns"]) != 2 or (category in WITH_REFERENCE and len(reference) != 2):
                 raise InputError(
@@ -71,6 +70,8 @@ class MTBench(Benchmark[MTBenchConfig]):
             answer = await ask(messages, temperature=TEMPERATURES.get(meta["category"], 0.0))
             answers.append(answer.text)
             messages.append({"role": "assistant", "content": answer.text})
+        if not self.config.writes_text:
+            return {"ratings": await together([rated(ask, messages[: 2 * k]) for k in (1, 2)])}
         asked = [judge_prompt(meta["turns"][:k], answers[:k], meta["reference"][:k]) for k in (1, 2)]
         return {"ratings": await together([judged(ask, text, rating, self.config) for text in asked])}
 
@@ -109,8 +110,7 @@ def rating(text: str) -> float | None:
 
 def mean_rating(questions: Sequence[Sequence[float | None]]) -> dict[str, float] | None:
     """The mean of all ratings, with an interval over questions; None without one."""
-    read = [[value for value in ratings if value is not None] for ratings in questions]
-    read = [ratings for ratings in read if ratings]
+    read = [r for r in ([value for value in ratings if value is not None] for ratings in questions) if r]
     sums = [sum(ratings) for ratings in read]
     return asdict(ratio_interval(sums, [len(r) for r in read], resamples=1000, seed=0)) if read else None
 
