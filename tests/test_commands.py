@@ -73,7 +73,7 @@ def test_train_leaves_a_model_folder(model: dict[str, Any], pairs: dict[str, Any
     assert (home / "trained" / "model.safetensors").is_file()
     card = (home / "trained" / "README.md").read_text()
     assert "library_name: transformers" in card
-    assert f"{pairs['funnel']['pairs']} pairs of" in card
+    assert f"{pairs['funnel']['pairs']:,} pairs of" in card
 
 
 def test_evaluate_scores_every_held_out_prompt(model: dict[str, Any], home: Path) -> None:

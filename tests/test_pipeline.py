@@ -128,7 +128,7 @@ def test_every_model_and_its_pairs_have_a_card(finished: dict[str, Any]) -> None
         result.metric_type: result.metric_value for result in card.data.eval_results if result.dataset_name == "test"
     }
     assert told == {name: interval["mean"] for name, interval in means.items()}
-    assert f"{last['funnel']['pairs']} pairs of 48 prompts" in card.text
+    assert f"{last['funnel']['pairs']:,} pairs of 48 prompts" in card.text
     assert not ModelCard.load(Path(first["model"]) / "README.md").data.eval_results  # the last one was evaluated
     pairs = DatasetCard.load(Path(last["pairs"]).parent / "README.md")
     assert f"| kept | {last['funnel']['kept']} |" in pairs.text

@@ -24,7 +24,7 @@ from spa_ray.storage.files import AnyPath, is_file, write_text
 CARD = "README.md"
 TAGS = ["spa_ray", "alignment", "preference-optimization"]
 OWNER_AND_NAME = re.compile(r"(?:hf://(?:datasets/)?)?([\w.-]+/[\w.-]+)(?:[@/].*)?")
-SECTIONS = ("sampling", "scoring", "refine", "denoise", "pairs", "train")  # that decide what came out
+GENERATED = ("sampling", "scoring", "refine")  # sections that decide what came out, where answers were generated
 COLUMNS = """\
 | column | |
 | --- | --- |
@@ -86,7 +86,7 @@ def model_card(config: Config, name: str, model: Trained) -> str:
         *_measures("Held-out prompts", metrics, before.get("metrics", {}), "means"),
         *_measures("Benchmark", benchmarks, before.get("benchmarks", {}), "measures"),
         "Scores are a judge's, not people's. They show a direction on these prompts and no guarantee on others.",
-        *_origin(config),
+        *_origin(config, "denoise", "pairs", "train"),
     ]  # fmt: skip
     return _joined(data, parts)
 
@@ -101,8 +101,8 @@ def pairs_card(config: Config, name: str, funnel: Mapping[str, Any]) -> str:
         "## Funnel",
         _table({"prompts": funnel["prompts"], **dropped, "kept": funnel["kept"], "pairs": funnel["pairs"]}),
         "Prompts and answers can be harmful: sets of this kind are collected to be refused. The prompts' licence is "
-        f"their authors' ({_page(config)}), the answers' follows from the model that wrote them.",
-        *_origin(config),
+        f"their authors'{_page(config)}, the answers' follows from the model that wrote them.",
+        *_origin(config, "denoise", "pairs"),
     ]
     return _joined(_pairs_data("pairs/*.parquet", name=name, source=_data_id(config)), parts)
 
@@ -128,15 +128,19 @@ def hub_name(source: str | None) -> str | None:
 
 
 def _data_id(config: Config) -> str | None:
-    source = config.episodes.source or config.prompts.source or ""
+    source = _source(config) or ""
     named = load_plug(SOURCES, source, where="prompts.source") if source in SOURCES else None
     address = named.hub if named else address_of(source) if source else None
     return hub_name(address)
 
 
+def _source(config: Config) -> str | None:
+    return config.episodes.source or config.prompts.source
+
+
 def _page(config: Config) -> str:
-    source = config.episodes.source or config.prompts.source or ""
-    return load_plug(SOURCES, source, where="prompts.source").page if source in SOURCES else f"`{source}`"
+    source = _source(config) or ""
+    return f" ({load_plug(SOURCES, source, where='prompts.source').page})" if source in SOURCES else ""
 
 
 def _licence(base: AnyPath) -> str | None:
@@ -152,9 +156,12 @@ def _licence(base: AnyPath) -> str | None:
 
 
 def _made_of(config: Config, funnel: Mapping[str, Any]) -> str:
-    source, judge = config.episodes.source or config.prompts.source, config.scoring.judged_by.kind
-    how = "given scores" if config.episodes.source else f"scored by a judge of kind `{judge}`"
-    return f"{funnel['pairs']:,} pairs of {funnel['prompts']:,} prompts of `{source}`, {how}."
+    source = _source(config)
+    made = f"{funnel['pairs']:,} pairs of {funnel['prompts']:,} prompts"
+    if source is None:
+        return f"{made}."
+    judge = f"scored by a judge of kind `{config.scoring.judged_by.kind}`"
+    return f"{made} of `{source}`, {'with scores that were given' if config.episodes.source else judge}."
 
 
 def _results(of: str, measures: Mapping[str, Any]) -> list[Any]:
@@ -179,10 +186,12 @@ def _measures(title: str, families: Measured, before: Measured, key: str) -> lis
     return parts
 
 
-def _origin(config: Config) -> list[str]:
+def _origin(config: Config, *sections: str) -> list[str]:
     import yaml
 
-    shown = redact_tree({"seed": config.seed, **config.model_dump(mode="json", include=set(SECTIONS))})
+    if _source(config) and not config.episodes.source:
+        sections = (*GENERATED, *sections)
+    shown = redact_tree({"seed": config.seed, **config.model_dump(mode="json", include=set(sections))})
     settings = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
     command = " ".join(["spa", *redact_command(sys.argv)[1:]])
     lines = [f"{name} {version}" for name, version in versions().items()]
