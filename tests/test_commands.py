@@ -62,7 +62,7 @@ def test_generate_counts_its_rows(episodes: dict[str, Any]) -> None:
     assert (episodes["rows"], episodes["errors"]) == (16, 0)
 
 
-def test_build_reads_the_objectives_off_the_episodes(pairs: dict[str, Any]) -> None:
+def test_build_reads_the_objectives_off_the_episodes(pairs: dict[str, Any], home: Path) -> None:
     assert list(pairs["funnel"]["pairs_by_decided_by"]) == ["harmless", "helpful"]
     assert pairs["funnel"]["pairs"] > 64
     assert f"| pairs | {pairs['funnel']['pairs']} |" in (home / "built" / "README.md").read_text()
