@@ -53,9 +53,11 @@ def listed(words: Sequence[str]) -> str:
 
 
 def _unfinished(run: RunData) -> str:
-    waiting = f"{listed(run.unfinished)} {'are' if len(run.unfinished) > 1 else 'is'} still to come"
-    if run.funnels:
-        funnel = run.funnels[0].value
-        made = f"{funnel['kept']:,} of {funnel['prompts']:,} prompts were kept and gave {funnel['pairs']:,} pairs"
-        return f"{made}; {waiting}." if run.unfinished else f"{made}; there are no held-out scores."
-    return f"No stage has finished that could be told of; {waiting}." if run.unfinished else "There are no scores yet."
+    verb = "are" if len(run.unfinished) > 1 else "is"
+    waiting = f"{listed(run.unfinished)} {verb} still to come" if run.unfinished else "there are no held-out scores"
+    if not run.funnels:
+        return f"No pairs have been made yet; {waiting}."
+    funnel = run.funnels[0].value
+    return (
+        f"{funnel['kept']:,} of {funnel['prompts']:,} prompts were kept and gave {funnel['pairs']:,} pairs; {waiting}."
+    )

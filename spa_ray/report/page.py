@@ -68,7 +68,7 @@ def context_of(run: RunData, *, sources: Sequence[RunData] = ()) -> dict[str, An
     curves = {found.title: k for k, found in enumerate(run.curves)}
     context = {
         "title": run.name,
-        "state": f"not finished: {', '.join(run.unfinished)}" if run.unfinished else "finished",
+        "state": state(run),
         "headline": headline(run),
         "facts": facts_line(run),
         "path": run.path,
@@ -96,6 +96,12 @@ def context_of(run: RunData, *, sources: Sequence[RunData] = ()) -> dict[str, An
     }  # fmt: skip
     context["sections"] = sections(context)
     return context
+
+
+def state(run: RunData) -> str:
+    if run.unfinished:
+        return f"still to come: {', '.join(run.unfinished)}"
+    return "two runs" if run.main else "finished" if run.manifest else "not finished"
 
 
 def sections(context: Mapping[str, Any]) -> list[tuple[str, str]]:
