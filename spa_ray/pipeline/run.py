@@ -147,7 +147,8 @@ class Pipeline:
             output = STAGES[node.stage].output
             if output not in ("pairs", "model"):
                 continue
-            last = node.user == node.arm and node.iteration == self.arms[node.arm].iterations.count
+            rounds = 1 if node.stage == "merge" else self.arms[node.arm].iterations.count
+            last = node.user == node.arm and node.iteration == rounds
             name = f"{node.config.name}-{node.user.replace(':', '-')}" + ("" if last else f"-{node.iteration}")
             if output == "pairs":
                 cards.setdefault(stage.folder, pairs_card(node.config, name, stage.facts()["funnel"]))
