@@ -117,7 +117,7 @@ def test_runs_with_other_objectives_do_not_compare(run: Path, tmp_path: Path) ->
 
 
 def test_pictures_are_well_formed_whatever_the_names(run: Path) -> None:
-    arms = {HOSTILE: {"differences": {}, "means": {}}}
+    arms = {HOSTILE: 1}
     drawn = [
         charts.funnel(FUNNEL),
         charts.histogram([{1: 3}], [HOSTILE], HOSTILE),

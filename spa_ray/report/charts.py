@@ -18,7 +18,6 @@ from spa_ray.report.svg import (
     marker,
     path,
     picture,
-    points,
     scale,
     spread,
     text,
@@ -31,11 +30,11 @@ Measures = Mapping[str, Mapping[str, Any]]  # arm -> its metrics
 STEPS = 240  # points of a curve
 
 
-def legend(names: Sequence[str]) -> list[tuple[str, Markup]]:
-    """Each series' name and its marker."""
+def legend(series: Mapping[str, int]) -> list[tuple[str, Markup]]:
+    """Each series' name and its marker. series: name -> its number."""
     drawn = [Markup(f'<svg viewBox="0 0 14 14" class="key" aria-hidden="true">{marker(k, 7, 7, name)}</svg>')
-             for k, name in enumerate(names)]  # fmt: skip
-    return list(zip(names, drawn, strict=True))
+             for name, k in series.items()]  # fmt: skip
+    return list(zip(series, drawn, strict=True))
 
 
 def forest(arms: Measures, objectives: Sequence[str], baseline: str) -> Markup:
@@ -161,7 +160,7 @@ def funnel(found: Mapping[str, Any]) -> Markup:
             continue
         after = left - n
         body += _ribbon(x0, y, width(left), width(after), 34, "flow")
-        body += _lost(x0 + width(after), x0 + width(left), y, 24)
+        body += _lost(x0, y, width(left), width(after), 34)
         share = f"{100 * n / found['prompts']:.0f} %"
         body += text(x0 + full + 12, y + 22, f"− {n:,} {reason.replace('_', ' ')} ({share})", "label")
         y, left = y + 34, after
@@ -193,10 +192,11 @@ def _ribbon(x: float, y: float, top: float, bottom: float, height: float, kind: 
             f'{x + bottom:.1f} {end:.1f} H{x:.1f} Z" class="{kind}"/>')  # fmt: skip
 
 
-def _lost(start: float, end: float, y: float, height: float) -> str:
-    """The part that leaves the stream, beside the ribbon that goes on."""
-    corners = [(end, y), (end + 6, y + height), (start + (end - start) * 0.35 + 6, y + height)]
-    return f'<polygon points="{points([(end, y), *corners[1:]])}" class="lost"/>'
+def _lost(x: float, y: float, top: float, bottom: float, height: float) -> str:
+    """What leaves the stream: the part beside the ribbon that goes on."""
+    middle, end = y + height / 2, y + height
+    return (f'<path d="M{x + top:.1f} {y:.1f} C{x + top:.1f} {middle:.1f} {x + bottom:.1f} {middle:.1f} '
+            f'{x + bottom:.1f} {end:.1f} H{x + top:.1f} Z" class="lost"/>')  # fmt: skip
 
 
 def curve(series: Mapping[str, Sequence[Point]], label: str, colours: Mapping[str, int]) -> Markup | None:

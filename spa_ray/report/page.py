@@ -65,7 +65,8 @@ def context_of(run: RunData, *, sources: Sequence[RunData] = ()) -> dict[str, An
     note = f"{len(run.asked):,} prompts, {len(run.models)} models; all of them in report.jsonl."
     if kept < len(run.asked):
         note = f"{kept:,} of {note}"
-    curves = {found.title: k for k, found in enumerate(run.curves)}
+    arms = {name: k for k, name in enumerate(next(iter(run.metrics.values()), {}))}
+    curves = {found.title: arms.get(found.title, k) for k, found in enumerate(run.curves, 1)}
     context = {
         "title": run.name,
         "state": state(run),
@@ -76,7 +77,7 @@ def context_of(run: RunData, *, sources: Sequence[RunData] = ()) -> dict[str, An
         "tiles": tiles(run),
         "objectives": run.objectives,
         "results": [family(run, name, arms) for name, arms in run.metrics.items()],
-        "legend": charts.legend(list(next(iter(run.metrics.values()), {}))),
+        "legend": charts.legend(arms),
         "examples": shown, "rule": examples.RULE, "baseline": baseline,
         "main_arm": arm or (run.models[-1] if run.models else ""),
         "fold": UNSAFE_BELOW,
@@ -88,7 +89,7 @@ def context_of(run: RunData, *, sources: Sequence[RunData] = ()) -> dict[str, An
         "signal_tables": [tables.signal_table(found.title, found.value) for found in run.signals],
         "advice": [one["text"] for found in run.signals for one in found.value.get("advice", [])],
         "curves": [pair for key, name in CURVES.items() for pair in _curve(run, key, name, curves)],
-        "curve_legend": charts.legend(list(curves)),
+        "curve_legend": charts.legend(curves),
         "judging": tables.judging_tables(run),
         "plan": tables.plan_table(run), "cost": cost_line(run),
         "differing": tables.differing_table(sources, names(*sources)) if sources else None,
