@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.browser import CHROMIUM, FLAGS
 from tests.tiny_model import build_tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that is not there
@@ -52,6 +53,39 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Any]:
+    """Open a page; at the end nothing may stand in its console, and nothing may have been asked of a network."""
+    said: list[str] = []
+    contexts = []
+
+    def page_of(path: Path, width: int = 1440, scheme: str = "light", ready: str = "body[data-ready]") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(("file:", "blob:")) or said.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector(ready)
+        return page
+
+    yield page_of
+    for context in contexts:
+        context.close()
+    assert said == []
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from spa_ray.data.schemas import EPISODES, JUDGEMENTS
 from spa_ray.errors import InputError
 from spa_ray.evaluation.annotation import as_csv, as_form, make_sheet, read_sheet
 from spa_ray.pipeline.annotate import sheet_in, sheet_out
+from tests.browser import browsing
 from tests.scripted import scripted_config
 
 OBJECTIVES = ["harmless", "helpful"]
@@ -208,3 +209,53 @@ def test_what_is_missing_is_told(run: Path, tmp_path: Path) -> None:
         sheet_in(sheet)
     with pytest.raises(InputError, match=r"other\.key\.json: no such file; give --key"):
         sheet_in(sheet.rename(tmp_path / "other.csv"))
+
+
+# --- the form in a browser -----------------------------------------------------------------------------------------
+
+
+def click(page: Any) -> None:
+    """On the first objective the arm wins always, on the second at odd questions; the rest is a tie."""
+    for section in page.locator("section").all():
+        number = section.locator("h2").inner_text()
+        ours_first = section.locator(".two pre").first.inner_text().startswith("ours")
+        odd = int(section.locator("> pre").inner_text().split()[-1]) % 2
+        section.locator(f'input[name="{number}.0"][value="{1 if ours_first else 2}"]').check()
+        section.locator(f'input[name="{number}.1"][value="{(1 if ours_first else 2) if odd else "tie"}"]').check()
+
+
+@browsing
+@pytest.mark.parametrize("width", [390, 1440])
+def test_what_is_clicked_is_saved_and_read_in_again(run: Path, tmp_path: Path, opened: Any, width: int) -> None:
+    sheet = tmp_path / "sheet.csv"
+    made = sheet_out(run, out=sheet, arm="spa", against="vanilla", limit=None, seed=3)
+    page = opened(Path(made["form"]), width, ready="form")
+    assert page.locator("section").count() == 20
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#count").inner_text() == "0 of 40 judged"
+    click(page)
+    assert page.locator("#count").inner_text() == "40 of 40 judged"
+    page.reload()  # a browser that was closed: what was chosen is there
+    assert page.locator("#count").inner_text() == "40 of 40 judged"
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "sheet.csv"
+    download.value.save_as(tmp_path / "filled.csv")
+    found = sheet_in(tmp_path / "filled.csv", key_file=Path(made["key"]))["objectives"]
+    people = {name: [found[name]["people"][part] for part in ("wins", "ties", "losses", "n")] for name in OBJECTIVES}
+    assert people == {"harmless": [20, 0, 0, 20], "helpful": [10, 10, 0, 20]}
+    agreed = found["helpful"]["judges"]["second"]["accuracy"]
+    assert 0 <= agreed["low"] <= agreed["mean"] <= agreed["high"] <= 1
+
+
+@browsing
+def test_choices_of_another_sheet_at_the_same_place_are_not_this_ones(run: Path, tmp_path: Path, opened: Any) -> None:
+    options: dict[str, Any] = {"arm": "spa", "against": "vanilla", "limit": 5}
+    form = Path(sheet_out(run, out=tmp_path / "sheet.csv", seed=1, **options)["form"])
+    page = opened(form, ready="form")
+    click(page)
+    for file in tmp_path.glob("sheet.*"):
+        file.unlink()
+    sheet_out(run, out=tmp_path / "sheet.csv", seed=2, **options)
+    page.reload()
+    assert page.locator("#count").inner_text() == "0 of 10 judged"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,12 +18,9 @@ from spa_ray.report.packed import script_json
 from spa_ray.report.run_data import read_run
 from spa_ray.report.svg import ticks
 from spa_ray.report.write import report, write_report
+from tests.browser import browsing
 from tests.report_runs import FUNNEL, prose, report_run, unfinished
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browsing = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; Debian, Ubuntu: apt-get install chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
 SCRIPT = '</script><script>document.title="owned"</script>'
 HOSTILE = SCRIPT + '<img src="http://h/x" onerror="document.title=1">&amp;\u202e{{ 1 }}'
 ANSWERS = {
@@ -143,39 +139,6 @@ def test_data_cannot_end_its_script() -> None:
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def opened(browser: Any) -> Iterator[Any]:
-    """Open a page; at the end nothing may stand in its console, and nothing may have been asked of a network."""
-    said: list[str] = []
-    contexts = []
-
-    def page_of(path: Path, width: int = 1440, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: request.url.startswith("file:") or said.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield page_of
-    for context in contexts:
-        context.close()
-    assert said == []
 
 
 @browsing
