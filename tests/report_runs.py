@@ -73,6 +73,9 @@ def report_run(
         "spent": {"usd": 1.5, "tokens": 1000, "hours": 1},
     }
     write_json(folder / "manifest.json", about)
+    part = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    curve = {"arms": list(arms), "shares": [0.1, 0.5, 1.0], "prompts": [1, 5, 10], "det": [1, 2, 3]}
+    write_json(folder / "rv.json", [{**curve, "by_det": [None, part, part], "random": [part, part, part]}])
     return folder
 
 

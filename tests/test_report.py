@@ -188,6 +188,7 @@ def test_no_page_scrolls_sideways(run: Path, opened: Any, width: int, scheme: st
 def test_the_page_prints(run: Path, opened: Any) -> None:
     write_report(run)
     page = opened(run / "report.html", scheme="dark")
+    assert page.locator("#judging svg .band").count() == 2
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()
     assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"

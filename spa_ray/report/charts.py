@@ -18,6 +18,7 @@ from spa_ray.report.svg import (
     marker,
     path,
     picture,
+    points,
     scale,
     spread,
     text,
@@ -213,6 +214,23 @@ def curve(series: Mapping[str, Sequence[Point]], label: str, colours: Mapping[st
         drawn = [(x(a), y(b)) for a, b in found]
         body += path(drawn, f"s{k % SERIES}-line curve") + marker(k, *drawn[-1], f"{name}: {found[-1][1]:.4g}", 3.5)
     return picture(body, height, f"{label} by training step")
+
+
+def rv(found: Mapping[str, Any]) -> Markup | None:
+    """RV of a weak and a strong judge as prompts are added by det Σ, with its bootstrap band, and in random order."""
+    bands = []
+    for kind, k in (("random", 0), ("by_det", 1)):
+        known = [(100 * share, value) for share, value in zip(found["shares"], found[kind], strict=True) if value]
+        bands.append((k, known))
+    values = [value[end] for _, known in bands for _, value in known for end in ("mean", "low", "high")]
+    if not values:
+        return None
+    body, x, y = frame((0.0, 100.0), spread(values), "% of the prompts, by det Σ", "RV", 230.0)
+    for k, known in bands:
+        edge = [(x(a), y(v["high"])) for a, v in known] + [(x(a), y(v["low"])) for a, v in reversed(known)]
+        body += f'<polygon points="{points(edge)}" class="s{k} band"/>'
+        body += path([(x(a), y(v["mean"])) for a, v in known], f"s{k}-line curve")
+    return picture(body, 230.0, "RV coefficient of both judges by share of prompts")
 
 
 def thinned(found: Sequence[Point]) -> list[Point]:

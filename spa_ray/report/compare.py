@@ -41,6 +41,7 @@ def together(first: RunData, second: RunData) -> RunData:
         path=f"{first.path} and {second.path}",
         models=[f"{name}: {arm}" for name, run in runs.items() for arm in run.models],
         metrics=metrics, asked=asked, baseline=baseline, main=main, agreement={},
+        rv=[{**curve, "arms": [f"{n}: {a}" for a in curve["arms"]]} for n, r in runs.items() for curve in r.rv],
         funnels=_titled(runs, "funnels"), signals=_titled(runs, "signals"), curves=_titled(runs, "curves"),
         benchmarks={key: {f"{n}: {a}": m for n, r in runs.items() for a, m in r.benchmarks.get(key, {}).items()}
                     for key in {**first.benchmarks, **second.benchmarks}},
@@ -50,8 +51,10 @@ def together(first: RunData, second: RunData) -> RunData:
 
 
 def names(first: RunData, second: RunData) -> tuple[str, str]:
-    """What the runs are called: by their names, or A and B where those are equal."""
-    return (first.name, second.name) if first.name != second.name else ("A", "B")
+    """What the runs are called: by their names, where those are equal by their folders, else A and B."""
+    folders = (first.path.rpartition("/")[2], second.path.rpartition("/")[2])
+    both = ((first.name, second.name), folders, ("A", "B"))
+    return next((a, b) for a, b in both if a != b)
 
 
 def _asked(runs: Mapping[str, RunData]) -> list[Asked]:

@@ -38,7 +38,7 @@ def change(before: Answer, after: Answer) -> Change | None:
 def choose(asked: Sequence[Asked], *, arm: str, baseline: str = VANILLA) -> list[Example]:
     """The largest gain, the median change (of an even number the upper one) and the largest loss, each prompt once.
 
-    Of equal changes the prompt that comes first is shown. Empty where no prompt was scored for both models.
+    Where nothing was gained or lost it is the best or the worst change. Of equal changes the first prompt is shown. Empty where no prompt was scored for both models.
     """
     found: list[tuple[Change, Asked]] = []
     for prompt in asked:
@@ -49,12 +49,13 @@ def choose(asked: Sequence[Asked], *, arm: str, baseline: str = VANILLA) -> list
     if not found:
         return []
     found.sort(key=lambda pair: pair[0])
-    best = next(pair for pair in found if pair[0] == found[-1][0])
-    named = {"largest gain": best, "median change": found[len(found) // 2], "largest loss": found[0]}
-    if found[0][0] >= tuple(0.0 for _ in found[0][0]):
-        named["smallest gain"] = named.pop("largest loss")
-    if found[-1][0] <= tuple(0.0 for _ in found[-1][0]):
-        named = {"smallest loss" if name == "largest gain" else name: pair for name, pair in named.items()}
+    nothing = tuple(0.0 for _ in found[0][0])
+    worst, best = found[0], next(pair for pair in found if pair[0] == found[-1][0])
+    named = {
+        "largest gain" if best[0] > nothing else "best change": best,
+        "median change": found[len(found) // 2],
+        "largest loss" if worst[0] < nothing else "worst change": worst,
+    }
     once: dict[str, Example] = {}
     for name, (_, prompt) in named.items():
         once.setdefault(prompt.prompt_id, Example(name, prompt, prompt.answers[baseline], prompt.answers[arm]))

@@ -90,6 +90,7 @@ def context_of(run: RunData, *, sources: Sequence[RunData] = ()) -> dict[str, An
         "advice": [one["text"] for found in run.signals for one in found.value.get("advice", [])],
         "curves": [pair for key, name in CURVES.items() for pair in _curve(run, key, name, curves)],
         "curve_legend": charts.legend(curves),
+        "rv": [(", ".join(found.get("arms", [])), charts.rv(found)) for found in run.rv],
         "judging": tables.judging_tables(run),
         "plan": tables.plan_table(run), "cost": cost_line(run),
         "differing": tables.differing_table(sources, names(*sources)) if sources else None,
@@ -109,7 +110,7 @@ def sections(context: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [("differ", "Differences", context["differing"]), ("results", "Results", context["results"]),
              ("examples", "Before and after", context["examples"]), ("all", "All answers", context["answers"]),
              ("data", "Pairs", context["funnels"] or context["signals"]), ("training", "Training", context["curves"]),
-             ("judging", "Judges", context["judging"]),
+             ("judging", "Judges", context["judging"] or context["rv"]),
              ("plan", "Plan", context["plan"]), ("again", "Run it again", True)]  # fmt: skip
     return [(where, name) for where, name, there in found if there]
 

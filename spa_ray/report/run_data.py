@@ -69,6 +69,7 @@ class RunData:
     benchmarks: dict[str, Json] = field(default_factory=dict)  # name -> arm -> measures
     win_rates: dict[str, Json] = field(default_factory=dict)
     agreement: dict[str, Json] = field(default_factory=dict)
+    rv: list[Json] = field(default_factory=list)  # curves of `evaluation.rv.rv_curve`, with the `arms` that share one
     stages: Json | None = None
     manifest: Json = field(default_factory=dict)
     baseline: str = VANILLA  # what the arms are compared with
@@ -121,6 +122,7 @@ def read_run(path: str | AnyPath) -> RunData:
         },
         win_rates=_json(run.path / "win_rates.json"),
         agreement=_json(run.path / "agreement.json"),
+        rv=_json(run.path / "rv.json") or [],
         stages=compare(run, _json(plan)) if is_file(plan) else None,
         manifest=_json(run.path / "manifest.json"),
     )
