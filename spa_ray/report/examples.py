@@ -38,7 +38,8 @@ def change(before: Answer, after: Answer) -> Change | None:
 def choose(asked: Sequence[Asked], *, arm: str, baseline: str = VANILLA) -> list[Example]:
     """The largest gain, the median change (of an even number the upper one) and the largest loss, each prompt once.
 
-    Where nothing was gained or lost it is the best or the worst change. Of equal changes the first prompt is shown. Empty where no prompt was scored for both models.
+    Where nothing was gained or lost it is the best or the worst change. Of equal changes the first prompt is shown.
+    Empty where no prompt was scored for both models.
     """
     found: list[tuple[Change, Asked]] = []
     for prompt in asked:
