@@ -176,6 +176,7 @@ def test_a_real_study_keeps_the_arms_and_nothing_of_the_world(tmp_path: Path, sp
     written = yaml.safe_load(Path(path).read_text())
     assert written["arms"] == SPEC.runs["core"].config["arms"]
     assert written["model"] == {"path": "org/8b"}
+    assert written["evaluation"]["pairwise"] == {"judge": "base", "against": "vanilla"}
     assert "microworld" not in Path(path).read_text()
 
 

@@ -105,6 +105,7 @@ UNCOVERED = {
     "evaluation.prompts": "their contents are an input",
     "evaluation.families": "their contents are an input",
     "merge": "an arm's: has a stage of its own: test_merge.py",
+    "evaluation.rv": "has a stage of its own: test_rv.py",
     "evaluation.judges": "each has a stage of its own: test_pairwise.py",
     "evaluation.pairwise": "has a stage of its own: test_pairwise.py",
     "evaluation.benchmarks": "each has a stage of its own: test_evaluation_benchmarks.py",

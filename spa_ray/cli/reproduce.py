@@ -102,11 +102,14 @@ def raw_config(name: str, run: StudyRun, real: dict[str, str], out: str) -> dict
     if real:
         kept = {key: raw[key] for key in OF_THE_STUDY if key in raw}
         held_out = {"source": real["data"], "split": "test", "limit": 400}
+        asked = {key: raw["evaluation"][key] for key in ("pairwise", "rv") if key in raw["evaluation"]}
+        if "pairwise" in asked:
+            asked["pairwise"] = {**asked["pairwise"], "judge": real["judge"]}
         raw = {
             **kept,
             "model": {"path": real["model"]},
             "prompts": {"source": real["data"], "limit": 400, "decontaminate": "evaluation"},
-            "evaluation": {"prompts": held_out, "judge": real["judge"]},
+            "evaluation": {"prompts": held_out, "judge": real["judge"], **asked},
         }
     return {**raw, "name": name, "run_dir": str(as_path(out) / name)}
 
@@ -125,8 +128,9 @@ def write_page(
         table_section,
         win_rates_section,
     )
+    from spa_ray.evaluation.rv import rv_markdown
     from spa_ray.evaluation.study import build_study
-    from spa_ray.pipeline.run import WIN_RATES
+    from spa_ray.pipeline.run import RV, WIN_RATES
     from spa_ray.pipeline.study import read_measured
 
     paper, parts, everything = published(spec.paper) if spec.paper else {}, [], []
@@ -148,6 +152,10 @@ def write_page(
         if run.win_rates is not None:
             rates = [read_json(folder / WIN_RATES) for folder in folders[name]]
             parts.append(win_rates_section(run.win_rates, rates))
+        if run.rv is not None:
+            curves = [read_json(folder / RV)[0] for folder in folders[name]]
+            parts.append("\n\n".join([f"## {run.rv.title}", run.rv.note, rv_markdown(curves)]))
+            data[f"{name}.rv"] = curves
         data[name] = results.to_dict()
     head = [f"# {spec.title}", spec.intro.strip(), *([in_a_sentence(everything)] if everything else [])]
     tail = [not_here(spec.not_here)] if spec.not_here else []

@@ -237,6 +237,7 @@ class Evaluation(Section):
     scoring: Scoring | None = Field(
         None, description="how its judges rate, with defaults of its own; null: as `scoring`"
     )
+    rv: int | None = Field(None, ge=1, description="prompts whose candidates `judge` scores as well, for the RV curve")
     sampling: EvalSampling = EvalSampling()
     bootstrap: int = Field(1000, ge=1, description="resamples of the 95% intervals")
     benchmarks: Annotated[dict[str, BenchmarkSection], BeforeValidator(named)] = Field(

@@ -78,6 +78,7 @@ class StudyRun(Section):
     extended: bool = Field(False, description="left out unless all is asked for")
     config: dict[str, Any] = Field(default_factory=dict, description="sections and keys that differ from the base's")
     study: Study
+    rv: PaperFigure | None = Field(None, description="how to show `evaluation.rv`; null: not")
     win_rates: PaperFigure | None = Field(None, description="how to show `evaluation.pairwise`; null: not")
 
 

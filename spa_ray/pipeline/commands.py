@@ -32,8 +32,15 @@ from spa_ray.pipeline.preflight_cluster import check_cluster, live_nodes
 from spa_ray.pipeline.preflight_memory import check_training_memory
 from spa_ray.pipeline.progress import Progress
 from spa_ray.pipeline.recipe import VANILLA, extra_models, has_evaluation
-from spa_ray.pipeline.result_print import print_benchmarks, print_funnel, print_metrics, print_result, print_win_rates
-from spa_ray.pipeline.run import Pipeline
+from spa_ray.pipeline.result_print import (
+    print_benchmarks,
+    print_funnel,
+    print_metrics,
+    print_result,
+    print_rv,
+    print_win_rates,
+)
+from spa_ray.pipeline.run import RV, Pipeline
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES, UNTIL
 from spa_ray.pipeline.work import Context, Work, meter_of
@@ -66,6 +73,8 @@ def run_config(arms: dict[str, Config], *, until: str, verbose: bool) -> dict[st
     if until == UNTIL[-1] and is_file(metrics):
         print_metrics(read_json(metrics))
     print_win_rates({arm: found["pairwise"] for arm, found in result["arms"].items() if "pairwise" in found})
+    curves = pipeline.folder.path / RV
+    print_rv(read_json(curves) if pipeline.config.evaluation.rv and is_file(curves) else [])
     evaluated = {VANILLA: result.get(VANILLA, {}), **result["arms"]}
     print_benchmarks({arm: found["benchmarks"] for arm, found in evaluated.items() if "benchmarks" in found})
     return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from spa_ray.evaluation.agreement import judges_agreement
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.bootstrap import as_json
 from spa_ray.evaluation.prompts import MAIN_FAMILY
+from spa_ray.evaluation.rv import rv_curve
 from spa_ray.evaluation.win_rates import judgements, win_rates
 from spa_ray.generation.pairwise import ORDERS, section_of
 from spa_ray.generation.setup import Task
@@ -32,22 +34,60 @@ from spa_ray.generation.stage import OnProgress, PassCounts, generate
 from spa_ray.pipeline.evaluate import SEPARATOR, run_metrics, split_rows, stage_facts, write_table
 from spa_ray.pipeline.preflight import eval_config
 from spa_ray.pipeline.work import Context, Work
-from spa_ray.storage.files import delete_tree, is_file, parquet_dataset
+from spa_ray.storage.files import AnyPath, delete_tree, is_file, parquet_dataset
 from spa_ray.storage.folder import StageFolder
 from spa_ray.storage.hashing import digest
 
+CANDIDATE = "candidate"
 IDLE = "spa_ray.engine.idle:IdleEngine"
 
 
 def score_again(works: Sequence[Work], context: Context, *, on_progress: OnProgress | None = None) -> None:
-    """Every work's answers scored by one more judge, whose place in `evaluation` the works name."""
-    started = time.time()
+    """Every work's answers scored by one more judge, whose place in `evaluation` the works name. Of episodes the
+    candidates of `evaluation.rv` prompts are."""
+    started, first = time.time(), works[0]
     rows = [(work, _answers(work, "answers")) for work in works]
+    if first.stage.name == "rv":
+        rows = [(work, candidates(table, work.config.evaluation.rv or 0)) for work, table in rows]
     table, counts = _judge(rows, "score", context, on_progress)
     for work in works:
         mine = split_rows(table, work)
         write_table(mine, work.stage.folder / "episodes" / "part.parquet")
         context.finish(work, started, **stage_facts(mine, [counts], share=mine.num_rows / table.num_rows))
+
+
+def candidates(episodes: pa.Table, prompts: int) -> pa.Table:
+    """The first rows by prompt_id, which is a hash, with their candidates alone."""
+    rows = episodes.filter(pc.is_null(episodes["error"])).sort_by("prompt_id").slice(0, prompts).to_pylist()
+    for row in rows:
+        row["responses"] = [found for found in row["responses"] if found["kind"] == CANDIDATE]
+        row["scores"] = []
+    return pa.Table.from_pylist(rows, schema=EPISODES)
+
+
+def candidates_rv(config: Config, weak: AnyPath, strong: AnyPath) -> dict[str, Any]:
+    """The RV curve of a run's own judge against the evaluation's, from both folders of episodes, as JSON."""
+    ours, theirs = _scored(weak), _scored(strong)
+    both = {at: (ours[at], theirs[at]) for at in sorted(ours.keys() & theirs.keys())}
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in both))}
+    longest = 1 + max((index for _, index in both), default=-1)
+    widths = map(len, next(iter(both.values()), ((), ())))
+    weak_grid, strong_grid = (np.full((len(places), longest, width), np.nan) for width in widths)
+    for (prompt, index), (mine, other) in both.items():
+        weak_grid[places[prompt], index], strong_grid[places[prompt], index] = mine, other
+    resamples, seed = config.evaluation.bootstrap, config.seed
+    return asdict(rv_curve(weak_grid, strong_grid, ddof=config.denoise.ddof, resamples=resamples, seed=seed))
+
+
+def _scored(episodes: AnyPath) -> dict[tuple[str, int], list[float]]:
+    """A candidate's prompt and place -> its scores, where it has all."""
+    rows = EpisodeFolder(episodes).table(["prompt_id", "responses", "error"]).to_pylist()
+    found = [(row["prompt_id"], r) for row in rows if row["error"] is None for r in row["responses"]]
+    return {
+        (prompt, r["index"]): r["scores"]
+        for prompt, r in found
+        if r["kind"] == CANDIDATE and r["scores"] and None not in r["scores"]
+    }
 
 
 def compare(works: Sequence[Work], context: Context, *, on_progress: OnProgress | None = None) -> None:

@@ -232,6 +232,7 @@ class _Costs:
             "import": self._import,
             "generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate,
             "merge": self._merge, "benchmark": self._benchmark, "score": self._score, "pairwise": self._pairwise,
+            "rv": self._rv,
         }  # fmt: skip
         rows, work, seconds, gpus = compute[stage.stage.partition(":")[0]](stage)
         judge = cost.judged(_judge_of(stage), work)
@@ -282,6 +283,12 @@ class _Costs:
     def _score(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         rows, _, scores = self.look.held_out(eval_config(stage.config, stage.judge))
         return self._share(rows, [scores], 1)
+
+    def _rv(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        config, prompts = eval_config(stage.config), self.look.prompts(stage.config)
+        rows, judged = min(config.evaluation.rv or 0, prompts.count), config.scoring.judged_by.reads_prompts
+        _, score = answer_work(config, prompts.sample, self.look.encoder, judged=judged)
+        return self._share(rows, [score.times(rows * config.sampling.n)], 1)
 
     def _pairwise(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         rows, work = self.look.compared(eval_config(stage.config, stage.judge))

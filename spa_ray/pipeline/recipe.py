@@ -42,7 +42,7 @@ class Node:
     @property
     def label(self) -> str:
         """What the stage is called in records and plans."""
-        name = self.part or self.judge.removeprefix("judges.").replace("pairwise.judge", "")
+        name = self.part or ("" if self.stage in ("rv", "pairwise") else self.judge.removeprefix("judges."))
         return f"{self.stage}:{name}" if name else self.stage
 
     @property
@@ -96,6 +96,7 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
     arms = tuned(every := arms)
     models = dict.fromkeys(arms, base)
     episodes: dict[str, Node] = {}
+    candidates: dict[str, Node] = {}
     tau: dict[tuple[str, str], Node] = {}
     for iteration in range(1, max(config.iterations.count for config in arms.values()) + 1):
         active = {arm: config for arm, config in arms.items() if config.iterations.count >= iteration}
@@ -108,6 +109,7 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
                 inputs["earlier"] = episodes[arm]
             episodes[arm] = Node("generate", arm, config, iteration, inputs)
         episodes |= given
+        candidates = candidates or dict(episodes)
         yield from filter(None, ([*given.values()], [*prompts.values()], [episodes[arm] for arm in asked]))
         parts = {(arm, ""): config for arm, config in active.items()}
         parts |= {(arm, part): c for arm, config in active.items() for part, c in extra_models(config).items()}
@@ -132,7 +134,7 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
         yield [models[arm] for arm in arms_of_round]
     models = {arm: models[arm] for arm in every}
     if has_evaluation(first):
-        yield from _evaluation(first, {VANILLA: base, **models})
+        yield from _evaluation(first, {VANILLA: base, **models}, candidates)
     for name in first.evaluation.benchmarks:
         prompts_of = Node("benchprompts", VANILLA, first, part=name)
         yield [prompts_of]
@@ -147,8 +149,9 @@ def _merge(arm: str, config: Config, base: Node, models: Mapping[str, Node]) -> 
     return Node("merge", arm, config, 1, {"base": base, **{of(name): models[name] for name in config.merge.of}})
 
 
-def _evaluation(config: Config, models: Mapping[str, Node]) -> Iterator[list[Node]]:
-    """Held-out answers of every model, with the scores of the judge, of further judges, and compared in pairs."""
+def _evaluation(config: Config, models: Mapping[str, Node], candidates: Mapping[str, Node]) -> Iterator[list[Node]]:
+    """Held-out answers of every model, with the scores of the judge, of further judges, and compared in pairs; and the
+    judge's scores of the first iteration's candidates."""
     held_out, judges = Node("evalprompts", VANILLA, config), {}
     for place in config.evaluation.all_judges:
         judges[place] = Node(JUDGE, VANILLA, config, judge=place)
@@ -158,6 +161,11 @@ def _evaluation(config: Config, models: Mapping[str, Node]) -> Iterator[list[Nod
         for arm, model in models.items()
     }
     yield list(answers.values())
+    if config.evaluation.rv is not None:
+        shared = {"model": models[VANILLA], "judge": judges["judge"]}
+        yield [
+            Node("rv", arm, config, 0, {"answers": node, **shared}, judge="judge") for arm, node in candidates.items()
+        ]
     for place in (f"judges.{name}" for name in config.evaluation.judges):
         given = {arm: {"answers": answers[arm], "model": models[arm], "judge": judges[place]} for arm in models}
         yield [Node("score", arm, config, 0, inputs, judge=place) for arm, inputs in given.items()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from spa_ray.evaluation.rv import rv_markdown
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -49,6 +51,13 @@ def print_win_rates(arms: Mapping[str, Mapping[str, Any]]) -> None:
             cells = found["families"].get(family, {}).values()
             table.add_row(arm, *(f"{c['wins']} / {c['ties']} / {c['losses']}  {cell(c['win_rate'])}" for c in cells))
         Console().print(table)
+
+
+def print_rv(curves: Sequence[Mapping[str, Any]]) -> None:
+    """A table for every set of candidates."""
+    for curve in curves:
+        print(f"RV of the candidates' scores with the evaluation's judge's: {', '.join(curve['arms'])}")
+        print(rv_markdown([curve]))
 
 
 def print_benchmarks(arms: Mapping[str, Mapping[str, Any]]) -> None:

@@ -44,6 +44,7 @@ from spa_ray.storage.lock import RunLock
 from spa_ray.storage.shared_folder import check_shared
 
 WIN_RATES = "win_rates.json"
+RV = "rv.json"
 LOG = Path("logs") / "driver.jsonl"
 
 
@@ -132,6 +133,7 @@ class Pipeline:
             evaluated.setdefault(arm, {"metrics": {}})["benchmarks"] = measures
         for arm, rates in self._pairwise().items():
             evaluated[arm]["pairwise"] = rates
+        self._rv()
         self._cards(evaluated)
         nothing: dict[str, Any] = {"metrics": {}}
         arms = {arm: {"iterations": self._iterations(arm), **evaluated.get(arm, nothing)} for arm in self.arms}
@@ -276,7 +278,9 @@ class Pipeline:
             for label, folder in record["stages"].items() if not iteration else ():
                 labels.setdefault(label, {})[arm] = folder
         prompts, names = labels.pop("evalprompts", {}), labels.pop("evaluate", {})
-        judged = {label: arms for label, arms in labels.items() if label.partition(":")[0] in ("score", "pairwise")}
+        judged = {
+            label: arms for label, arms in labels.items() if label.partition(":")[0] in ("score", "pairwise", "rv")
+        }
         record = {
             "answers": {arm: str(self.folder.path / "stages" / name / "episodes") for arm, name in names.items()},
             "stages": {"evalprompts": prompts[VANILLA], **names} if prompts else {},
@@ -316,6 +320,20 @@ class Pipeline:
 
     def _of_arms(self, stage: str, judge: str = "") -> dict[str, StageFolder]:
         return {node.arm: at for node, at in self.stages.items() if (node.stage, node.judge) == (stage, judge)}
+
+    def _rv(self) -> None:
+        """`rv.json`: a curve for each pass over prompts that arms share."""
+        from spa_ray.pipeline.judged import candidates_rv
+
+        found: dict[str, dict[str, Any]] = {}
+        for node in [node for node in self.stages if node.stage == "rv"]:
+            weak, strong = (self.stages[at].folder for at in (node.inputs["answers"], node))
+            if strong.name not in found:
+                curve = candidates_rv(self.config, weak / "episodes", strong / "episodes")
+                found[strong.name] = {"arms": [], **curve}
+            found[strong.name]["arms"].append(node.arm)
+        if found:
+            write_json(self.folder.path / RV, list(found.values()))
 
     def _pairwise(self) -> dict[str, dict[str, Any]]:
         """The win rates of every arm; and `win_rates.json` of each comparison, and of all."""

@@ -162,6 +162,11 @@ def score(config: Config, known: Known) -> dict[str, Any]:
     return {**_judging(config, known, scoring.judged_by), "scoring": _judged(scoring)}
 
 
+def rv(config: Config, known: Known) -> dict[str, Any]:
+    """Scores of candidates by the evaluation's judge."""
+    return {**score(config, known), "prompts": config.evaluation.rv}
+
+
 def pairwise(config: Config, known: Known) -> dict[str, Any]:
     """Comparisons of the answers that are inputs."""
     section, (_, a, b) = config.evaluation.pairwise, known.names

@@ -234,7 +234,7 @@ def run_evaluate(works: Sequence[Work], context: Context) -> None:
 
 
 def run_score(works: Sequence[Work], context: Context) -> None:
-    """Held-out answers to a further judge's scores, all models in one pass."""
+    """Held-out answers to a further judge's scores, all models in one pass; or candidates to the judge's."""
     from spa_ray.pipeline.judged import score_again
 
     score_again(works, context, on_progress=_judged_counter(works, context))
@@ -287,6 +287,7 @@ ROWS = (
           run_evaluate, gpus=_engines_gpus),
     Stage("score", evaluation.STAGE_VERSION, keys.score, ("answers", "judge"), "episodes", run_score,
           gpus=_engines_gpus),
+    Stage("rv", evaluation.STAGE_VERSION, keys.rv, ("answers", "judge"), "episodes", run_score, gpus=_engines_gpus),
     Stage("pairwise", evaluation.STAGE_VERSION, keys.pairwise, ("answers", "against", "judge"), "judgements",
           run_pairwise, rows=None, gpus=_engines_gpus),
     Stage("benchprompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_benchmark,
