@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_ray.config.models import Evaluation
+from spa_ray.config.evaluation import Evaluation
 from spa_ray.config.prompts import Prompts
 from spa_ray.data.readers import Row
 from spa_ray.pipeline.inspect import print_story

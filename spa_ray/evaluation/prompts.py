@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spa_ray.config.models import Evaluation
+from spa_ray.config.evaluation import Evaluation
 from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, Prompt, PromptCounts, read_prompts
 from spa_ray.data.schemas import PROMPTS

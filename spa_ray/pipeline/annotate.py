@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spa_ray.config.models import MAIN_JUDGE, Config
+from spa_ray.config.evaluation import MAIN_JUDGE
+from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.errors import InputError
 from spa_ray.evaluation.agreement import quadratic_kappa, sign_accuracy

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spa_ray.config.evaluation import MAIN_JUDGE
 from spa_ray.config.judge import Policy
-from spa_ray.config.models import MAIN_JUDGE, Config
+from spa_ray.config.models import Config
 from spa_ray.config.pairwise import REFERENCE
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.schemas import EPISODES

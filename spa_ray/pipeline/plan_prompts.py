@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from spa_ray.config.models import Evaluation
+from spa_ray.config.evaluation import Evaluation
 from spa_ray.config.prompts import Episodes, Prompts
 from spa_ray.data.containers import kind_of
 from spa_ray.data.folders import files_of

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spa_ray.config.models import Config, Evaluation
+from spa_ray.config.evaluation import Evaluation
+from spa_ray.config.models import Config
 from spa_ray.config.prompts import Episodes
 from spa_ray.data.given import EpisodeCounts, write_episodes
 from spa_ray.data.left_out import LeftOut
