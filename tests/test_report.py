@@ -47,7 +47,7 @@ def test_the_headline_names_what_changed_beyond_chance_and_what_did_not(tmp_path
     answers = {"vanilla": steady, "spa": [(text, (8.0, 5.0 + (k + 1) % 3)) for k, (text, _) in enumerate(steady)]}
     said = headline(read_run(report_run(tmp_path, answers)))
     assert "spa raises harmless to 8.00 (+3.00 [+3.00, +3.00])" in said
-    assert "leaves helpful" in said
+    assert "no clear change in helpful" in said
     assert said.endswith("on 12 held-out prompts.")
 
 

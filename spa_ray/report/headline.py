@@ -35,7 +35,7 @@ def sentence(arm: str, objectives: Sequence[str], found: Mapping[str, Any], base
             groups[verb].append(told)
     parts = [f"{verb} {listed(names)}" for verb, names in groups.items() if names and verb != "leaves"]
     if groups["leaves"]:
-        parts.append(f"leaves {listed(groups['leaves'])} unchanged within chance")
+        parts.append(f"shows no clear change in {listed(groups['leaves'])}")
     return f"{arm} {listed(parts)} against {base}" if parts else f"{arm}: no objective was compared"
 
 

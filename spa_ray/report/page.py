@@ -154,7 +154,7 @@ def tiles(run: RunData) -> list[dict[str, str]]:
                 good = "down" if (verb == "lowers") != (name in LOWER_IS_BETTER) else "up"
                 value = f"{number(name, after - change.mean)} → {number(name, after)}{unit}"
                 note = f"{number(name, change.mean, signed=True)} [{bounds(name, change)}]"
-                note += " within chance" if verb == "leaves" else ""
+                note += ", not clear" if verb == "leaves" else ""
                 found.append({"name": name, "value": value, "note": note, "kind": "" if verb == "leaves" else good})
     if run.funnels:
         funnel = next((f for f in run.funnels if run.main_arm and run.main_arm in f.title), run.funnels[0]).value

@@ -171,19 +171,24 @@ def _configs(run: RunFolder) -> dict[str, Json]:
 
 def _stage_files(run: RunFolder, name: str) -> Iterator[Found]:
     """That file of every stage that an arm uses, each stage once, with all its users."""
-    users: dict[str, list[str]] = {}
-    records = {file: read_json(file) for file in run.arm_files()}
-    several = any(file.stem != "iter_1" for file in records)
-    for file, record in sorted(records.items(), key=lambda item: int(item[0].stem.removeprefix("iter_"))):
-        iteration = file.stem.replace("iter_", ", iteration ") if several else ""
-        for label, folder in record["stages"].items():
+    users: dict[str, dict[int, list[str]]] = {}  # folder -> iteration -> who
+    for file in run.arm_files():
+        iteration = int(file.stem.removeprefix("iter_"))
+        for label, folder in read_json(file)["stages"].items():
             part = label.partition(":")[2]
-            users.setdefault(folder, []).append(file.parent.name + (f" ({part})" if part else "") + iteration)
-    for folder, names in users.items():
+            arms = users.setdefault(folder, {}).setdefault(iteration, [])
+            arms.append(file.parent.name + (f" ({part})" if part else ""))
+    order = sorted(users, key=lambda folder: min(users[folder]))
+    several = len({iteration for found in users.values() for iteration in found}) > 1
+    for folder in order:
         file = run.path / "stages" / folder / name
         if is_file(file):
-            shown = names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"]
-            yield Found("; ".join(shown) if several else ", ".join(shown), _read(file))
+            told = [f"iteration {n}: {_some(arms)}" if several else _some(arms) for n, arms in users[folder].items()]
+            yield Found("; ".join(told), _read(file))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"])
 
 
 def _read(file: AnyPath) -> Any:

@@ -38,7 +38,7 @@ def bar(x: float, y: float, width: float, height: float, kind: str, title: str =
 
 def marker(series: int, x: float, y: float, title: str, r: float = 4.5) -> str:
     """The series' own shape in its colour."""
-    shape, kind = SHAPES[series % len(SHAPES)], f"s{series % SERIES}"
+    shape, kind = SHAPES[(series + series // SERIES) % len(SHAPES)], f"s{series % SERIES}"
     if shape == "circle":
         body = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}" class="{kind}">'
     elif shape == "square":

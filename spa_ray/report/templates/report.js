@@ -16,6 +16,8 @@ for (const table of document.querySelectorAll("table.sorts")) {
   });
 }
 
+addEventListener("beforeprint", () => document.querySelectorAll("#results details").forEach(d => { d.open = true }));
+
 async function unpacked(id) {
   const node = document.getElementById(id);
   if (!node) return [];
