@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,13 +17,22 @@ from hypothesis import strategies as st
 from spa_ray.cli.demo import demo_config
 from spa_ray.config import arm_configs
 from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.schemas import EPISODES
+from spa_ray.engine.idle import IdleEngine
 from spa_ray.evaluation.metrics import rv_coefficient
 from spa_ray.evaluation.rv import rv_curve, rv_markdown
+from spa_ray.generation.setup import Task
+from spa_ray.generation.setup import make_episodes as make_judging
 from spa_ray.pipeline import recipe
 from spa_ray.pipeline.commands import run_config
+from spa_ray.pipeline.evaluate import write_table
+from spa_ray.pipeline.judged import candidates, candidates_rv
 from spa_ray.pipeline.plan import make_plan
+from spa_ray.pipeline.preflight import eval_config
 from spa_ray.pipeline.stage_keys import Known
 from spa_ray.pipeline.stages import STAGES
+from tests.preferences_tables import make_episodes, make_row
+from tests.scripted import WEIGHTS, scripted_config
 
 FEW: dict[str, Any] = {"ddof": 1, "resamples": 20, "seed": 0}
 
@@ -89,8 +101,9 @@ def test_candidates_without_both_scores_and_prompts_with_too_few_are_left_out() 
     expected = rv_coefficient(*map(np.array, zip(*kept, strict=True)))
     assert curve.by_det[-1] is not None
     assert curve.by_det[-1].mean == pytest.approx(expected)
-    with pytest.raises(ValueError, match="no prompt has enough"):
-        rv_curve(weak[:1], strong[:1], **FEW)
+    nothing = rv_curve(weak[:1], strong[:1], **FEW)
+    assert (nothing.prompts, nothing.by_det, nothing.det) == ([0] * 20, [None] * 20, [None] * 20)
+    assert rv_markdown([asdict(nothing)]).splitlines()[-1] == "| 100% | 0 | none | none |"
     with pytest.raises(ValueError, match="shapes"):
         rv_curve(weak, strong[1:], **FEW)
 
@@ -135,6 +148,31 @@ def test_its_key_covers_the_judge_and_how_many_prompts_and_no_other_key_covers_i
     assert key("rv", "train.lr=1", "sampling.n=8") == key("rv")
     for stage in ("generate", "build", "train", "evaluate"):
         assert key(stage, "evaluation.rv=13") == key(stage)
+
+
+def test_both_judges_scores_meet_by_prompt_and_place(tmp_path: Path) -> None:
+    """The stage's own steps, without Ray: which rows are asked, what the judge's rows become, the curve of both."""
+    config = scripted_config(evaluation={"judge": "tests.study_runs:judge", "bootstrap": 20})
+    weak, strong = scores(5, 12)
+    rows = [
+        {**make_row([*map(list, own), None], [9, 9], prompt_id=f"{at:02}"), "meta": '{"known": true}', "attempt": 0}
+        for at, own in enumerate(weak)
+    ]
+    for row, theirs in zip(rows, strong, strict=True):
+        for response, (a, b) in zip(row["responses"][:5], theirs, strict=True):
+            response |= {"text": f"{a:g}/{b:g}", "finish_reason": "stop"}
+        row["responses"][5] |= {"text": "9/1", "finish_reason": "stop"}  # which the run's own judge did not score
+    rows.append({**make_row([[1, 1]], prompt_id="00 failed"), "meta": "{}", "error": "timeout"})
+    asked = candidates(make_episodes(rows, config), 10).to_pylist()
+    assert [row["prompt_id"] for row in asked] == [f"{at:02}" for at in range(10)]
+    judged = eval_config(config)
+    house = make_judging(judged, Task(kind="score"), IdleEngine(judged.model, WEIGHTS), WEIGHTS, None)
+    answered = [asyncio.run(house.score({**row, "prompt_tokens": 0, "generated_tokens": 0})) for row in asked]
+    for name, found in (("weak", rows), ("strong", answered)):
+        write_table(pa.Table.from_pylist(found, EPISODES), tmp_path / name / "part.parquet")
+    curve = candidates_rv(config, tmp_path / "weak", tmp_path / "strong")
+    expected = rv_curve(weak[:10], strong[:10], ddof=1, resamples=20, seed=config.seed)
+    assert curve == json.loads(json.dumps(asdict(expected)))
 
 
 @pytest.mark.engine

@@ -25,11 +25,12 @@ ZERO = 1e-12  # of the sum of squares: what is left of a variance of 0 by roundi
 @dataclass(frozen=True)
 class RVCurve:
     """At each share of the prompts: how many they are, the largest det Σ among them, RV with its bootstrap interval
-    over prompts, and RV's mean and 95 % range over random orders. None where a judge's scores do not vary."""
+    over prompts, and RV's mean and 95 % range over random orders. None where a judge's scores do not vary, or without
+    prompts."""
 
     shares: list[float]
     prompts: list[int]
-    det: list[float]
+    det: list[float | None]
     by_det: list[Interval | None]
     random: list[Interval | None]
 
@@ -40,7 +41,7 @@ def rv_curve(
     """weak (N, n, p) and strong (N, n, q): the scores of N prompts' candidates, NaN where there is none.
 
     A candidate counts where both judges scored it; prompts with fewer than p + 1 of them have no det Σ and are left
-    out. Equal dets stay in the given order. Raises: ValueError when the shapes differ or no prompt is left.
+    out. Equal dets stay in the given order. Raises: ValueError when the shapes differ.
     """
     if weak.ndim != 3 or strong.ndim != 3 or weak.shape[:2] != strong.shape[:2]:
         raise ValueError(f"rv_curve: shapes {weak.shape} and {strong.shape}; scores of the same candidates are needed")
@@ -48,7 +49,8 @@ def rv_curve(
     det = covariance_det(np.where(known[:, :, None], weak, 0.0).transpose(2, 1, 0), known.T, ddof=ddof)
     order = np.argsort(det, kind="stable")[: int(np.isfinite(det).sum())]
     if not len(order):
-        raise ValueError("rv_curve: no prompt has enough candidates that both judges scored")
+        none: list[Any] = [None] * len(shares)
+        return RVCurve(list(shares), [0] * len(shares), none, none, none)
     stops = [max(1, round(share * len(order))) for share in shares]
     sums = _Sums.of(weak[order], strong[order], known[order])
     rng = np.random.default_rng(seed)
@@ -122,7 +124,7 @@ def rv_markdown(curves: Sequence[Mapping[str, Any]]) -> str:
 def _over_seeds(found: Sequence[Mapping[str, float] | None]) -> str:
     known = [cell for cell in found if cell is not None]
     if not known:
-        return "none: no variance"
+        return "none"
     means = [cell["mean"] for cell in known]
     low, high = (min(means), max(means)) if len(known) > 1 else (known[0]["low"], known[0]["high"])
     return f"{sum(means) / len(means):.3f} [{low:.3f}, {high:.3f}]"
