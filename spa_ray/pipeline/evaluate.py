@@ -90,12 +90,19 @@ def stage_facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> di
         "rows": mine.num_rows,
         "errors": mine.num_rows - mine["error"].null_count,
         "error_kinds": kinds,
+        "failed_judgements": _failed_judgements(mine),
         "requests": round(share * sum(counts.requests for counts in passes)),
         "prompt_tokens": pc.sum(mine["prompt_tokens"]).as_py() or 0,
         "generated_tokens": pc.sum(mine["generated_tokens"]).as_py() or 0,
         "seconds": round(share * sum(counts.seconds for counts in passes), 2),
         **({"judge": {key: share * value for key, value in judged.items()}} if judged else {}),
     }
+
+
+def _failed_judgements(table: pa.Table) -> int:
+    """Of the rows without an error."""
+    status = pc.list_flatten(pc.struct_field(pc.list_flatten(table["responses"]), "score_status"))
+    return pc.sum(pc.not_equal(status, "ok")).as_py() or 0
 
 
 def write_rows(prompts: AnyPath, works: Sequence[Work], out: AnyPath) -> None:
