@@ -137,6 +137,8 @@ def test_the_package_study_names_arms_columns_and_rows_that_there_are(paper: str
             assert {*itertools.chain(*table.paper.compare)} <= set(table.paper.rows)
 
 
+POINT = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 400}
+RV = {"shares": [0.5, 1.0], "prompts": [200, 400], "by_det": [POINT, POINT], "random": [None, None]}
 LOW: Scores = {"a": (4, 2), "b": (6, 2), "c": (8, 2)}
 HIGH: Scores = {"a": (7, 5), "b": (8, 5), "c": (9, 5)}
 
@@ -151,6 +153,7 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
     rates = {"spa": {"against": "vanilla", "families": {"test": {"harmless": rate, "helpful": rate}}}}
     for folder in folders["core"]:
         (folder / "win_rates.json").write_text(json.dumps(rates))
+        (folder / "rv.json").write_text(json.dumps([{"arms": ["spa"], **RV}]))
     page = write_page(SPEC, chosen, folders, tmp_path / "RESULTS.md")  # type: ignore[arg-type]
     text = page.read_text()
     assert "| SPA | 9.90 | 7.14 | 8.85 |" in text
@@ -159,6 +162,7 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
     assert "| spa − sft | helpful | +1.57 +0.85 | +0.00 [+0.00, +0.00] | no difference here |" in text
     assert "2 seeds (0, 1)" in text
     assert "| spa | 6 / 2 / 0  87.5% | 6 / 2 / 0  87.5% |" in text
+    assert "| 100% | 400 | 0.500 [0.500, 0.500] | none |" in text
     assert "## Not here" in text
     found = json.loads((tmp_path / "RESULTS.json").read_text())["core.table1"]
     assert {c["verdict"] for c in found if (c["a"], c["b"]) == ("spa", "vanilla")} == {AGREES}
@@ -177,6 +181,7 @@ def test_a_real_study_keeps_the_arms_and_nothing_of_the_world(tmp_path: Path, sp
     assert written["arms"] == SPEC.runs["core"].config["arms"]
     assert written["model"] == {"path": "org/8b"}
     assert written["evaluation"]["pairwise"] == {"judge": "base", "against": "vanilla"}
+    assert written["evaluation"]["rv"] == 400
     assert "microworld" not in Path(path).read_text()
 
 
