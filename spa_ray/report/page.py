@@ -153,7 +153,7 @@ def tiles(run: RunData) -> list[dict[str, str]]:
                 unit, verb = " %" if name in SHARES else "", direction(change)
                 good = "down" if (verb == "lowers") != (name in LOWER_IS_BETTER) else "up"
                 value = f"{number(name, after - change.mean)} → {number(name, after)}{unit}"
-                note = f"{number(name, change.mean, signed=True)} [{bounds(name, change)}]"
+                note = f"{number(name, change.mean, signed=True)} [{bounds(name, change)}]".replace(", ", ",\u00a0")
                 note += ", not clear" if verb == "leaves" else ""
                 found.append({"name": name, "value": value, "note": note, "kind": "" if verb == "leaves" else good})
     if run.funnels:
@@ -172,7 +172,8 @@ def cost_line(run: RunData) -> str:
 
 
 def facts_line(run: RunData) -> str:
-    model, method = run.config["model"]["path"], run.config["train"]["method"]
+    model, changed = run.config["model"]["path"], run.arms.get(run.main_arm or "", {})
+    method = changed.get("train.method", run.config["train"]["method"])
     when = run.manifest.get("finished", "")[:10]
     parts = [f"Model {model}", f"method {method}", f"judge {judge_name(run.config['evaluation'].get('judge'))}", when]
     return " · ".join(part for part in parts if part)
