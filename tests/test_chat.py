@@ -217,11 +217,13 @@ def test_a_person_talks_to_a_real_model_twice_and_it_knows_what_was_said(tmp_pat
     )
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("columns", [120, 60])
-def test_several_models_stand_side_by_side_where_the_terminal_is_wide(columns: int) -> None:
-    arguments = ["chat", str(MODEL), f"{MODEL.parent}/../microworld/model", "temperature=0", "max_tokens=24"]
-    with terminal(*arguments, columns=columns) as chat:
+VLLM = pytest.param(120, ("temperature=0", "max_tokens=24"), marks=[pytest.mark.engine, pytest.mark.long])
+SHORT = (SCRIPTED, script(answer_words=1))
+
+
+@pytest.mark.parametrize(("columns", "options"), [(120, SHORT), (60, SHORT), VLLM])
+def test_several_models_stand_side_by_side_where_the_terminal_is_wide(columns: int, options: tuple[str, ...]) -> None:
+    with terminal("chat", str(MODEL), f"{MODEL.parent}/../microworld/model", *options, columns=columns) as chat:
         chat.until("/help shows the commands", 300)
         chat.until("> ")
         chat.type("how do i find the market ?\n")
