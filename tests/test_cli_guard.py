@@ -141,7 +141,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_shows_a_traceback_for_garbage(spa: Any, here: Path, command: str) -> None:
     rng = random.Random(f"{SEED}{command}")  # fixed, so that a failure comes again
-    overrides = ["model.path=./none"] if command == "demo" else []  # else it would run
+    overrides = ["model.path=./none"] if command in ("demo", "reproduce") else []  # else they would run
     tried = [[g] for g in rng.sample(GARBAGE, 40)] + [
         [rng.choice(GARBAGE) for _ in range(rng.randint(2, 5))] for _ in range(25)
     ]
