@@ -18,6 +18,7 @@ from spa_ray.report.packed import script_json
 from spa_ray.report.run_data import read_run
 from spa_ray.report.svg import ticks
 from spa_ray.report.write import report, write_report
+from spa_ray.storage.files import as_path, copy_files, files_under
 from tests.browser import browsing
 from tests.report_runs import FUNNEL, prose, report_run, unfinished
 
@@ -107,6 +108,13 @@ def test_runs_with_other_objectives_do_not_compare(run: Path, tmp_path: Path) ->
     (other / "config.yaml").write_text(config.replace("- harmless\n    - helpful", "- helpful\n    - harmless"))
     with pytest.raises(InputError, match="same objectives"):
         report([run, other], out=tmp_path)
+
+
+def test_a_run_on_an_object_store_has_its_report_there(run: Path) -> None:
+    store = as_path(f"memory://{run.parent.name}")
+    copy_files(run, store, files_under(run))
+    assert write_report(store)["report"] == f"{store}/report.html"
+    assert b"Before and after" in (store / "report.html").read_bytes()
 
 
 # --- pictures and data --------------------------------------------------------------------------------------------
