@@ -8,17 +8,21 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from spa_ray.cli.reproduce import reproduction, seed_configs, write_page
 from spa_ray.config.study import Reproduction
+from spa_ray.data.schemas import EPISODES
 from spa_ray.errors import InputError
 from spa_ray.evaluation.bootstrap import Interval
 from spa_ray.evaluation.metrics import hh_lambda
 from spa_ray.evaluation.published import published
 from spa_ray.evaluation.reproduction import AGREES, DIFFERS, MIXED, UNCLEAR, verdict
 from tests.study_runs import Scores, write_run
+from tests.test_distributions import FUNNEL
 
 SPA = published("spa")
 SPEC = reproduction("spa")
@@ -137,10 +141,30 @@ def test_the_package_study_names_arms_columns_and_rows_that_there_are(paper: str
             assert {*itertools.chain(*table.paper.compare)} <= set(table.paper.rows)
 
 
-POINT = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 400}
-RV = {"shares": [0.5, 1.0], "prompts": [200, 400], "by_det": [POINT, POINT], "random": [None, None]}
 LOW: Scores = {"a": (4, 2), "b": (6, 2), "c": (8, 2)}
 HIGH: Scores = {"a": (7, 5), "b": (8, 5), "c": (9, 5)}
+
+
+def _point(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean, "high": mean, "n": 2}
+
+
+def _write_candidates(path: Path) -> None:
+    """One prompt: two candidates, of a third a judgement failed, and the refined answer."""
+    kinds = [("candidate", [5.0, 3.0]), ("candidate", [6.0, 3.0]), ("candidate", [None, None]), ("refined", [8.0, 9.0])]
+    responses = [{"index": i, "kind": kind, "text": "x", "scores": scores} for i, (kind, scores) in enumerate(kinds)]
+    pq.write_table(pa.Table.from_pylist([{"prompt_id": "a", "responses": responses}], schema=EPISODES), path)
+
+
+SHARES = [k / 20 for k in range(1, 21)]
+CURVE = {  # unsteady, level, a drop at 40 %
+    "arms": ["spa"],
+    "shares": SHARES,
+    "prompts": [2 * k for k in range(1, 21)],
+    "det": SHARES,
+    "by_det": [_point([0.9, 0.3, 0.9, 0.8][k] if k < 4 else 0.8 if k < 7 else 0.5) for k in range(20)],
+    "random": [_point(0.5)] * 20,
+}
 
 
 def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
@@ -153,7 +177,10 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
     rates = {"spa": {"against": "vanilla", "families": {"test": {"harmless": rate, "helpful": rate}}}}
     for folder in folders["core"]:
         (folder / "win_rates.json").write_text(json.dumps(rates))
-        (folder / "rv.json").write_text(json.dumps([{"arms": ["spa"], **RV}]))
+        (folder / "rv.json").write_text(json.dumps([CURVE]))
+        for arm in SPEC.runs["core"].funnel.arms:  # type: ignore[union-attr]
+            (folder / "stages" / f"build-{arm}" / "funnel.json").write_text(json.dumps(FUNNEL))
+        _write_candidates(folder / "stages" / "generate-spa" / "episodes" / "part.parquet")
     page = write_page(SPEC, chosen, folders, tmp_path / "RESULTS.md")  # type: ignore[arg-type]
     text = page.read_text()
     assert "| SPA | 9.90 | 7.14 | 8.85 |" in text
@@ -162,7 +189,11 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
     assert "| spa − sft | helpful | +1.57 +0.85 | +0.00 [+0.00, +0.00] | no difference here |" in text
     assert "2 seeds (0, 1)" in text
     assert "| spa | 6 / 2 / 0  87.5% | 6 / 2 / 0  87.5% |" in text
-    assert "| 100% | 400 | 0.500 [0.500, 0.500] | none |" in text
+    assert "| 100% | 40 | 0.500 [0.500, 0.500] | 0.500 [0.500, 0.500] |" in text
+    assert "falls at 2 of 2 seeds (in random order by +0.000), the steepest step by -0.300: a sharp drop" in text
+    assert "By the model itself: helpful\n\n|  | 3 | 9 | mean | scores |" in text
+    assert "| candidate | 100.0% | 0.0% | 3.00 | 4 |\n| refined | 0.0% | 100.0% | 9.00 | 2 |" in text
+    assert "| kept | 40 | 40 | 40 | 40 |" in text
     assert "## Not here" in text
     found = json.loads((tmp_path / "RESULTS.json").read_text())["core.table1"]
     assert {c["verdict"] for c in found if (c["a"], c["b"]) == ("spa", "vanilla")} == {AGREES}

@@ -20,7 +20,7 @@ from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.schemas import EPISODES
 from spa_ray.engine.idle import IdleEngine
 from spa_ray.evaluation.metrics import rv_coefficient
-from spa_ray.evaluation.rv import rv_curve, rv_markdown
+from spa_ray.evaluation.rv import rv_curve, rv_markdown, rv_shape
 from spa_ray.generation.setup import Task
 from spa_ray.generation.setup import make_episodes as make_judging
 from spa_ray.pipeline import recipe
@@ -199,3 +199,24 @@ def test_a_run_s_candidates_are_scored_by_the_evaluation_s_judge(tmp_path: Path,
             assert all(1 <= score <= 10 for score in response["scores"])
     again = run_config(arms, until="evaluate", verbose=False)
     assert again["arms"] == result["arms"]
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ([0.8] * 4 + [0.5] * 12, "a sharp drop."),
+        ([0.8 - 0.02 * k for k in range(16)], "a gradual fall."),
+        ([0.8 + 0.01 * k for k in range(16)], "no drop at every seed."),
+    ],
+)
+@pytest.mark.parametrize(("early", "steady"), [([0.2, 0.9, 0.1, 0.8], "unsteady"), ([0.8] * 4, "no less steady")])
+def test_a_curve_s_shape_is_laid_beside_the_paper_s(
+    early: list[float], steady: str, late: list[float], said: str
+) -> None:
+    points = [{"mean": mean, "low": mean, "high": mean, "n": 1} for mean in early + late]
+    curve = {"shares": [k / 20 for k in range(1, 21)], "by_det": points, "random": points}
+    found = rv_shape([curve, {**curve, "by_det": [None, *points[1:]]}])  # a first share without variance
+    assert found.endswith(said)
+    assert f"Ours is {steady} below 20 %" in found
+    flat = {**curve, "by_det": [None] * 20}
+    assert rv_shape([curve, flat]).startswith("Nothing is to be said")

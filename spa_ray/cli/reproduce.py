@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,9 @@ from spa_ray.config import Config, arm_configs
 from spa_ray.config.study import Reproduction, StudyRun
 from spa_ray.errors import InputError
 from spa_ray.storage.files import AnyPath, as_path, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from spa_ray.evaluation.study import Measured
 
 # What of a world's own config a real study keeps: the arms, and nothing that was chosen for a model of 491 words.
 OF_THE_STUDY = ("arms", "objectives", "constitution")
@@ -128,7 +131,7 @@ def write_page(
         table_section,
         win_rates_section,
     )
-    from spa_ray.evaluation.rv import rv_markdown
+    from spa_ray.evaluation.rv import rv_markdown, rv_shape
     from spa_ray.evaluation.study import build_study
     from spa_ray.pipeline.run import RV, WIN_RATES
     from spa_ray.pipeline.study import read_measured
@@ -154,14 +157,45 @@ def write_page(
             parts.append(win_rates_section(run.win_rates, rates))
         if run.rv is not None:
             curves = [read_json(folder / RV)[0] for folder in folders[name]]
-            parts.append("\n\n".join([f"## {run.rv.title}", run.rv.note, rv_markdown(curves)]))
+            parts.append(
+                "\n\n".join([f"## {run.rv.title}", run.rv.note, rv_markdown(curves), f"**{rv_shape(curves)}**"])
+            )
             data[f"{name}.rv"] = curves
+        for part, (text, found) in _made(run, folders[name], measured).items():
+            parts.append(text)
+            data[f"{name}.{part}"] = found
         data[name] = results.to_dict()
     head = [f"# {spec.title}", spec.intro.strip(), *([in_a_sentence(everything)] if everything else [])]
     tail = [not_here(spec.not_here)] if spec.not_here else []
     write_json(page.with_suffix(".json"), data)
     write_text(page, "\n\n".join([*head, *parts, *tail]) + "\n")
     return page
+
+
+def _made(run: StudyRun, folders: Sequence[AnyPath], measured: Measured) -> dict[str, tuple[str, Any]]:
+    """The spread of scores and the funnels, each as Markdown and as data, where the study asks for them."""
+    import numpy as np
+
+    from spa_ray.evaluation.distributions import funnel_markdown, funnel_table, histograms, scores_markdown
+    from spa_ray.evaluation.prompts import MAIN_FAMILY
+    from spa_ray.pipeline.study import read_made
+
+    found: dict[str, tuple[str, Any]] = {}
+    if run.scores is not None:
+        arm = run.scores.arms[0]
+        made, objectives = [read_made(folder, arm) for folder in folders], measured.objectives
+        own = {kind: np.concatenate([getattr(m, kind) for m in made]) for kind in ("candidate", "refined")}
+        answers = {a: np.concatenate([seed.answers[a][MAIN_FAMILY].answers.scores for seed in measured.runs])
+                   for a in measured.arms if a in ("vanilla", *run.scores.arms)}  # fmt: skip
+        spread = {
+            "By the model itself": histograms(own, objectives),
+            "Held-out answers, by the evaluation's judge": histograms(answers, objectives),
+        }
+        found["scores"] = "\n\n".join([f"## {run.scores.title}", run.scores.note, scores_markdown(spread)]), spread
+    if run.funnel is not None:
+        table = funnel_table({arm: [read_made(f, arm).funnel for f in folders] for arm in run.funnel.arms})
+        found["funnel"] = "\n\n".join([f"## {run.funnel.title}", run.funnel.note, funnel_markdown(table)]), table
+    return found
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

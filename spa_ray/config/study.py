@@ -78,6 +78,8 @@ class StudyRun(Section):
     extended: bool = Field(False, description="left out unless all is asked for")
     config: dict[str, Any] = Field(default_factory=dict, description="sections and keys that differ from the base's")
     study: Study
+    scores: PaperFigure | None = Field(None, description="how to show the spread of scores before and after; null: not")
+    funnel: PaperFigure | None = Field(None, description="how to show its arms' funnels side by side; null: not")
     rv: PaperFigure | None = Field(None, description="how to show `evaluation.rv`; null: not")
     win_rates: PaperFigure | None = Field(None, description="how to show `evaluation.pairwise`; null: not")
 

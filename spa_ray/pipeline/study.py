@@ -11,12 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from spa_ray.config.models import Config
 from spa_ray.config.plugs import JUDGES, load_dotted
 from spa_ray.config.study import Study
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.errors import InputError
 from spa_ray.evaluation.answers import read_answers
+from spa_ray.evaluation.metrics import Floats
 from spa_ray.evaluation.study import Measured, PairOrder, SeedRun, build_study, pair_order, study_markdown
 from spa_ray.generation.judging import Item, Parts, Scorer
 from spa_ray.objectives import Objective, load_objectives
@@ -130,6 +133,34 @@ def _read(run: _Run, judged: Sequence[str]) -> SeedRun:
         for name, arms in run.judges.items()
     }
     return SeedRun(run.config.seed, answers, judges, orders)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an arm's first iteration made: own scores of its candidates and refined answers (n, k), NaN where one
+    failed, and its funnel as JSON."""
+
+    candidate: Floats
+    refined: Floats
+    funnel: dict[str, Any]
+
+
+def read_made(run_dir: AnyPath, arm: str) -> Made:
+    """Raises: InputError when the run lacks the arm's episodes or pairs."""
+    run = open_run(run_dir)
+    record = run.arm_file(arm, 1)
+    config, stages = run_configs(run).get(arm), read_json(record)["stages"] if is_file(record) else {}
+    if config is None or not {"generate", "build"} <= stages.keys():
+        raise InputError(f"{run_dir}: arm {arm} built no pairs; name arms that were trained on pairs of their own")
+    found: dict[str, list[list[float]]] = {"candidate": [], "refined": []}
+    folder = run.path / "stages"
+    for batch in EpisodeFolder(folder / stages["generate"] / "episodes").batches(["responses"]):
+        for response in (r for row in batch["responses"].to_pylist() for r in row or () if r["scores"]):
+            found[response["kind"]].append([np.nan if score is None else score for score in response["scores"]])
+    candidate, refined = (
+        np.array(rows, dtype=np.float64).reshape(-1, len(config.objectives)) for rows in found.values()
+    )
+    return Made(candidate, refined, read_json(folder / stages["build"] / "funnel.json"))
 
 
 class _Asked:
