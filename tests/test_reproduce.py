@@ -190,7 +190,7 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
     assert "2 seeds (0, 1)" in text
     assert "| spa | 6 / 2 / 0  87.5% | 6 / 2 / 0  87.5% |" in text
     assert "| 100% | 40 | 0.500 [0.500, 0.500] | 0.500 [0.500, 0.500] |" in text
-    assert "falls at 2 of 2 seeds (in random order by +0.000), the steepest step by -0.300: a sharp drop" in text
+    assert "random orders at 2 of 2 seeds, the steepest step by -0.300: a sharp drop" in text
     assert "By the model itself: helpful\n\n|  | 3 | 9 | mean | scores |" in text
     assert "| candidate | 100.0% | 0.0% | 3.00 | 4 |\n| refined | 0.0% | 100.0% | 9.00 | 2 |" in text
     assert "| kept | 40 | 40 | 40 | 40 |" in text

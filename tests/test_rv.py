@@ -214,9 +214,12 @@ def test_a_curve_s_shape_is_laid_beside_the_paper_s(
     early: list[float], steady: str, late: list[float], said: str
 ) -> None:
     points = [{"mean": mean, "low": mean, "high": mean, "n": 1} for mean in early + late]
-    curve = {"shares": [k / 20 for k in range(1, 21)], "by_det": points, "random": points}
+    chance = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 1}
+    curve = {"shares": [k / 20 for k in range(1, 21)], "by_det": points, "random": [chance] * 20}
     found = rv_shape([curve, {**curve, "by_det": [None, *points[1:]]}])  # a first share without variance
     assert found.endswith(said)
     assert f"Ours is {steady} below 20 %" in found
     flat = {**curve, "by_det": [None] * 20}
     assert rv_shape([curve, flat]).startswith("Nothing is to be said")
+    wide = {**curve, "random": [{**chance, "high": 0.9}] * 20}
+    assert rv_shape([curve, wide]).endswith("no drop at every seed.")  # what chance shows as well is none

@@ -124,7 +124,8 @@ def rv_markdown(curves: Sequence[Mapping[str, Any]]) -> str:
 def rv_shape(curves: Sequence[Mapping[str, Any]]) -> str:
     """Whether curves as JSON, one a seed, have the paper's shape: unsteady below 20 % of the prompts, a drop beyond 32.
 
-    Steps are from one share to the next, of RV's mean over seeds; a fall is sharp where more than half of it is in one.
+    A seed falls where RV at 30 % is above the range of random orders and above RV of all; steps are of RV's mean over
+    seeds, and a fall is sharp where more than half of it is in one.
     """
     shares = np.array(curves[0]["shares"])
     start = int(np.argmin(np.abs(shares - 0.3)))
@@ -137,14 +138,15 @@ def rv_shape(curves: Sequence[Mapping[str, Any]]) -> str:
     if not np.isfinite([*changes, *by_chance]).all():
         return "Nothing is to be said of its shape: at a seed, RV does not exist at 30 % or at all prompts."
     early, late = (np.nanmax(np.abs([0, *steps[part]])) for part in (shares[1:] < 0.21, shares[1:] > 0.21))
-    change, steepest, down = changes.mean(), np.nanmin(steps[start:]), int((changes < 0).sum())
+    above = drawn[:, start] > [curve["random"][start]["high"] for curve in curves]
+    change, steepest, down = changes.mean(), np.nanmin(steps[start:]), int(((changes < 0) & above).sum())
     sharp = down == len(curves) and steepest < change / 2
     return (
         f"The paper's curve is unsteady below 20 % of the samples and drops sharply beyond 32 %. Ours is "
         f"{'unsteady' if early > late else 'no less steady'} below 20 % (steps of 5 % change RV by up to "
         f"{early:.3f} there, by up to {late:.3f} beyond). From 30 % to all "
-        f"prompts it changes by {change:+.3f} on average and falls at {down} of {len(curves)} seeds (in random order "
-        f"by {by_chance.mean():+.3f}), the steepest step by {steepest:+.3f}: "
+        f"prompts it changes by {change:+.3f} on average (in random order by {by_chance.mean():+.3f}), from above the "
+        f"range of random orders at {down} of {len(curves)} seeds, the steepest step by {steepest:+.3f}: "
         f"{'a sharp drop' if sharp else 'a gradual fall' if down == len(curves) else 'no drop at every seed'}."
     )
 
