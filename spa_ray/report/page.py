@@ -168,7 +168,10 @@ def tiles(run: RunData) -> list[dict[str, str]]:
 
 def cost_line(run: RunData) -> str:
     spent = run.manifest.get("spent")
-    return f"{spent['tokens']:,} tokens, {spent['usd']:,.2f} USD to endpoints." if spent else ""
+    if not spent:
+        return ""
+    usd = f", {spent['usd']:,.2f} USD" if spent["usd"] else ""
+    return f"{spent['tokens']:,} tokens{usd}"
 
 
 def facts_line(run: RunData) -> str:

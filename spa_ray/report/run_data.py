@@ -89,7 +89,7 @@ class RunData:
     def main_arm(self) -> str | None:
         """Whom the headline is about: the arm `spa` where there is one, else the last; None before an evaluation."""
         measured = [arm for arm in next(iter(self.metrics.values()), {}) if arm != self.baseline]
-        return self.main or "spa" if "spa" in measured else measured[-1] if measured else None
+        return self.main or next((arm for arm in measured if arm == "spa"), measured[-1] if measured else None)
 
 
 def read_run(path: str | AnyPath) -> RunData:
