@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from spa_ray.cli.report import last_report
 from spa_ray.errors import InputError
 from spa_ray.report import charts
 from spa_ray.report.headline import headline
@@ -90,6 +91,26 @@ def test_a_run_of_which_nothing_is_there_yet_has_a_report(run: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run folder"):
         write_report(tmp_path)
+
+
+def test_a_run_ends_with_its_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert last_report(run) == str(run / "report.html")
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+
+
+@pytest.mark.parametrize("reason", ["missing", "damaged"])
+def test_a_report_that_fails_is_one_line_and_the_run_stands(
+    run: Path, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    if reason == "missing":
+        shutil.rmtree(run / "stages/evaluate-spa/episodes")
+    else:
+        (run / "metrics.json").write_text('{"test": {"spa": 1}}')
+    assert last_report(run, examples=True) is None
+    told = capsys.readouterr()
+    assert told.err.startswith("spa: the run is done, but its report was not written: ")
+    assert told.err.count("\n") == 1
+    assert not (run / "report.html").exists()
 
 
 def test_two_runs_are_paired_by_prompt(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

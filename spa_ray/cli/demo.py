@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from spa_ray.cli.report import last_report
 from spa_ray.config import Config, arm_configs
 from spa_ray.config.study import Study
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import MAIN_FAMILY
 from spa_ray.pipeline.result_print import print_funnel, print_metrics
 from spa_ray.pipeline.study import write_study
-from spa_ray.report.examples import of_run, print_examples
-from spa_ray.report.run_data import read_run
-from spa_ray.report.write import write_report
 from spa_ray.storage.files import as_path, read_json
 
 if TYPE_CHECKING:
@@ -111,9 +109,8 @@ def show(result: dict[str, Any]) -> None:
     for text, name in reversed(funnels.items()):
         print_funnel(json.loads(text), name)
     print_metrics(read_json(run_dir / "metrics.json"))
-    print_examples(of_run(read_run(run_dir)))
     print(f"run folder: {run_dir}")
-    print(f"report: {write_report(run_dir)['report']}")
+    last_report(run_dir, examples=True)
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from spa_ray.cli.options import (
     Verbose,
     emit,
 )
+from spa_ray.cli.report import last_report, report
 from spa_ray.cli.studies import reproduce
 from spa_ray.errors import InputError
 from spa_ray.storage.files import as_path, local_path, out_path
@@ -78,12 +79,9 @@ def run(
     """The whole pipeline; run it again to resume."""
     from spa_ray.config import load_config
     from spa_ray.pipeline.commands import run_config
-    from spa_ray.report.write import write_report
 
     result = run_config(load_config(config, overrides or []), until=until, verbose=verbose)
-    result["report"] = write_report(result["run_dir"])["report"]
-    print(f"report: {result['report']}")
-    emit(result, as_json)
+    emit({**result, "report": last_report(result["run_dir"])}, as_json)
 
 
 @app.command()
@@ -322,22 +320,7 @@ def chat(
     emit(run_chat(models, verbose=verbose), as_json)
 
 
-@app.command()
-def report(
-    runs: Annotated[
-        list[Any], typer.Argument(parser=as_path, metavar="RUN [RUN]", help="run folder, or two to compare")
-    ],
-    out: Annotated[
-        Any,
-        typer.Option(parser=out_path, metavar="PATH", help="folder; else the first run's", show_default=False),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """One page that says what a run found (report.html), and its tables; of two runs, what is different."""
-    from spa_ray.report.write import report as write
-
-    emit(write(runs, out=out), as_json)
-
+app.command()(report)
 
 annotate = typer.Typer(help="Blind sheets for people, and how judges agree with what they said.", no_args_is_help=True)
 app.add_typer(annotate, name="annotate")
