@@ -21,11 +21,11 @@ from spa_ray.report.svg import ticks
 from spa_ray.report.write import report, write_report
 from spa_ray.storage.files import as_path, copy_files, files_under
 from tests.browser import browsing
-from tests.report_runs import FUNNEL, prose, report_run, unfinished
+from tests.report_runs import FUNNEL, Given, prose, report_run, unfinished
 
 SCRIPT = '</script><script>document.title="owned"</script>'
 HOSTILE = SCRIPT + '<img src="http://h/x" onerror="document.title=1">&amp;\u202e{{ 1 }}'
-ANSWERS = {
+ANSWERS: dict[str, list[Given]] = {
     "vanilla": [
         ("a quiet answer", (6.0, 5.0)),
         (HOSTILE, (2.0, 5.0)),
