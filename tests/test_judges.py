@@ -389,7 +389,7 @@ def blocks_of_the_page() -> list[dict[str, Any]]:
 
 def test_the_page_shows_configs_that_are_read() -> None:
     kinds = [config(**block).scoring.judged_by.kind for block in blocks_of_the_page()]
-    assert kinds == ["endpoint", "reward"]
+    assert kinds == ["endpoint", "self", "reward"]  # `self` where candidates are compared
 
 
 @pytest.mark.engine
