@@ -55,8 +55,9 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Of one module: while it is open an event loop runs in this thread, and `asyncio.run` refuses."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
