@@ -17,7 +17,7 @@ from spa_ray.pipeline.inspect import story
 from spa_ray.pipeline.plan_compare import compare_run
 from tests.test_merge import TWO, soup, tensors_of
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 SMALL = [
     "prompts.limit=48",

@@ -235,6 +235,7 @@ def test_several_models_stand_side_by_side_where_the_terminal_is_wide(columns: i
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_script_asks_a_real_model(spa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, err = piped(
         spa, monkeypatch, "how do i find the market ?", str(MODEL), "temperature=0", "max_tokens=48", "--json"

@@ -176,6 +176,7 @@ def test_both_judges_scores_meet_by_prompt_and_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_run_s_candidates_are_scored_by_the_evaluation_s_judge(tmp_path: Path, ray_session: None) -> None:
     small = ["prompts.limit=16", "evaluation.prompts.limit=8", "train.batch_size=8", "denoise.consistency=off"]
     small += ["denoise.informativeness=false", "train.max_steps=1", "evaluation.bootstrap=50"]
