@@ -181,8 +181,9 @@ def test_the_page_holds_both_tables_and_the_directions(tmp_path: Path) -> None:
         for arm in SPEC.runs["core"].funnel.arms:  # type: ignore[union-attr]
             (folder / "stages" / f"build-{arm}" / "funnel.json").write_text(json.dumps(FUNNEL))
         _write_candidates(folder / "stages" / "generate-spa" / "episodes" / "part.parquet")
-    page = write_page(SPEC, chosen, folders, tmp_path / "RESULTS.md")  # type: ignore[arg-type]
+    page = write_page(SPEC, chosen, folders, tmp_path / "RESULTS.md", command="spa reproduce")  # type: ignore[arg-type]
     text = page.read_text()
+    assert "\n    spa reproduce\n" in text
     assert "| SPA | 9.90 | 7.14 | 8.85 |" in text
     assert "| spa | 8.00 [7.00, 9.00] | 5.00 [5.00, 5.00] |" in text
     assert "| spa − vanilla | helpful | +1.91 +0.86 | +3.00 [+3.00, +3.00] | agrees |" in text

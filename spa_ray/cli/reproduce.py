@@ -61,7 +61,9 @@ def reproduce(
             folders = {name: [as_path(run_locked(p)["run_dir"]) for p in ps] for name, ps in pipelines.items()}
     finally:
         progress.close()
-    page = write_page(spec, chosen, folders, as_path(out) / "RESULTS.md")
+    options = [*(["--extended"] if extended else []), *([f"--seeds {seeds}"] if seeds else []), *overrides]
+    command = " ".join(["spa reproduce --paper", paper, *options])
+    page = write_page(spec, chosen, folders, as_path(out) / "RESULTS.md", command=command)
     print(f"results: {page}")
     runs = {name: list(map(str, paths)) for name, paths in folders.items()}
     return {"results": str(page), "runs": runs, "seconds": round(time.time() - started, 1)}
@@ -118,9 +120,14 @@ def raw_config(name: str, run: StudyRun, real: dict[str, str], out: str) -> dict
 
 
 def write_page(
-    spec: Reproduction, chosen: dict[str, StudyRun], folders: dict[str, list[AnyPath]], page: AnyPath
+    spec: Reproduction,
+    chosen: dict[str, StudyRun],
+    folders: dict[str, list[AnyPath]],
+    page: AnyPath,
+    *,
+    command: str,
 ) -> AnyPath:
-    """RESULTS.md and, beside it, the same as JSON."""
+    """RESULTS.md and, beside it, the same as JSON. `command` made the runs."""
     from spa_ray.evaluation.published import published
     from spa_ray.evaluation.reproduction import (
         as_data,
@@ -165,7 +172,12 @@ def write_page(
             parts.append(text)
             data[f"{name}.{part}"] = found
         data[name] = results.to_dict()
-    head = [f"# {spec.title}", spec.intro.strip(), *([in_a_sentence(everything)] if everything else [])]
+    head = [
+        f"# {spec.title}",
+        f"    {command}",
+        spec.intro.strip(),
+        *([in_a_sentence(everything)] if everything else []),
+    ]
     tail = [not_here(spec.not_here)] if spec.not_here else []
     write_json(page.with_suffix(".json"), data)
     write_text(page, "\n\n".join([*head, *parts, *tail]) + "\n")
