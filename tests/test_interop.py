@@ -90,7 +90,7 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def truthfulqa(folder: Path, items: int) -> Path:
-    """Published questions where they are at hand, else ones of the same form; also as the hub has them."""
+    """Published questions where they are available, else ones of the same form; also as the hub has them."""
     file = SHARED / "truthfulqa" / "mc_task.json"
     if file.is_file():
         rows = json.loads(file.read_text())[:items]

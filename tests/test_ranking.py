@@ -78,6 +78,10 @@ def test_a_failed_comparison_is_a_score_of_neither() -> None:
     assert failed.text == "against 0: what? | what?"
 
 
+def test_an_answer_without_another_has_no_score() -> None:
+    assert ranked(Longer(), "aa") == [[None, None]]
+
+
 @pytest.mark.parametrize(("answer", "score"), [("aaaaa", 11.0), ("bbbb", 9.0), ("a", 7.0)])
 def test_a_further_answer_is_a_point_above_or_below_the_best(answer: str, score: float) -> None:
     ranker = Ranker(Longer(), load_objectives(config()), (1, 11))

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spa_ray.config import Config, arm_configs
-from spa_ray.errors import InputError
+from spa_ray.errors import InputError, RunError
 from spa_ray.logs import printable
 from spa_ray.pipeline.models import fetch_model
 from spa_ray.pipeline.talk import Talk
@@ -29,13 +29,13 @@ SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
 COLUMN = 50  # columns of the terminal that a model needs beside another
 GPU_MEMORY = 0.9  # of the device, which several models share
 HELP = """\
-/system TEXT  what the models are told first; without a text: nothing. Begins anew
+/system TEXT  what the models are told first; without a text: nothing. Starts a new conversation
 /reset        forget the conversation
 /save FILE    write the conversations as JSON
 /quit         leave, as Ctrl-D does. Ctrl-C stops the answer"""
 ENDS = {
     "length": "cut by max_tokens; max_tokens=N allows more",
-    "context": "the context is full; /reset begins anew",
+    "context": "the context is full; /reset starts a new conversation",
     "stopped": "stopped",
 }
 _OVERRIDE = re.compile(r"[a-z_.]+=")
@@ -180,7 +180,12 @@ class Room:
         """Each model as its answer grows, until all have ended; and why it does not take the question."""
         answering = {talk.pipe: talk for talk in talks}
         while answering:
-            for talk in [answering[pipe] for pipe in wait(list(answering)) if isinstance(pipe, Connection)]:
+            patience = max(talk.stall_timeout_s for talk in answering.values())
+            ready = wait(list(answering), timeout=patience)
+            if not ready:
+                silent = ", ".join(talk.name for talk in answering.values())
+                raise RunError(f"{silent}: nothing in {patience:.0f} s (generation.stall_timeout_s)")
+            for talk in [answering[pipe] for pipe in ready if isinstance(pipe, Connection)]:
                 goes_on, error = False, None
                 try:
                     goes_on = talk.advance()

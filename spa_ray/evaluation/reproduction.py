@@ -69,6 +69,8 @@ def in_a_sentence(found: Sequence[Comparison]) -> str:
     """How many directions agree."""
     counts = Counter(c.verdict for c in found)
     told = len(found) - counts[MIXED]
+    if not told:
+        return "The paper gives no one direction."
     parts = [f"{counts[AGREES]} agree", f"{counts[DIFFERS]} differ", f"{counts[UNCLEAR]} show no difference here"]
     rest = f"; for {counts[MIXED]} more the paper gives no one direction" if counts[MIXED] else ""
     return f"Of {told} directions of the paper {', '.join(parts)}{rest}."

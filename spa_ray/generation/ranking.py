@@ -16,6 +16,8 @@ from spa_ray.generation.judging import Compared, Judgement, together
 from spa_ray.generation.pairwise import ORDERS, VALUES, Comparer, Question, Verdict
 from spa_ray.objectives import Objective
 
+ALONE = "missing: there is no other answer to compare it with"
+
 
 @dataclass(frozen=True)
 class Duel:
@@ -82,7 +84,7 @@ class Ranker:
         spent = [duel for i, _, duel in duels if i == index]  # each comparison counts once
         tokens = sum(d.prompt_tokens for d in spent), sum(d.generated_tokens for d in spent)
         values = [duel.value if i == index or duel.value is None else -duel.value for i, _, duel in duels]
-        status = next((duel.status for _, _, duel in duels if duel.value is None), "ok")
+        status = next((duel.status for _, _, duel in duels if duel.value is None), "ok" if duels else ALONE)
         score = None
         if status == "ok":
             low, high = self._scale

@@ -106,6 +106,7 @@ class Talk:
         self.name, self.messages = name, list[dict[str, str]]()
         self.reply = Reply()
         self._turns, self._patience, self._ready = 0, config.generation.start_timeout_s, False
+        self.stall_timeout_s = config.generation.stall_timeout_s
         self._pipe, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
         self._process = spawn.Process(target=serve, args=(theirs, config, folder, verbose))

@@ -106,7 +106,7 @@ class RunFolder:
         return names | set(read_json(kept)["stages"] if is_file(kept) else ())
 
     def keep_used(self) -> None:
-        """Spare what is in use now until `release`: a call writes its records anew, one stage after the other."""
+        """Spare what is in use now until `release`: a call writes its records again, one stage after the other."""
         write_json(self.path / KEPT, {"stages": sorted(self.used())})
 
     def release(self) -> None:
