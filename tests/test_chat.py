@@ -160,9 +160,9 @@ def test_an_engine_that_hangs_ends_it_in_one_line(spa: Any, monkeypatch: pytest.
 # --- in a terminal --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long  # beside other tests it fails now and then: a Ctrl-C meets the prompt, not the answer
 def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(tmp_path: Path) -> None:
-    """The scripted engine answers slowly and without end."""
+    """The scripted engine answers slowly and without end. What is typed before a prompt is there is echoed at once, by
+    the terminal itself, and says nothing of the program: so every line waits for its prompt."""
     with terminal("chat", str(MODEL), SCRIPTED, script(token_latency=0.01)) as chat:
         chat.until("> ")
         chat.type("/frobnicate\n")
@@ -176,8 +176,10 @@ def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(tmp_path: Path) -> 
         chat.until("> ")
         chat.type(CTRL_C)
         chat.until("/quit or Ctrl-D leaves")
+        chat.until("> ")
         chat.type("/system be brief\n")
         chat.until("told first: be brief")
+        chat.until("> ")
         chat.type("again\n")
         chat.until("again\n")
         chat.until(" ")
