@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from spa_ray.errors import RunError
+from spa_ray.errors import InputError, RunError
 from spa_ray.training import comm, loop, own_modules
 from spa_ray.training.job import TrainJob
 from spa_ray.training.loop import run_job
+from spa_ray.training.method import METHOD as METHOD_FILE
+from spa_ray.training.method import MODULES, method_of_folder
 from spa_ray.training.policy import quiet_deepspeed
 from spa_ray.training.prepare import prepare
 from tests import plain_dual_head
@@ -74,7 +78,7 @@ def log_of(job: TrainJob) -> list[dict[str, float]]:
 
 
 def assert_is_plain(job: TrainJob, truth: Plain) -> None:
-    for file, wanted in (("model.safetensors", truth.model), (own_modules.MODULES, truth.head)):
+    for file, wanted in (("model.safetensors", truth.model), (MODULES, truth.head)):
         found = tensors(job.out / file)
         assert found.keys() == {name for name in wanted if name in found}
         for name, value in found.items():
@@ -163,7 +167,7 @@ def test_a_resumed_run_ends_at_the_undisturbed_weights_and_head(
     with pytest.raises(KeyboardInterrupt):
         run_job(killed, die)
     assert run_job(killed).resumed_at == 4
-    for file in ("model.safetensors", own_modules.MODULES):
+    for file in ("model.safetensors", MODULES):
         before, after = tensors(whole.out / file), tensors(killed.out / file)
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert [row["loss"] for row in log_of(whole)] == [row["loss"] for row in log_of(killed)]
@@ -182,26 +186,28 @@ def test_the_model_folder_holds_head_and_state_and_loads_as_it_is(
     from transformers import AutoModelForCausalLM
 
     from spa_ray.storage.model_folder import check_model_folder
-    from spa_ray.training.method import method_of
 
     check_model_folder(trained.out)
-    model, info = AutoModelForCausalLM.from_pretrained(trained.out, output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(trained.out, output_loading_info=True)
     assert not any(info.values())
-    learnt = json.loads((trained.out / own_modules.METHOD).read_text())
+    learnt = json.loads((trained.out / METHOD_FILE).read_text())
     assert learnt["method"] == METHOD
     assert set(learnt["state"]) == {"mean", "std"}
-    method = method_of(trained.train, learnt["state"])
-    head = method.modules(model)
-    assert head is not None
-    head.load_state_dict(tensors(trained.out / own_modules.MODULES))
+    method = method_of_folder(trained.out)
+    assert method is not None
+    assert (method.state, method.config.head_lr) == (learnt["state"], trained.train.head_lr)
+    assert type(method).__name__ == "DualHead"
+    head = method.load(trained.out)
+    assert not head.training
+    assert tensors(trained.out / MODULES).keys() == head.state_dict().keys()
     before = log_of(trained)[0]["head/mse"]
     assert log_of(trained)[-1]["head/mse"] < before
 
     # The next method's model folder has none of it.
     job = make_job(tmp_path, trained.out, trained.pairs, method="spa_simpo", max_steps=1)
     run_job(job)
-    assert not (job.out / own_modules.METHOD).exists()
-    assert not (job.out / own_modules.MODULES).exists()
+    assert not (job.out / METHOD_FILE).exists()
+    assert not (job.out / MODULES).exists()
 
 
 def test_spa_export_writes_a_checkpoints_head_and_state(trained: TrainJob, tmp_path: Path) -> None:
@@ -209,8 +215,8 @@ def test_spa_export_writes_a_checkpoints_head_and_state(trained: TrainJob, tmp_p
 
     steps = [row["head/mse"] for row in log_of(trained)]
     out = export(trained.work, tmp_path / "model", step=len(steps) - 1)
-    assert (out / own_modules.METHOD).read_text() == (trained.out / own_modules.METHOD).read_text()
-    found, last = tensors(out / own_modules.MODULES), tensors(trained.out / own_modules.MODULES)
+    assert (out / METHOD_FILE).read_text() == (trained.out / METHOD_FILE).read_text()
+    found, last = tensors(out / MODULES), tensors(trained.out / MODULES)
     assert found.keys() == last.keys()
     assert not all(torch.equal(found[name], last[name]) for name in last)  # a step before
 
@@ -227,3 +233,17 @@ def test_a_changed_head_in_a_checkpoint_is_refused(tmp_path: Path, tiny_model: P
     (job.work / "checkpoints" / "step_00000001" / own_modules.SAVED).write_bytes(b"other")
     with pytest.raises(RunError, match=r"modules\.pt has changed"):
         run_job(job)
+
+
+def test_a_folder_without_its_head_or_with_anothers_is_refused(trained: TrainJob, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(trained.out, folder)
+    head = tensors(folder / MODULES)
+    method = method_of_folder(folder)
+    assert method is not None
+    save_file({name: value[..., :3].contiguous() for name, value in head.items()}, folder / MODULES)
+    with pytest.raises(InputError, match=r"modules\.safetensors: not this model's \(size mismatch .*\)$"):
+        method.load(folder)
+    (folder / MODULES).unlink()
+    with pytest.raises(InputError, match=r"modules\.safetensors is missing, which dual_head:DualHead left there"):
+        method_of_folder(folder)

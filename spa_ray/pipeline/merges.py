@@ -8,9 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from spa_ray.config.merge import Merge
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
-from spa_ray.training.method import Method, method_of
-
-BESIDE = ("fit", "render", "modules")  # what a method may leave beside a model, or ask of its prompts
+from spa_ray.training.method import method_of
 
 
 def of(arm: str) -> str:
@@ -54,8 +52,7 @@ def _check(arm: str, merge: Merge, arms: Mapping[str, Config]) -> None:
                 f"{where}.what: adapters: {name} has no LoRA adapter of the run's model; set its train.lora and one "
                 "iteration, or what: weights"
             )
-        method = type(method_of(arms[name].train))
-        if arms[name].merge is None and any(getattr(method, own) is not getattr(Method, own) for own in BESIDE):
+        if arms[name].merge is None and method_of(arms[name].train).leaves_more_than_a_model():
             raise InputError(f"{where}.of: {name}: {arms[name].train.method} has more than a model, which has no mean")
 
 

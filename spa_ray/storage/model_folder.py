@@ -15,7 +15,7 @@ from spa_ray.storage.pointers import check_pointers
 from spa_ray.storage.weights import check_complete, check_safetensors
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
-OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "method.json")
 READ = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.py")
 WANTED = "a model is a folder with config.json, safetensors and a tokenizer"
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob
-from spa_ray.training.own_modules import METHOD, Beside
+from spa_ray.training.own_modules import Beside, files_beside
 from spa_ray.training.policy import DTYPES
 
 WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf"),
     *("*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite", "*.nemo"),
 )
-OURS = ("config.json", "adapter_config.json", METHOD, "README.md")  # written anew: a card is of one model
+OURS = ("config.json", "adapter_config.json", "README.md")  # written anew: a card is of one model
 TEMPLATES = "additional_chat_templates"  # transformers' folder for templates with names
 GENERATION = "generation_config.json"
 NOTHING = Beside()
@@ -51,7 +51,7 @@ def write_model(job: TrainJob, model: Any, state: dict[str, Tensor], *, lora: bo
             )
             state = model.state_dict()
         save_complete(model, state, source=job.model, folder=folder)
-        beside.write(folder, job.train.method)
+        beside.write(folder, job.train)
 
 
 @contextmanager
@@ -104,12 +104,14 @@ def merge_adapter(base: Path, adapter: Path, dtype: torch.dtype, *, trust_remote
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """All of a model folder but weights, config and card, byte for byte: tokenizer, templates, generation config, code.
+    """All of a model folder but weights, config, card and what its method left, byte for byte: tokenizer, templates,
+    generation config, code.
 
     Of its subfolders only templates with names and Python packages: others hold weights in other formats.
     """
+    not_copied = {*OURS, *files_beside(source)}
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name not in OURS and not any(file.match(w) for w in WEIGHTS):
+        if file.is_file() and file.name not in not_copied and not any(file.match(w) for w in WEIGHTS):
             shutil.copyfile(file, target / file.name)
     for file in sorted([*source.glob(f"{TEMPLATES}/*.jinja"), *source.glob("[!._]*/**/*.py")]):
         place = target / file.relative_to(source)

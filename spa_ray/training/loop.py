@@ -65,7 +65,7 @@ def _run_job(job: TrainJob, progress: Progress | None) -> TrainResult:
         own = OwnModules.of(job, prepared.state, engine.module.model)
         first = _resume(job, engine, prepared, own)
         comm.on_rank_zero(lambda: write_job(job))
-        comm.on_rank_zero(lambda: Beside(prepared.state).write(job.work, job.train.method))
+        comm.on_rank_zero(lambda: Beside(prepared.state).write(job.work, job.train))
         # Under ZeRO-3 whole layers come and go between what stays: kept, they would leave holes.
         with kept_for_reuse() if job.train.zero_stage < 3 and not torch.cuda.is_available() else nullcontext():
             loop = StepLoop(job, engine, prepared, _reference(job, engine, prepared, first), own, others)

@@ -1,5 +1,5 @@
 """What training asks of a method: what it learns from the pairs first, which sequences an example has, which modules it
-trains beside the model, its loss, its statistics, its defaults.
+trains beside the model, its loss, its statistics, its defaults; and of a trained model: how its prompts are written.
 
 Planning, packing, distinct sequences, the step loop, resuming and export are the same for all methods and know none of
 them by name. This module and the methods import torch only inside the functions that need it, because a config is read
@@ -8,22 +8,29 @@ without it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
+from pydantic import ValidationError
 
+from spa_ray.config.faults import explain
 from spa_ray.config.plugs import source_hash
-from spa_ray.config.training import Train, method_class
+from spa_ray.config.training import BY_METHOD, Train, method_class
 from spa_ray.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ANSWERS = ("chosen", "rejected")  # what every pair has
+METHOD, MODULES = "method.json", "modules.safetensors"  # in a model folder
+BESIDE = ("fit", "render", "modules")  # what leaves something beside a model, or asks something of its prompts
 Messages = list[dict[str, str]]
 Stats = dict[str, "Tensor"]
 Gaps = Float[np.ndarray, " pairs"]
@@ -120,6 +127,10 @@ class Method(Generic[C]):
     needs_reference: ClassVar[bool] = False  # log-probs of the policy before step 0
     weighted: ClassVar[bool] = False  # whether `weights` looks at the gaps
     stats: ClassVar[tuple[str, ...]] = ()  # the names of `loss`'s statistics
+    # Of a trained model. Its prompts say which scores an answer should have: `state` has `objectives`, their names in
+    # order, and `ranges`, their [low, high] (null where they are not known).
+    conditioned: ClassVar[bool] = False
+    senses: ClassVar[bool] = False  # `sense` reads such scores off the prompt
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -137,8 +148,19 @@ class Method(Generic[C]):
         return None
 
     def render(self, messages: Messages, scores: Sequence[float] | None, state: Any) -> Messages:
-        """The prompt in training and inference. `scores`: in the order of the objectives."""
+        """The prompt in training and inference. `scores`: in the order of the objectives and in their own units; None
+        leaves the prompt as it is."""
         return messages
+
+    def wanted(self) -> Sequence[float] | None:
+        """The scores to ask a trained model for where nothing else is said, as `render` takes them; None where there
+        are none, or where the model senses them."""
+        return None
+
+    def sense(self, modules: nn.Module, hidden: Float[Tensor, "prompts width"]) -> Float[Tensor, "prompts k"]:
+        """The scores that each prompt asks for, in [0, 1], by the model's hidden state at the end of the prompt as
+        `Row.message_ids` renders it (not the one that `render` makes)."""
+        raise NotImplementedError
 
     def examples(self, row: Row) -> list[Example]:
         """What a pair is trained on: by default both answers behind the prompt, which the chosen one's scores may
@@ -154,6 +176,36 @@ class Method(Generic[C]):
     def modules_lr(self) -> float | None:
         """Their peak learning rate; by default the model's."""
         return self.config.lr
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the modules' tensors into a model folder, in files of their own."""
+        from safetensors.torch import save_file
+
+        save_file(dict(tensors), folder / MODULES)
+
+    def load(self, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+        """The modules that `save` wrote, in evaluation mode. Raises: InputError when they are not this model's."""
+        from safetensors.torch import load_file
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        modules = self.modules(SimpleNamespace(config=config))
+        assert modules is not None
+        try:
+            modules.load_state_dict(load_file(folder / MODULES))
+        except (OSError, RuntimeError) as e:
+            raise InputError(f"{folder / MODULES}: not this model's ({str(e).splitlines()[-1].strip()})") from e
+        return modules.eval()
+
+    @classmethod
+    def leaves_more_than_a_model(cls) -> bool:
+        return any(getattr(cls, own) is not getattr(Method, own) for own in BESIDE)
+
+    def about(self) -> dict[str, Any]:
+        """What a model folder's `method.json` says of it, for `method_of_folder`."""
+        own = {key for key in type(self.config).model_fields if key in BY_METHOD or key not in Train.model_fields}
+        train = self.config.model_dump(mode="json", include=own)
+        return {"method": self.config.method, "train": train, "state": self.state}
 
     def weights(self, gap: Gaps, *, mean_gap: float | None = None) -> Gaps:
         """Constant weights of the pairs of one optimizer step; `mean_gap` is all pairs' with `gap_mean: epoch`."""
@@ -172,6 +224,35 @@ def method_of(train: Train, state: Any = None) -> Method[Train]:
     method: Method[Train] = method_class(train.method)(train)
     method.state = state
     return method
+
+
+def method_of_folder(folder: Path) -> Method[Train] | None:
+    """The method that a model was trained with and what it learnt from the pairs, ready to render and to sense; None
+    for a model that is read as any other.
+
+    Raises: InputError for a `method.json` that training did not write, a file that it names and that is not there, and
+    a method that is not there.
+    """
+    file = folder / METHOD
+    if not file.is_file():
+        return None
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        name, state, files = about["method"], about["state"], about.get("files", [])
+        section = {**about.get("train", {}), "method": name}
+        lacking = [each for each in files if not (folder / each).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not as training writes it ({type(e).__name__}: {e}); export the model again") from e
+    if lacking:
+        raise InputError(f"{folder}: {lacking[0]} is missing, which {name} left there; copy the complete folder")
+    try:
+        found = method_class(name)
+    except InputError as e:
+        raise InputError(f"{file}: {e}") from e
+    try:
+        return method_of(found.Config.model_validate(section), state)
+    except ValidationError as e:
+        raise InputError(f"{file}: train: {explain(e, found.Config)}") from e
 
 
 def check_section_of_method(train: Train, *, name: str) -> None:

@@ -1,7 +1,7 @@
 """A method's own modules: trained beside the model, in float32 and outside of DeepSpeed's engine, alike on all ranks.
 
 They have an AdamW of their own, the job's learning-rate schedule, and one gradient norm with the model. A checkpoint
-holds them as `modules.pt`, a model folder as `modules.safetensors`, which an index keeps from vLLM.
+holds them as `modules.pt`, a model folder as the method writes them, which an index keeps from vLLM.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from spa_ray.config.training import Train
 from spa_ray.errors import InputError
 from spa_ray.storage.weights import INDEX, ONE_FILE, read_header, tensors
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob
-from spa_ray.training.method import method_of
+from spa_ray.training.method import METHOD, method_of
 from spa_ray.training.policy import decay_groups
 
 SAVED = "modules.pt"  # in a checkpoint
-MODULES, METHOD = "modules.safetensors", "method.json"  # in a model folder
 
 
 class OwnModules:
@@ -99,8 +99,8 @@ def counted_in_clipping(optimizer: Any, norm: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a method leaves in a model folder beside the model: what it learnt from the pairs (`method.json`), and its
-    modules' tensors (`modules.safetensors`)."""
+    """What a method leaves in a model folder beside the model: what it learnt from the pairs (`method.json`, by which
+    `method_of_folder` gives the method back), and its modules' tensors, in files that it names there."""
 
     state: Any = None
     modules: dict[str, Tensor] = field(default_factory=dict)
@@ -113,16 +113,23 @@ class Beside:
         modules = torch.load(saved, map_location="cpu", weights_only=True)["modules"] if saved.is_file() else {}
         return cls(state, modules)
 
-    def write(self, folder: Path, method: str) -> None:
-        from safetensors.torch import save_file
-
-        if self.state is not None:
-            text = json.dumps({"method": method, "state": self.state}, indent=2)
-            (folder / METHOD).write_text(text, encoding="utf-8")
-        if not self.modules:
+    def write(self, folder: Path, train: Train) -> None:
+        method = method_of(train, self.state)
+        if not method.leaves_more_than_a_model():
             return
-        save_file({name: value.cpu().contiguous() for name, value in self.modules.items()}, folder / MODULES)
-        if not (folder / INDEX).is_file():  # without one vLLM reads every safetensors file as the model's
+        before = set(folder.iterdir())
+        if self.modules:
+            method.save(folder, {name: value.cpu().contiguous() for name, value in self.modules.items()})
+        files = sorted(file.name for file in set(folder.iterdir()) - before)
+        text = json.dumps({**method.about(), "files": files}, indent=2)
+        (folder / METHOD).write_text(text, encoding="utf-8")
+        if self.modules and not (folder / INDEX).is_file():  # without one vLLM reads every safetensors file as its own
             names = tensors(read_header(folder / ONE_FILE))
             index = {"metadata": {}, "weight_map": dict.fromkeys(sorted(names), ONE_FILE)}
             (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def files_beside(folder: Path) -> set[str]:
+    """The names of the files in a model folder that are its method's, and no other model's."""
+    file = folder / METHOD
+    return {METHOD, *json.loads(file.read_text(encoding="utf-8")).get("files", [])} if file.is_file() else set()
