@@ -16,6 +16,7 @@ import yaml
 from spa_ray.cli.report import last_report
 from spa_ray.config import Config, arm_configs
 from spa_ray.config.study import Study
+from spa_ray.config.training import DEFAULT_METHOD
 from spa_ray.errors import InputError
 from spa_ray.evaluation.prompts import MAIN_FAMILY
 from spa_ray.pipeline.result_print import print_funnel, print_metrics
@@ -122,7 +123,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         runs = [r["vanilla"] if name == "vanilla" else r["arms"][name] for r in results]
         means = [run["metrics"][MAIN_FAMILY]["means"] for run in runs]
         out[name] = {key: sum(m[key]["mean"] for m in means) / len(means) for key in means[0]}
-    funnel_arm = "spa" if "spa" in first["arms"] else next(iter(first["arms"]))
+    funnel_arm = DEFAULT_METHOD if DEFAULT_METHOD in first["arms"] else next(iter(first["arms"]))
     out["funnel"] = first["arms"][funnel_arm]["iterations"][0]["funnel"]
     out["run_dirs"] = [r["run_dir"] for r in results]
     return out

@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from spa_ray.generation.templates import ASKED
 from spa_ray.methods.sft import SFT
 
-ASKED = (
-    "{% if messages|length > 1 %}[Conversation]\n{% for m in messages %}{{ m.role|capitalize }}: {{ m.content }}\n"
-    "{% endfor %}{% else %}[Question]\n{{ question }}\n{% endif %}"
-)
+QUESTION = ASKED.rstrip("\n")  # with no line between it and the answers, as in the examples
 
 # Four comparisons: more harmless, more honest, more helpful, and a tie.
 SHOTS = """\
@@ -60,7 +58,7 @@ if answer A is better, B if answer B is better, C if neither is.
 {{ shot.better }}
 
 {% endfor %}"""
-    + ASKED
+    + QUESTION
     + """\
 [Answer A]
 {{ answer_a }}
@@ -73,7 +71,7 @@ Reply with one letter, nothing else: A, B or C."""
 BETTER = (
     "{% set ranked = candidates | sort(attribute='total', reverse=true) %}"
     "Below are a question and two answers to it, the first of which is the better one.\n\n"
-    + ASKED
+    + QUESTION
     + """
 [Better answer]
 {{ ranked[0].text }}

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from spa_ray.config.training import DEFAULT_METHOD
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.errors import InputError
 from spa_ray.pipeline.plan_compare import PLAN, compare
@@ -87,9 +88,9 @@ class RunData:
 
     @property
     def main_arm(self) -> str | None:
-        """Whom the headline is about: the arm `spa` where there is one, else the last; None before an evaluation."""
+        """Whom the headline is about: an arm named as the default method, `spa`, else the last; None before an evaluation."""
         measured = [arm for arm in next(iter(self.metrics.values()), {}) if arm != self.baseline]
-        return self.main or next((arm for arm in measured if arm == "spa"), measured[-1] if measured else None)
+        return self.main or next((arm for arm in measured if arm == DEFAULT_METHOD), measured[-1] if measured else None)
 
 
 def read_run(path: str | AnyPath) -> RunData:
