@@ -88,7 +88,7 @@ class RunData:
 
     @property
     def main_arm(self) -> str | None:
-        """Whom the headline is about: an arm named as the default method, `spa`, else the last; None before an evaluation."""
+        """Whom the headline is about: the arm named as the default method, else the last; None before an evaluation."""
         measured = [arm for arm in next(iter(self.metrics.values()), {}) if arm != self.baseline]
         return self.main or next((arm for arm in measured if arm == DEFAULT_METHOD), measured[-1] if measured else None)
 
