@@ -59,7 +59,7 @@ def test_a_changed_model_starts_the_training_that_reads_it_again_and_no_other(ho
 
 def test_a_recipe_of_keys_that_are_none_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = type(method_of(arms()["modpo"].train))
-    monkeypatch.setattr(method, "recipe", lambda self: {"margin": {"pairs.ordr": "pareto"}})
+    monkeypatch.setattr(method, "recipe", lambda self, objectives: {"margin": {"pairs.ordr": "pareto"}})
     with pytest.raises(InputError, match=r"margin:Margin: recipe \(arm margin\): pairs\.ordr: unknown key"):
         planned_stages(arms())
 
@@ -76,7 +76,7 @@ def test_a_recipe_of_keys_that_are_none_is_told(home: Path, monkeypatch: pytest.
 def test_what_a_recipe_cannot_do_is_told(
     home: Path, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], told: str
 ) -> None:
-    monkeypatch.setattr(type(method_of(arms()["modpo"].train)), "recipe", lambda self: recipe)
+    monkeypatch.setattr(type(method_of(arms()["modpo"].train)), "recipe", lambda self, objectives: recipe)
     with pytest.raises(InputError, match=told):
         planned_stages(arms())
 

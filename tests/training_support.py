@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from spa_ray.data.schemas import PAIRS
 from spa_ray.training.job import TrainJob
 
 WORDS = ["ward", "charm", "rune", "kettle", "lamp", "river", "salt", "moon", "brass", "owl"]
+
+
+OBJECTIVES, RANGES = ("harmless", "helpful"), ([1.0, 10.0], [1.0, 10.0])  # of `pair_rows`
 
 
 def pair_rows(n: int, *, vocab: int = 265, seed: int = 0, longest: int = 24) -> list[dict[str, Any]]:
@@ -46,9 +50,10 @@ def pair_rows(n: int, *, vocab: int = 265, seed: int = 0, longest: int = 24) -> 
     return rows
 
 
-def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_pairs(path: Path, rows: list[dict[str, Any]], **metadata: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS), path)
+    schema = PAIRS.with_metadata({name: json.dumps(value) for name, value in metadata.items()})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     return path
 
 

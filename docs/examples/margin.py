@@ -15,7 +15,7 @@ class Margin(DPO):
     Config = MarginConfig
     stats = (*DPO.stats, "margins")
 
-    def recipe(self):
+    def recipe(self, objectives):
         """DPO on the same episodes, by the least strict rule for which answer is better."""
         return {"margin": {"train.method": "spa_dpo", "train.lr": self.config.lr, "pairs.order": "pareto"}}
 

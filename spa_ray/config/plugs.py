@@ -27,6 +27,11 @@ METHODS = {
     "orpo": "spa_ray.methods.orpo:ORPO",
     "sft": "spa_ray.methods.sft:SFT",
     "self_criticism": "spa_ray.methods.self_criticism:SelfCriticism",
+    "sga_sft": "spa_ray.methods.sga_sft:SGASFT",
+    "sga_dpo": "spa_ray.methods.sga_dpo:SGADPO",
+    "ric": "spa_ray.methods.ric:RiC",
+    "cpo": "spa_ray.methods.cpo:CPO",
+    "modpo": "spa_ray.methods.modpo:MODPO",
 }
 
 ENGINES = {"vllm": "spa_ray.engine.vllm_engine:VLLMEngine"}  # whose sampling arguments and folders we know

@@ -121,6 +121,12 @@ def objectives_of(schema: pa.Schema) -> list[str]:
     return json.loads(metadata[b"objectives"])
 
 
+def ranges_of(schema: pa.Schema) -> list[tuple[float, float]] | None:
+    """The lowest and the highest score of each objective; None where a table's metadata do not say."""
+    found = (schema.metadata or {}).get(b"ranges")
+    return None if found is None else [(float(low), float(high)) for low, high in json.loads(found)]
+
+
 def canonical(table: pa.Table) -> pa.Table:
     """The table sorted by prompt_id (and pair_id where there is one), in one chunk: equal runs give equal bytes."""
     keys = [(k, "ascending") for k in ("prompt_id", "pair_id") if k in table.column_names]

@@ -18,6 +18,16 @@ class DPOConfig(PairwiseConfig):
     lr: float = Field(5e-7, gt=0)
 
 
+def dpo_of(inputs: LossInputs, beta: float) -> tuple[Tensor, Stats]:
+    """DPO's losses and statistics; `chosen` and `rejected` are the first sides."""
+    from spa_ray.training.losses import dpo_loss
+
+    (chosen, rejected, *_), (ref_chosen, ref_rejected, *_) = inputs.summed_logps(), inputs.reference_logps()
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, weights=inputs.weights)
+    rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return losses, PairwiseMethod.pair_stats(chosen, rejected, *rewards)
+
+
 class DPO(PairwiseMethod[DPOConfig]):
     """-log σ(β [(chosen - its reference) - (rejected - its reference)]) over summed log-probs."""
 
@@ -26,10 +36,4 @@ class DPO(PairwiseMethod[DPOConfig]):
     needs_reference = True
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Stats]:
-        from spa_ray.training.losses import dpo_loss
-
-        beta = self.config.beta
-        (chosen, rejected, *_), (ref_chosen, ref_rejected, *_) = inputs.summed_logps(), inputs.reference_logps()
-        losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, weights=inputs.weights)
-        rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-        return losses, self.pair_stats(chosen, rejected, *rewards)
+        return dpo_of(inputs, self.config.beta)

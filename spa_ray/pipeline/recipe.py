@@ -73,7 +73,7 @@ def extra_models(config: Config) -> dict[str, Config]:
     a recipe within a recipe.
     """
     found = {}
-    for name, keys in method_of(config.train).recipe().items():
+    for name, keys in method_of(config.train).recipe(config.objectives).items():
         where = f"{config.train.method}: recipe: {name}"
         if not name.isidentifier() or name in TAKEN:
             raise InputError(f"{where}: a name is letters, digits and _, and none of {', '.join(TAKEN)}")
@@ -84,7 +84,7 @@ def extra_models(config: Config) -> dict[str, Config]:
         for key, value in keys.items():
             set_dotted(raw, key, value, where=where)
         found[name] = validated(raw, f"{config.train.method}: recipe", name)
-        if method_of(found[name].train).recipe():
+        if method_of(found[name].train).recipe(config.objectives):
             raise InputError(f"{where}: {found[name].train.method} has a recipe itself; name a method without one")
     return found
 

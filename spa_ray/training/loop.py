@@ -36,6 +36,7 @@ from spa_ray.training.prepare import Prepared, prepare
 from spa_ray.training.reference import Reference, cached_reference, compute_reference, reference_path
 from spa_ray.training.relief import is_out_of_memory, out_of_memory
 from spa_ray.training.step import StepLoop
+from spa_ray.training.tokenize import objectives_in
 from spa_ray.training.trackers import open_trackers
 
 LOGGER = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def _reference(job: TrainJob, engine: Any, prepared: Prepared, first: int) -> Re
 def _others(job: TrainJob, prepared: Prepared) -> dict[str, Reference]:
     """The log-probs of the models of the method's recipe, one model in memory at a time. Raises: InputError without."""
     found = {}
-    for name in method_of(job.train).recipe():
+    for name in method_of(job.train).recipe(comm.on_rank_zero(lambda: objectives_in(job.pairs))):
         if name not in job.models:
             raise InputError(f"train.method: {job.train.method} trains the model {name!r} first; use `spa run`")
         other = replace(job, model=job.models[name], models={})

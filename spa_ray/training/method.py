@@ -84,6 +84,7 @@ class LossInputs:
     targets: Float[Tensor, "pairs k"] | None = None
     modules: nn.Module | None = None
     state: Any = None
+    seeds: Sequence[int] = ()  # by pair, another one in every step
 
     def summed_logps(self) -> list[Float[Tensor, " pairs"]]:
         """Of each side, in the order of the method's `sides`."""
@@ -107,6 +108,16 @@ class LossInputs:
         assert self.hidden is not None
         return self._of_sides(self.hidden)
 
+    def dropout(self, values: Float[Tensor, "pairs width"], p: float) -> Float[Tensor, "pairs width"]:
+        """Dropout that is a pair's own: the same in whatever micro-batch and on whatever rank the pair is, and after a
+        resume."""
+        import torch
+
+        if p == 0:
+            return values
+        drawn = [torch.rand(values.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
+        return values * (torch.stack(drawn) >= p).to(values) / (1 - p)
+
     def _of_sides(self, values: Tensor) -> list[Tensor]:
         return [values[side] for side in self.sides.unbind(dim=1)]
 
@@ -128,7 +139,7 @@ class Method(Generic[C]):
     weighted: ClassVar[bool] = False  # whether `weights` looks at the gaps
     stats: ClassVar[tuple[str, ...]] = ()  # the names of `loss`'s statistics
     # Of a trained model. Its prompts say which scores an answer should have: `state` has `objectives`, their names in
-    # order, and `ranges`, their [low, high] (null where they are not known).
+    # order, and `ranges`, their [low, high] (null where they are not known and not needed).
     conditioned: ClassVar[bool] = False
     senses: ClassVar[bool] = False  # `sense` reads such scores off the prompt
 
@@ -136,10 +147,10 @@ class Method(Generic[C]):
         self.config = config
         self.state: Any = None  # what `fit` returned, once it has
 
-    def recipe(self) -> Mapping[str, Mapping[str, Any]]:
+    def recipe(self, objectives: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         """Models that are trained first, on the same episodes: name -> dotted keys of the config that differ (MODPO's
-        margin model: `{"margin": {"train.method": "spa_dpo", "pairs.thresholds": ..}}`). The loss sees their log-probs
-        by `LossInputs.logps_of`."""
+        margin model: `{"margin": {"train.method": "spa_dpo", "pairs.order": "only:helpful"}}`). The loss sees their
+        log-probs by `LossInputs.logps_of`."""
         return {}
 
     def fit(self, table: pa.Table) -> Any:
@@ -164,7 +175,7 @@ class Method(Generic[C]):
 
     def examples(self, row: Row) -> list[Example]:
         """What a pair is trained on: by default both answers behind the prompt, which the chosen one's scores may
-        change."""
+        change. No example leaves the pair out."""
         prompt = row.prompt_ids(self.render(row.messages, row.columns.get("chosen_scores"), self.state))
         return [Example({"chosen": Read(prompt, row.chosen_ids), "rejected": Read(prompt, row.rejected_ids)})]
 
@@ -185,6 +196,7 @@ class Method(Generic[C]):
 
     def load(self, folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
         """The modules that `save` wrote, in evaluation mode. Raises: InputError when they are not this model's."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import AutoConfig
 
@@ -193,7 +205,7 @@ class Method(Generic[C]):
         assert modules is not None
         try:
             modules.load_state_dict(load_file(folder / MODULES))
-        except (OSError, RuntimeError) as e:
+        except (OSError, RuntimeError, SafetensorError) as e:
             raise InputError(f"{folder / MODULES}: not this model's ({str(e).splitlines()[-1].strip()})") from e
         return modules.eval()
 

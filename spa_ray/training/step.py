@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from spa_ray.training.schedule import lr_multiplier
 
 PROC = Path("/proc/self/status")
 Outputs = tuple[Tensor, ...]  # of a micro-batch's sequences: summed log-probs, and hidden states if the method asks
+MASK = 0xFFFF_FFFF_FFFF_FFFF  # the seeds that torch takes
 LOSS = 2_048  # losses draw apart from the micro-batch's forward pass
 _MEND = "lower train.lr, or look at those pairs and at the model's weights"
 
@@ -76,7 +77,7 @@ class StepLoop:
             if self.own is not None:
                 self._seed(number, LOSS + k)
             self._backward(
-                found, self._gradient(step, part.pairs, part.sequences, tuple(x.detach() for x in found), sums)
+                found, self._gradient(number, step, part.pairs, part.sequences, tuple(x.detach() for x in found), sums)
             )
         totals = self._sum_over_ranks(sums.totals)
         if totals.pop("bad"):
@@ -110,7 +111,7 @@ class StepLoop:
         if self.own is not None:
             self._seed(number, LOSS, rank=0)
         counted = sums if comm.rank() == 0 else Sums()
-        gradients = self._gradient(step, step.shared_pairs, np.arange(len(step.sequences)), outputs, counted)
+        gradients = self._gradient(number, step, step.shared_pairs, np.arange(len(step.sequences)), outputs, counted)
 
         def of(part: Part) -> Outputs:
             return tuple(x[torch.from_numpy(part.sequences)] for x in gradients)
@@ -127,7 +128,9 @@ class StepLoop:
         summed, _, *hidden = self.engine(batch)
         return summed, *hidden
 
-    def _gradient(self, step: Step, pairs: np.ndarray, sequences: np.ndarray, outputs: Outputs, sums: Sums) -> Outputs:
+    def _gradient(
+        self, number: int, step: Step, pairs: np.ndarray, sequences: np.ndarray, outputs: Outputs, sums: Sums
+    ) -> Outputs:
         """∂(the step's loss)/∂(outputs) of `sequences`, by the loss of `pairs`; adds to `sums`."""
         if len(pairs) == 0:
             return tuple(map(torch.zeros_like, outputs))
@@ -140,6 +143,8 @@ class StepLoop:
         place[sequences] = np.arange(len(sequences))
         leaves = [x.requires_grad_() for x in outputs]
         inputs = self._loss_inputs(step, pairs, step.sequences[sequences], place[step.sides[pairs]], leaves)
+        if self.own is not None:
+            inputs = replace(inputs, seeds=[self._seed_of_pair(number, int(pair)) for pair in step.pairs[pairs]])
         losses, stats = self.method.loss(inputs)
         sums.add({"loss": losses.detach(), PER_TOKEN: inputs.mean_logps()[0].detach(), **stats})
         own = [] if self.own is None else self.own.parameters
@@ -204,25 +209,27 @@ class StepLoop:
         return train.lr * multiplier
 
     def _clip_and_step(self, own_gradient: list[Tensor]) -> dict[str, float]:
-        """Clip, step, and the norms before clipping, of the whole gradient and of the method's own modules' part of it.
-        ZeRO 1-3 clip inside; stage 0 leaves it to us."""
+        """Clip, step, and the norms before clipping: of the whole gradient, and of the model's and the method's own
+        modules' parts of it. ZeRO 1-3 clip inside; stage 0 leaves it to us."""
         own, limit = self.own, self.job.train.grad_clip
         own_norm = 0.0 if own is None else own.set_gradient(own_gradient)
         if self.job.train.zero_stage > 0:
             with nullcontext() if own is None else counted_in_clipping(self.engine.optimizer, own_norm):
                 self.engine.step()
-            norm = math.hypot(float(self.engine.get_global_grad_norm()), own_norm)
-            if own is not None:
-                own.clip(norm, limit)
+            model_norm = float(self.engine.get_global_grad_norm())
+            norm = math.hypot(model_norm, own_norm)
         else:
             trained = [p for p in self.engine.module.parameters() if p.requires_grad]
-            trained += [] if own is None else own.parameters
-            norm = float(torch.nn.utils.clip_grad_norm_(trained, limit or math.inf))
+            model_norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+            norm = math.hypot(model_norm, own_norm)
+            if limit is not None:
+                torch.nn.utils.clip_grads_with_norm_(trained, limit, torch.tensor(norm))
             self.engine.step()
         if own is None:
             return {"grad_norm": norm}
+        own.clip(norm, limit)
         own.step()
-        return {"grad_norm": norm, "grad_norm/modules": own_norm}
+        return {"grad_norm": norm, "grad_norm/model": model_norm, "grad_norm/modules": own_norm}
 
     def _log_row(
         self, number: int, step: Step, totals: dict[str, float], lr: float, norms: dict[str, float], seconds: float
@@ -255,7 +262,10 @@ class StepLoop:
         """Dropout, of adapters and of a method's own modules, is the only randomness left in a step. Seeded by step and
         micro-batch, it survives a resume, and a second pass over the same micro-batch drops the same."""
         mixed = ((self.job.seed * 1_000_003 + number) * 1_009 + (comm.rank() if rank is None else rank)) * 4_093 + k
-        torch.manual_seed(mixed & 0xFFFF_FFFF_FFFF_FFFF)  # what torch takes
+        torch.manual_seed(mixed & MASK)
+
+    def _seed_of_pair(self, number: int, pair: int) -> int:
+        return int(np.random.SeedSequence([self.job.seed & MASK, number, pair]).generate_state(1, np.uint64)[0])
 
     def _pair_ids(self, step: Step) -> list[str]:
         return [self.data.pair_id(int(self.selection.rows[i])) for i in step.pairs]

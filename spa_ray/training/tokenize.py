@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spa_ray.config.training import Train
-from spa_ray.data.schemas import RELIABILITY, is_imported
+from spa_ray.data.schemas import RELIABILITY, is_imported, objectives_of
 from spa_ray.errors import InputError
 from spa_ray.rollout.chat import Chat
 from spa_ray.training.method import ANSWERS, Example, Messages, Method, Read, Row
@@ -82,7 +82,8 @@ def tokenize_pairs(
     `ends` gives the model's end-of-sequence ids, for answers without ids; with `reliable` a gap is times the pair's
     `reliability`.
 
-    Reasons: `too_long` (a sequence exceeds `max_length` tokens), `identical` (equal answers).
+    Reasons: `too_long` (a sequence exceeds `max_length` tokens), `identical` (equal answers), `no_example` (the method
+    has none of such a pair).
     Raises: InputError for a missing column, an empty response, an id outside the vocabulary, a gap that is not a
     number of 0 or more, a prompt that the chat template refuses, an example that is not what `method` declares.
     """
@@ -101,6 +102,12 @@ def tokenize_pairs(
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     os.replace(partial, out)
     return dict(dropped)
+
+
+def objectives_in(pairs: Path) -> list[str]:
+    """The objectives that a pairs table names; none where its metadata do not say."""
+    schema = pq.read_schema(pair_files(pairs)[0])
+    return objectives_of(schema) if b"objectives" in (schema.metadata or {}) else []
 
 
 def read_columns(pairs: Path, columns: Sequence[str]) -> pa.Table:
@@ -176,7 +183,10 @@ class _Maker:
                 continue
             columns = {name: _given(pair[name], f"{where}: {name}") for name in self.method.columns}
             row = Row(pair["prompt"], chosen, rejected, columns, self.prompt, self.messages)
-            for number, example in enumerate(self.method.examples(row)):
+            examples = self.method.examples(row)
+            if not examples:
+                self.dropped["no_example"] += 1
+            for number, example in enumerate(examples):
                 if any(len(read.prompt) + len(read.response) > self.max_length for read in example.sequences.values()):
                     self.dropped["too_long"] += 1
                     continue
