@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from spa_ray.config.training import Lora
 from spa_ray.errors import InputError
@@ -31,7 +31,7 @@ class MODPOConfig(DPOConfig):
     epochs: float = Field(3.0, gt=0)
     max_length: int = Field(512, ge=2, description="prompt + response; longer pairs are dropped and counted")
     lora: Lora | None = Lora(r=64, alpha=1)
-    weights: dict[str, float] = Field(
+    weights: dict[str, NonNegativeFloat] = Field(
         default_factory=dict, description="objective -> w; one left out has none; {}: all alike"
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from spa_ray.config.training import Lora
 from spa_ray.errors import InputError
@@ -27,7 +27,7 @@ class RiCConfig(SFTConfig):
     lr: float = Field(1.414e-4, gt=0)
     scheduler: Literal["cosine", "linear", "constant"] = Field("linear", description="after the warmup")
     lora: Lora | None = Lora(r=64, alpha=128, dropout=0.05)
-    preference: dict[str, float] = Field(
+    preference: dict[str, NonNegativeFloat] = Field(
         default_factory=dict, description="objective -> what it counts at inference; {}: all alike"
     )
 
@@ -48,11 +48,10 @@ class RiC(Completions):
             answers = zip(table.column("prompt_id").to_pylist(), table.column(indices).to_pylist(), strict=True)
             every |= dict(zip(answers, checked(table, scores, state).tolist(), strict=True))
         values = np.array(list(every.values()))
-        mean, std = values.mean(axis=0), values.std(axis=0)
-        for name, spread, same in zip(state["objectives"], std, mean, strict=True):
-            if spread == 0:
-                raise InputError(f"train.method: {self.config.method}: every answer has {name} {same:g}; leave it out")
-        return {**state, "mean": mean.tolist(), "std": std.tolist()}
+        for name, low, high in zip(state["objectives"], values.min(axis=0), values.max(axis=0), strict=True):
+            if low == high:
+                raise InputError(f"train.method: {self.config.method}: every answer has {name} {low:g}; leave it out")
+        return {**state, "mean": values.mean(axis=0).tolist(), "std": values.std(axis=0).tolist()}
 
     def render(self, messages: Messages, scores: Sequence[float] | None, state: Any) -> Messages:
         if scores is None:
