@@ -74,7 +74,7 @@ def plain_adamw_run(job: TrainJob) -> dict[str, Tensor]:
 
     prepared, train = prepare(job), job.train
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.adam_betas, weight_decay=0.0)
 
     def average_logp(prompt: Any, response: Any) -> Tensor:
         ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
@@ -106,6 +106,15 @@ def test_three_weighted_steps_are_those_of_plain_torch(reference_run: TrainJob, 
     assert moved > 2e-4
     for name, value in trained.items():
         torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-5)
+
+
+def test_adams_decays_are_the_jobs(shared: Path, reference_run: TrainJob, tiny_model: Path, pairs: Path) -> None:
+    job = make_job(shared, tiny_model, pairs, name="betas", adam_betas=(0.5, 0.6))
+    run_job(job)
+    plain, usual = plain_adamw_run(job), weights_of(reference_run.out)
+    for name, value in weights_of(job.out).items():
+        torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-5)
+    assert max(float((plain[name] - value).abs().max()) for name, value in usual.items()) > 1e-4
 
 
 @pytest.mark.parametrize("tokens", [1, 200, 100_000])

@@ -25,6 +25,9 @@ class Lora(Section):
     quantize: Literal["nf4"] | None = Field(None, description="QLoRA: the frozen weights in 4 bits (bitsandbytes)")
 
 
+ADAM = (0.9, 0.999)
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[Decay, Decay]
 DEFAULT_METHOD = next(iter(METHODS))
 WHERE = "train.method"
 BY_METHOD = ("beta", "gamma", "lr")  # null: the method's own default
@@ -59,6 +62,7 @@ class Train(Section):
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warmup")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
+    adam_betas: Betas = Field(ADAM, description="AdamW's decay of the gradient's mean and of its square")
     grad_clip: float | None = Field(1.0, gt=0, description="global norm; null: none")
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="exactly N optimizer steps, whatever `epochs` says")
@@ -136,8 +140,8 @@ class Train(Section):
 
     def identified_by(self) -> set[str]:
         """The keys that hashes cover: those that decide a result, but for later ones that say what was always done."""
-        later = {"uncertainty"} if self.uncertainty == "none" else set()
-        return set(type(self).model_fields) - TRAIN_BYSTANDERS - later
+        as_before = {"uncertainty": self.uncertainty == "none", "adam_betas": self.adam_betas == ADAM}
+        return set(type(self).model_fields) - TRAIN_BYSTANDERS - {key for key, same in as_before.items() if same}
 
 
 def method_class(name: str) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
-from spa_ray.config.training import Lora
+from spa_ray.config.training import Betas, Lora
 from spa_ray.errors import InputError
 from spa_ray.methods.dpo import DPOConfig
 from spa_ray.methods.pairwise import PairwiseMethod
@@ -37,6 +37,7 @@ class SGAConfig(DPOConfig):
 
     lr: float = Field(1e-5, gt=0)
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps")
+    adam_betas: Betas = Field((0.95, 0.95), description="AdamW's decay of the gradient's mean and of its square")
     grad_clip: float | None = Field(5.0, gt=0, description="global norm; null: none")
     epochs: float = Field(2.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs in an optimizer step, over all ranks")

@@ -23,7 +23,7 @@ from spa_ray.storage.weights import INDEX, ONE_FILE, read_header, tensors
 from spa_ray.training import comm
 from spa_ray.training.job import TrainJob
 from spa_ray.training.method import METHOD, method_of
-from spa_ray.training.policy import decay_groups
+from spa_ray.training.policy import adamw
 
 SAVED = "modules.pt"  # in a checkpoint
 
@@ -35,7 +35,7 @@ class OwnModules:
         self.modules = modules
         self.lr = lr
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(decay_groups(self.parameters, job.train), lr=lr, fused=True)
+        self._optimizer = adamw(self.parameters, job.train, lr=lr)
 
     @classmethod
     def of(cls, job: TrainJob, state: Any, model: Any) -> OwnModules | None:

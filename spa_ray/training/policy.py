@@ -120,7 +120,7 @@ def make_engine(job: TrainJob) -> Any:
     engine, *_ = deepspeed.initialize(
         model=policy,
         model_parameters=[p for p in policy.parameters() if p.requires_grad],
-        optimizer=lambda parameters: torch.optim.AdamW(decay_groups(parameters, train), lr=train.lr, fused=True),
+        optimizer=lambda parameters: adamw(parameters, train, lr=train.lr),
         config=deepspeed_config(train, parameters=parameter_count(policy)),
     )
     engine.train()
@@ -241,6 +241,11 @@ def quiet_deepspeed() -> None:
 
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
+
+
+def adamw(parameters: list[nn.Parameter], train: Train, *, lr: float | None) -> torch.optim.Optimizer:
+    groups = decay_groups(parameters, train)
+    return torch.optim.AdamW(groups, lr=lr or 0.0, betas=train.adam_betas, fused=True)
 
 
 def decay_groups(parameters: list[nn.Parameter], train: Train) -> list[dict[str, Any]]:
