@@ -35,7 +35,7 @@ from tests.mistral_model import CHAT_TEMPLATE as MISTRAL
 from tests.mistral_model import mistral_tokenizer
 from tests.tiny_model import CHAT_TEMPLATE as KNOWS
 from tests.tiny_model import build_tiny_tokenizer
-from tests.training_support import make_job, pair_rows, write_pairs
+from tests.training_support import OBJECTIVES, RANGES, make_job, pair_rows, write_pairs
 
 TURNS = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
@@ -438,8 +438,9 @@ def test_thinking_is_cut_up_to_its_end(one_token: bool) -> None:
     assert Chat(build_tiny_tokenizer(), model="m").divide([40, 41]).thinking is None
 
 
+@pytest.mark.parametrize("name", ["spa_simpo", "sga_sft"])
 @pytest.mark.parametrize("think", ["strip", "mask"])
-def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: Any) -> None:
+def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: Any, name: str) -> None:
     from spa_ray.config.training import train_section
     from spa_ray.training.dataset import read_sequences, select_pairs
 
@@ -448,9 +449,11 @@ def test_kept_thinking_is_context_that_no_loss_looks_at(tmp_path: Path, think: A
     thinking, answer = (tokenizer.encode(t, add_special_tokens=False) for t in ("<think>a</think>", "Yes.<|end|>"))
     row = {**pair_rows(1)[0], "chosen_ids": thinking + answer, "gap": 1.0}
     pairs = write_pairs(tmp_path / "p.parquet", [row])
-    tokenize_pairs(pairs, tmp_path / "t.arrow", chat, vocab_size=265, max_length=512, gap="abs_sum")
+    state = {"objectives": OBJECTIVES, "ranges": RANGES}
+    method = method_of(train_section({"method": name}), state)
+    tokenize_pairs(pairs, tmp_path / "t.arrow", chat, vocab_size=265, max_length=512, gap="abs_sum", method=method)
     data = TokenizedPairs(tmp_path / "t.arrow")
-    selection, _ = select_pairs(data, method_of(train_section({"method": "spa_simpo"})), seed=0)
+    selection, _ = select_pairs(data, method, seed=0)
     ((context, response),) = read_sequences(data, selection, selection.sequences.of_pair[0, :1])
     whole = data.ids("prompt_ids", 0).tolist() + thinking + answer
     assert context.tolist() + response.tolist() == whole
