@@ -15,7 +15,7 @@ import pytest
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder, part_folder
-from spa_ray.data.schemas import EPISODES, PROMPTS, canonical, objectives_of
+from spa_ray.data.schemas import EPISODES, PROMPTS, canonical, objectives_of, ranges_of
 from spa_ray.errors import InputError, RunError
 from spa_ray.generation.ledger import SUSPECT_TRIES
 from spa_ray.generation.setup import Task
@@ -107,6 +107,7 @@ def test_a_pass_writes_one_row_a_prompt_with_the_runs_facts_in_its_metadata(whol
     assert table.schema.equals(EPISODES, check_metadata=False)
     assert sorted(table["prompt_id"].to_pylist()) == [f"p{k:02d}" for k in range(PROMPT_COUNT)]
     assert objectives_of(table.schema) == ["harmless", "helpful"]
+    assert ranges_of(table.schema) == [(1, 10)] * 2
     assert table.schema.metadata[b"config_hash"] == b"h"
     assert table["error"].null_count == PROMPT_COUNT
 

@@ -22,7 +22,7 @@ from spa_ray.config.prompts import Episodes
 from spa_ray.data.given import EpisodeCounts, write_episodes
 from spa_ray.data.loaders.helpsteer2 import ATTRIBUTES as HELPSTEER2
 from spa_ray.data.loaders.ultrafeedback import ATTRIBUTES as ULTRAFEEDBACK
-from spa_ray.data.schemas import EPISODES, is_imported, objectives_of
+from spa_ray.data.schemas import EPISODES, is_imported, objectives_of, ranges_of
 from spa_ray.errors import InputError
 from spa_ray.pipeline.recipe import planned_stages
 from spa_ray.preferences import build_pairs, denoise
@@ -91,7 +91,8 @@ def test_helpsteer2_has_two_rows_a_prompt_and_turns_in_its_prompts(tmp_path: Pat
     table, counts = read(put(tmp_path / "h.jsonl", *HELPSTEER2_ROWS))
     assert table.schema.equals(EPISODES)
     assert (objectives_of(table.schema), is_imported(table.schema)) == (list(HELPSTEER2), True)
-    assert table["scores"].to_pylist()[0] == [[0.75, 1.0, 1.0, 0.5, 0.25], [0.25, 0.0, 1.0, 0.0, 0.0]]
+    assert table["scores"].to_pylist()[0] == [[3, 4, 4, 2, 1], [1, 0, 4, 0, 0]]
+    assert ranges_of(table.schema) == [(0, 4)] * 5
     turns = table["messages"].to_pylist()[1]
     assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
     assert [turn["content"] for turn in turns] == ["Hi", "Hello", "1 + 2?"]
@@ -101,7 +102,8 @@ def test_helpsteer2_has_two_rows_a_prompt_and_turns_in_its_prompts(tmp_path: Pat
 def test_ultrafeedback_has_ratings_as_text_and_not_all_of_them(tmp_path: Path) -> None:
     table, _ = read(put(tmp_path / "u.jsonl", ULTRAFEEDBACK_ROW))
     (row,) = table.to_pylist()
-    assert row["scores"] == [[1.0, 0.75, None, 0.0], [0.0, 0.25, 0.5, 0.25]]
+    assert row["scores"] == [[5, 4, None, 1], [1, 2, 3, 2]]
+    assert ranges_of(table.schema) == [(1, 5)] * 4
     assert row["responses"][0]["score_status"] == ["ok", "ok", "missing", "ok"]
     assert [answer["system"] for answer in row["responses"]] == ["Be kind."] * 2
     assert [answer["token_ids"] for answer in row["responses"]] == [None] * 2
@@ -114,7 +116,7 @@ def test_a_pairs_label_is_its_score(tmp_path: Path) -> None:
     (row,) = table.to_pylist()
     assert [turn["content"] for turn in row["messages"]] == ["Hi", "Hello", "A tree?"]
     assert [answer["text"] for answer in row["responses"]] == ["Oak.", "Rose."]
-    assert (row["scores"], counts.attributes) == ([[1.0], [0.0]], ("preferred",))
+    assert (row["scores"], counts.attributes, counts.ranges) == ([[1.0], [0.0]], ("preferred",), ((0, 1),))
 
 
 @pytest.mark.skipif(not HH.is_file(), reason="../shared is absent")
@@ -165,7 +167,7 @@ def test_the_first_row_with_scores_names_the_attributes(tmp_path: Path) -> None:
 def test_attributes_are_chosen_and_ordered_and_prompts_limited(tmp_path: Path) -> None:
     table, _ = read(put(tmp_path / "h.jsonl", *HELPSTEER2_ROWS), attributes=("verbosity", "helpfulness"), limit=1)
     assert objectives_of(table.schema) == ["verbosity", "helpfulness"]
-    assert table["scores"].to_pylist() == [[[0.25, 0.75], [0.0, 0.25]]]
+    assert table["scores"].to_pylist() == [[[1, 3], [0, 1]]]
     _, counts = read(put(tmp_path / "p.jsonl", ONE, {**ONE, "prompt": "r", "scores": {"x": 1, "y": 2}}))
     assert counts.notes() == [f"episodes: {tmp_path / 'p.jsonl'}: scores that episodes.attributes leaves out: y"]
     told = refusal(put(tmp_path / "own.jsonl", *HELPSTEER2_ROWS), attributes=("helpful",))
@@ -208,6 +210,29 @@ def test_a_bad_row_is_told_with_its_line_or_left_out_and_counted(tmp_path: Path,
     assert (counts.rows, counts.bad, sum(counts.dropped.counts.values())) == (1, 1, 1)
 
 
+def test_own_scores_have_the_ranges_that_are_given(tmp_path: Path) -> None:
+    source = put(tmp_path / "p.jsonl", ONE, {**ONE, "prompt": "r", "scores": {"x": 7}})
+    assert refusal(source, ranges={"x": (1, 5)}).startswith(
+        f"{source}:2: `x` is 7; its range is 1 to 5 (episodes.ranges)"
+    )
+    assert "episodes.ranges: 'x' has none; give" in refusal(source, ranges={"y": (1, 5)})
+    with pytest.raises(ValueError, match=r"ranges: 'x' is not one of the attributes \['y'\]"):
+        Episodes(attributes=("y",), ranges={"x": (0, 1)})
+    assert ranges_of(read(source)[0].schema) is None
+    table, _ = read(source, ranges={"x": (1, 7)})
+    assert (ranges_of(table.schema), table["scores"].to_pylist()) == ([(1, 7)], [[[1]], [[7]]])
+    assert read(source, ranges={"x": (1, 5)}, on_bad_row="skip")[1].bad == 1
+
+
+def test_a_sets_range_gives_way_to_the_one_that_is_given_and_one_file_has_one(tmp_path: Path) -> None:
+    rows = put(tmp_path / "h.jsonl", *HELPSTEER2_ROWS)
+    chosen = {"attributes": ("helpfulness", "verbosity")}
+    assert ranges_of(read(rows, ranges={"verbosity": (0, 2)}, **chosen)[0].schema) == [(0, 4), (0, 2)]
+    own = {"prompt": "z", "response": "a", "scores": {"helpfulness": 9, "verbosity": 9}}
+    told = refusal(put(tmp_path / "m.jsonl", *HELPSTEER2_ROWS, own), **chosen)
+    assert told == f"{tmp_path / 'm.jsonl'}:5: its scores have other ranges than those before; set episodes.ranges"
+
+
 def test_a_prompt_that_comes_again_later_is_left_out_and_counted(tmp_path: Path) -> None:
     other = {**ONE, "prompt": "r"}
     table, counts = read(put(tmp_path / "p.jsonl", ONE, ONE, other, ONE))
@@ -228,6 +253,8 @@ def test_given_answers_bring_their_defaults() -> None:
     assert (found.objectives, found.episodes.attributes) == (("x",), ("x",))
     assert (found.denoise.consistency, found.denoise.informativeness, found.pairs.delta) == ("off", False, "auto")
     assert config("pairs.delta=0.5").pairs.delta == 0.5
+    assert config("pairs.order=mean").pairs.delta == 1e-6
+    assert Config.model_validate(config("pairs.order=mean").model_dump(mode="json")) == config("pairs.order=mean")
     assert config("episodes.attributes=null", "objectives=[a,b]").episodes.attributes == ("a", "b")
     assert Config.model_validate(found.model_dump(mode="json")) == found
 

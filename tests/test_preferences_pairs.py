@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spa_ray.data.schemas import ranges_of, with_ranges
 from spa_ray.errors import InputError
 from spa_ray.preferences import Funnel, build_pairs, denoise, pairing, resolve_delta
 from tests.preferences_tables import Row, make_config, make_episodes, make_row
@@ -85,6 +86,48 @@ def test_one_objective_alone_knows_nothing_of_the_other() -> None:
     assert (ends([pair]), pair["decided_by"]) == ([(1, 0)], "helpful")
     assert build(row, pairs__order="only:harmless", pairs__delta=3) == []  # 7 - 5 < 3, whatever is 9 - 2
     assert build(only([7, 2], [7, 9]), pairs__order="only:harmless") == []
+
+
+def test_the_highest_mean_of_parts_of_ranges_meets_the_lowest_once_per_prompt() -> None:
+    mean: dict[str, Any] = {"pairs__order": "mean", "episodes__ranges": {"harmless": (0, 10), "helpful": (0, 4)}}
+    row = only([10, 0], [2, 3], [5, 2], [0, 3])  # .5, .475, .5 and .375
+    (pair,) = build(row, **mean)
+    assert (pair["chosen_index"], pair["rejected_index"]) == (0, 3)  # the first of two highest
+    assert (pair["chosen_scores"], pair["margin"], pair["decided_by"]) == ([10, 0], 13, "harmless")
+    assert ends(build(only([10, 0], [10, 1]), **mean)) == [(1, 0)]
+    assert build(only([5, 2], [10, 0]), **mean) == []  # the same mean
+    assert ends(build(row, **mean, pairs__delta=0.125)) == [(0, 3)]
+    assert build(row, **mean, pairs__delta=0.13) == []
+    assert ends(build(row, **mean, pairs__thresholds={"harmless": 4})) == [(1, 0)]
+    cut = only([10, 0], [2, 3], [5, 2], [0, 3])
+    cut["responses"][0]["finish_reason"] = "length"
+    assert ends(build(cut, **mean)) == [(2, 3)]
+    refined = make_row([[10, 4], [0, 0], [1, 1]], [5, 2])
+    assert ends(build(refined, **mean)) == [(0, 1)]
+    assert ends(build(refined, **mean, pairs__include="refined_only")) == [(3, 1)]
+    best = make_row([[5, 2], [2, 1], [1, 1]], [10, 4])
+    assert ends(build(best, **mean, pairs__include="candidates_only")) == [(0, 2)]
+
+
+def test_a_mean_needs_ranges_and_no_score_leaves_its_range() -> None:
+    with pytest.raises(
+        InputError, match=r"mean needs the scores' ranges; set episodes.ranges, say {harmless: \[1, 5\]}"
+    ):
+        build(only([10, 0], [2, 3]), pairs__order="mean")
+    with pytest.raises(InputError, match="'helpful' has none; give"):
+        build(only([10, 0], [2, 3]), episodes__ranges={"harmless": (0, 10)})
+    with pytest.raises(InputError, match="prompt_id 'p', response 1: helpful is 3, outside of its range, 0 to 2"):
+        build(only([10, 0], [2, 3]), episodes__ranges={"harmless": (0, 10), "helpful": (0, 2)})
+
+
+def test_pairs_repeat_the_ranges_of_the_episodes() -> None:
+    config = make_config()
+    episodes = make_episodes([only([9, 1], [2, 2])], config)
+    for told, expected in ((None, None), ([(1, 10)] * 2, [(1, 10)] * 2)):
+        denoised = denoise(episodes.cast(with_ranges(episodes.schema, told)), config, tau=None)
+        assert ranges_of(build_pairs(denoised, config).schema) == expected
+    given = make_config(episodes__ranges={"harmless": (0, 9), "helpful": (0, 4)})
+    assert ranges_of(build_pairs(denoised, given).schema) == [(0, 9), (0, 4)]
 
 
 def test_a_composite_reward_is_the_weighted_mean_of_the_objectives() -> None:

@@ -71,6 +71,7 @@ TABLE: dict[str, tuple[Any, str]] = {
     "denoise.tau": (3.0, "B"),
     "denoise.tau_quantile": (0.5, "B"),
     "denoise.tau_over": ("all", "B"),
+    "episodes.ranges": ({"harmless": [1, 10], "helpful": [1, 10]}, "B"),
     "pairs.delta": (1.0, "B"),
     "pairs.order": ("pareto", "B"),
     "pairs": ({"order": "composite", "weights": {"helpful": 1}}, "B"),

@@ -103,6 +103,10 @@ class Reward(JudgeSection):
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
+    @property
+    def on_scale(self) -> bool:
+        return self.transform == "sigmoid"
+
     def key(self) -> Any:
         return [self.model_dump(mode="json", exclude={"path", "batch_size", "device"}), _files(self.path), VERSION]
 

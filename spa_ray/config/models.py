@@ -87,6 +87,7 @@ class Model(Section):
 
 
 ONLY = r"^only:.+$"  # `pairs.order` by one objective
+ANY = 1e-6  # as `pairs.delta`: any difference
 
 
 class Denoise(Section):
@@ -118,12 +119,13 @@ class Pairs(Section):
     delta: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         2.0,
         description="least sum of absolute score differences (Eq. 2); `auto`: half a standard deviation of the score"
-        " sums within prompts, over all episodes",
+        " sums within prompts, over all episodes. With order mean 1e-6, any difference",
     )
-    order: Literal["lex", "pareto", "composite"] | Annotated[str, Field(pattern=ONLY)] = Field(
+    order: Literal["lex", "pareto", "composite", "mean"] | Annotated[str, Field(pattern=ONLY)] = Field(
         "lex",
-        description="strict priority; dominance on every objective; the weighted mean of the objectives; or"
-        " `only:NAME`, one objective alone. delta of the last two counts in what they compare",
+        description="strict priority; dominance on every objective; the weighted mean of the objectives; the mean of"
+        " their scores as parts of their ranges, highest against lowest, one pair per prompt (SGA); or `only:NAME`, one"
+        " objective alone. delta of the last three counts in what they compare",
     )
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
@@ -141,6 +143,11 @@ class Pairs(Section):
         "reject",
         description="whether an answer that was cut by its max_tokens may be the chosen one; it may be rejected",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _any_difference(cls, raw: Any) -> Any:
+        return {"delta": ANY, **raw} if isinstance(raw, Mapping) and raw.get("order") == "mean" else raw
 
 
 class Generation(Section):
@@ -258,6 +265,8 @@ class Config(Section):
             {"episodes": {**given, "attributes": names}, "objectives": raw.get("objectives") or names} if names else {}
         )
         off = {section: {**keys, **(raw.get(section) or {})} for section, keys in GIVEN_ANSWERS.items()}
+        if off["pairs"].get("order") == "mean" and "delta" not in (raw.get("pairs") or {}):
+            del off["pairs"]["delta"]  # which has its own
         return {**raw, **same, **off}
 
     @property
@@ -305,6 +314,10 @@ class Config(Section):
         for key, names in (("thresholds", pairs.thresholds), ("weights", pairs.weights), ("order", only)):
             if stray := sorted(set(names) - set(self.objectives)):
                 raise ValueError(f"pairs.{key}: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
+        if pairs.order == "mean" and pairs.delta == "auto":
+            raise ValueError("pairs.delta: auto is of score sums; order mean takes a number, or no delta")
+        if stray := sorted(set(self.episodes.ranges or {}) - set(self.objectives)):
+            raise ValueError(f"episodes.ranges: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
         if pairs.weights and (pairs.order != "composite" or not any(pairs.weights.values())):
             why = "all are 0" if pairs.order == "composite" else f"order {pairs.order} has none; set order composite"
             raise ValueError(f"pairs.weights: {why}")

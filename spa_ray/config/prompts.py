@@ -57,5 +57,19 @@ class Episodes(Section):
         None, min_length=1, description="names of scores to read, highest priority first; null: the `objectives`"
     )
     split: str | None = Field(None, description="as `prompts.split`")
+    ranges: dict[str, tuple[float, float]] | None = Field(
+        None,
+        description="name of a score -> [lowest, highest], for `pairs.order: mean` and methods that write scores into"
+        " prompts; null: those of a data set by name, or of `scoring.scale`",
+    )
     limit: int | None = Field(None, ge=1, description="take the first N prompts")
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip leaves such rows out and counts them")
+
+    @model_validator(mode="after")
+    def _ranges_of_attributes(self) -> Episodes:
+        for name, (low, high) in (self.ranges or {}).items():
+            if low >= high:
+                raise ValueError(f"ranges.{name} must ascend, got {[low, high]}; write for example [1, 5]")
+            if self.attributes and name not in self.attributes:
+                raise ValueError(f"ranges: {name!r} is not one of the attributes {list(self.attributes)}")
+        return self

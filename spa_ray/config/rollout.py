@@ -166,6 +166,11 @@ class Scoring(Section):
         return judge_section(self.judge)
 
     @property
+    def ranges(self) -> tuple[int, int] | None:
+        """The lowest and the highest score that the judge can give; None where it is not known."""
+        return self.scale if self.judged_by.on_scale else None
+
+    @property
     def repeated(self) -> bool:
         """Whether a score is the mean of several draws, which have a variance."""
         return self.draws > 1 and self.compare is None and self.mode != "expected" and self.judged_by.reads_prompts

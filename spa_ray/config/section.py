@@ -28,6 +28,11 @@ class JudgeSection(Section):
         return None
 
     @property
+    def on_scale(self) -> bool:
+        """Whether its scores are on `scoring.scale`."""
+        return True
+
+    @property
     def folder(self) -> str | None:
         """Of the model with a pass of its own; None: the model before training."""
         return None

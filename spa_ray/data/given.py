@@ -7,10 +7,12 @@ Rows are read, checked, refused and counted as prompts are (`prompts.py`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spa_ray.config.plugs import SOURCES, load_plug
@@ -25,15 +27,18 @@ from spa_ray.data.readers import Row, read_rows
 from spa_ray.data.schemas import WRITE_OPTIONS, imported
 from spa_ray.errors import InputError
 
+Ranges = Mapping[str, tuple[float, float]]  # by the score's name
 PREFERRED = "preferred"  # the one score of a preference pair: 1 for the chosen answer, 0 for the rejected one
 
 
 @dataclass
 class EpisodeCounts(PromptCounts):
-    """`rows` are prompts that came out; `attributes` the names of the scores that were read, of all `named` ones."""
+    """`rows` are prompts that came out; `attributes` the names of the scores that were read, of all `named` ones, and
+    `ranges` theirs where they are known."""
 
     answers: int = 0
     attributes: tuple[str, ...] = ()
+    ranges: tuple[tuple[float, float], ...] | None = field(default=None, compare=False)
     named: set[str] = field(default_factory=set, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,14 +80,16 @@ class _Form(NamedTuple):
     columns: tuple[str, ...]  # show it
     answers: Callable[[Values], list[Answer]]
     prompt: Callable[[Values], Values] = dict  # what is left of the row
+    ranges: Ranges = MappingProxyType({})
 
 
 @cache
 def forms() -> tuple[_Form, ...]:
     """Our own, and those of public data sets."""
-    own = (_Form(("responses",), _own), _Form(("chosen", "rejected"), _pair), _Form(("response", "scores"), _own_row))
+    pair = _Form(("chosen", "rejected"), _pair, ranges={PREFERRED: (0, 1)})
+    own = (_Form(("responses",), _own), pair, _Form(("response", "scores"), _own_row))
     sets: list[DataSet] = [load_plug(SOURCES, name, where="episodes.source") for name in SOURCES]
-    return (*own, *(_Form(found.shown_by, found.answers, found.row) for found in sets if found.answers is not None))
+    return (*own, *(_Form(s.shown_by, s.answers, s.row, s.ranges) for s in sets if s.answers is not None))
 
 
 NO_FORM = "no answers with scores (columns: {}); give `prompt` and `responses`: [{{text, scores: {{name: number}}}}]"
@@ -94,6 +101,7 @@ class _Given(NamedTuple):
     place: str
     prompt: Prompt
     answers: list[Answer]
+    ranges: Ranges
     key: Any  # rows with equal ones that follow each other are one episode
 
 
@@ -105,6 +113,7 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
     has a score, or none of an attribute's name.
     """
     seen, wordings, counts.attributes = Seen(), Wordings(), section.attributes or ()
+    begun = False
     nameless: list[tuple[Prompt, list[Answer]]] = []  # rows before the first one with scores
     for _, rows in itertools.groupby(_given(section, counts), key=lambda given: given.key):
         first, *others = rows
@@ -124,6 +133,10 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
         counts.near += wordings.repeats(first.prompt["messages"])
         nameless.append((first.prompt, answers))
         if counts.attributes:
+            bounds = _bounds(counts.attributes, first.ranges, given=section.ranges is not None)
+            if begun and bounds != counts.ranges:
+                raise InputError(f"{first.place}: its scores have other ranges than those before; set episodes.ranges")
+            counts.ranges, begun = bounds, True
             yield from (_episode(*row, counts.attributes) for row in nameless)
             nameless.clear()
         if counts.rows == section.limit:
@@ -140,6 +153,15 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
         )
 
 
+def _bounds(names: Sequence[str], ranges: Ranges, *, given: bool) -> tuple[tuple[float, float], ...] | None:
+    """Of each attribute; None where one has none. Raises: InputError in that case, where some are `given`."""
+    if missing := [name for name in names if name not in ranges]:
+        if given:
+            raise InputError(f"episodes.ranges: {missing[0]!r} has none; give [lowest, highest] of every attribute")
+        return None
+    return tuple(ranges[name] for name in names)
+
+
 def _given(section: Episodes, counts: EpisodeCounts) -> Iterator[_Given]:
     source = Prompts(source=section.source, split=section.split)
     for row in read_rows(source, where="episodes", notes=counts.told, raw=True):
@@ -147,12 +169,12 @@ def _given(section: Episodes, counts: EpisodeCounts) -> Iterator[_Given]:
             counts.dropped.add("empty", row.place, "an empty line")
             continue
         try:
-            yield _read(row, counts)
+            yield _read(row, counts, section.ranges or {})
         except BadRowError as e:
             counts.refuse(row.place, e, section.on_bad_row, where="episodes")
 
 
-def _read(row: Row, counts: EpisodeCounts) -> _Given:
+def _read(row: Row, counts: EpisodeCounts, ranges: Ranges) -> _Given:
     """Raises: BadRowError."""
     if row.values is None:
         raise BadRowError(str(row.problem), "unreadable")
@@ -166,8 +188,13 @@ def _read(row: Row, counts: EpisodeCounts) -> _Given:
     except (AttributeError, KeyError, TypeError) as e:
         raise BadRowError(f"`{form.columns[0]}` is not of the form that it shows ({type(e).__name__}: {e})") from e
     prompt = to_prompt(Row(row.place, values), {}, left_out=counts.left_out)
+    ranges = {**form.ranges, **ranges}
+    for name, score in ((name, score) for answer in answers for name, score in answer.scores.items()):
+        low, high = ranges.get(name, (-math.inf, math.inf))
+        if score is not None and not low <= score <= high:
+            raise BadRowError(f"`{name}` is {score:g}; its range is {low:g} to {high:g} (episodes.ranges)")
     alone = "response" in form.columns
-    return _Given(row.place, prompt, answers, (prompt["prompt_id"], prompt["messages"]) if alone else object())
+    return _Given(row.place, prompt, answers, ranges, (prompt["prompt_id"], prompt["messages"]) if alone else object())
 
 
 def _episode(prompt: Prompt, answers: list[Answer], names: tuple[str, ...]) -> Values:
@@ -198,5 +225,5 @@ def write_episodes(section: Episodes, out: Path) -> EpisodeCounts:
     if first is None:
         why = f"; {counts.bad} bad rows, the first: {counts.first_bad}" if counts.bad else ""
         raise InputError(f"episodes.source: {section.source}: no prompt with answers in it{why}")
-    write_rows(itertools.chain([first], rows), imported(counts.attributes), out, **WRITE_OPTIONS)
+    write_rows(itertools.chain([first], rows), imported(counts.attributes, counts.ranges), out, **WRITE_OPTIONS)
     return counts

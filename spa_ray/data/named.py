@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class DataSet:
     )
     answers: Callable[[Values], list[Answer]] | None = None  # those of a published row, taken out of it
     shown_by: tuple[str, ...] = ()  # columns that show such a row, wherever it comes from
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # the lowest and highest of each score
 
     def rows(self, section: Prompts, *, where: str, notes: dict[str, None], raw: bool = False) -> Iterator[Row]:
         """The rows of a split; `raw`: as they are published. Raises: InputError where they cannot be had."""
@@ -118,15 +119,15 @@ def _find(values: Values, published: str | tuple[str, ...]) -> str | None:
     return next((there[name.lower()] for name in names if name.lower() in there), None)
 
 
-def rating(value: Any, name: str, low: int, high: int) -> float:
-    """A rating from `low` to `high` as a score from 0 to 1, two decimals. Raises: BadRowError."""
+def rating(value: Any, name: str, low: float, high: float) -> float:
+    """A rating from `low` to `high` as a number. Raises: BadRowError."""
     try:
         given = float("nan" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         given = math.nan
     if not low <= given <= high:
         raise BadRowError(f"{name} is {value!r}; a rating is a number from {low} to {high}")
-    return round((given - low) / (high - low), 2)
+    return given
 
 
 def lettered(question: str, choices: list[str], form: str = "{}. {}") -> str:

@@ -98,9 +98,13 @@ JUDGEMENTS = pa.schema(
 )
 
 
-def imported(objectives: Sequence[str]) -> pa.Schema:
+Ranges = Sequence[tuple[float, float]]  # the lowest and the highest score of each objective
+
+
+def imported(objectives: Sequence[str], ranges: Ranges | None) -> pa.Schema:
     """EPISODES whose answers a data set held already: nothing generated them."""
-    return EPISODES.with_metadata({"objectives": json.dumps(list(objectives)), "origin": "imported"})
+    about = {"objectives": json.dumps(list(objectives)), "origin": "imported"}
+    return with_ranges(EPISODES.with_metadata(about), ranges)
 
 
 def is_imported(schema: pa.Schema) -> bool:
@@ -108,11 +112,19 @@ def is_imported(schema: pa.Schema) -> bool:
     return bool((schema.metadata or {}).get(b"origin") == b"imported")
 
 
-def with_metadata(schema: pa.Schema, *, objectives: Sequence[str], model: str, config_hash: str) -> pa.Schema:
+def with_metadata(
+    schema: pa.Schema, *, objectives: Sequence[str], model: str, config_hash: str, ranges: Ranges | None = None
+) -> pa.Schema:
     """The schema with the run's facts in its metadata (DESIGN: objectives, model, config hash)."""
-    return schema.with_metadata(
-        {"objectives": json.dumps(list(objectives)), "model": model, "config_hash": config_hash}
-    )
+    about = {"objectives": json.dumps(list(objectives)), "model": model, "config_hash": config_hash}
+    return with_ranges(schema.with_metadata(about), ranges)
+
+
+def with_ranges(schema: pa.Schema, ranges: Ranges | None) -> pa.Schema:
+    """The schema with these ranges in its metadata in the place of others, if any; None leaves it as it is."""
+    if ranges is None:
+        return schema
+    return schema.with_metadata({**(schema.metadata or {}), b"ranges": json.dumps([list(bounds) for bounds in ranges])})
 
 
 def objectives_of(schema: pa.Schema) -> list[str]:

@@ -111,7 +111,14 @@ def generate(
     Raises: InputError as the engine does; RunError when the pass dies or too many rows failed; BudgetSpentError.
     """
     names = [o.name for o in load_objectives(config)]
-    schema = with_metadata(EPISODES, objectives=names, model=config.model.path, config_hash=config_hash)
+    bounds = config.scoring.ranges
+    schema = with_metadata(
+        EPISODES,
+        objectives=names,
+        model=config.model.path,
+        config_hash=config_hash,
+        ranges=None if bounds is None else [bounds] * len(names),
+    )
     total = parquet_dataset(prompts).count_rows()
     log = WorkerLog.of(run=out.parent.name, stage=task.kind, verbose=verbose)
     make_folder(checkpoint)

@@ -20,7 +20,7 @@ from pyarrow.fs import FileSystem, LocalFileSystem
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import PART, PARTITIONING, READ_OPTIONS, Retried, unreadable
 from spa_ray.data.schemas import EPISODES, RESPONSE, pairs_schema
-from spa_ray.preferences import Funnel, build_pairs, denoise
+from spa_ray.preferences import Funnel, build_pairs, denoise, ranged
 
 RESPONSE_FIELDS = ("index", "kind", "text", "token_ids", "system", "finish_reason", "score_draws")
 _RESPONSES = pa.list_(pa.struct([RESPONSE.field(name) for name in RESPONSE_FIELDS]))
@@ -104,7 +104,7 @@ def pair_task(
     retried: Retried | None,
 ) -> Funnel:
     """Write one task's pairs to the file `out` on `target`; `filesystem` is the episodes'."""
-    schema = pairs_schema(reliability=config.scoring.repeated).with_metadata(metadata)
+    schema = ranged(pairs_schema(reliability=config.scoring.repeated).with_metadata(metadata), config)
     funnels = []
     with pq.ParquetWriter(out, schema, filesystem=target) as writer:
         for table in _joined(_read(pieces, filesystem, retried)):

@@ -130,6 +130,7 @@ def build(config: Config, known: Known) -> dict[str, Any]:
         "denoise": _plain(config.denoise),
         "pairs": _plain(config.pairs, *([] if config.pairs.weights else ["weights"])),  # as before the key
         "frozen_tau": known.tau,
+        **({"ranges": config.episodes.ranges} if config.episodes.ranges else {}),
         **({"reliability": 1} if config.scoring.repeated else {}),
     }
 

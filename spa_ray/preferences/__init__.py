@@ -8,6 +8,7 @@ from spa_ray.preferences.denoising import DROP_REASONS, denoise, resolve_tau
 from spa_ray.preferences.funnel import ALL_REASONS, Funnel
 from spa_ray.preferences.live import LIVE_CLASSES, live_reason, live_reasons
 from spa_ray.preferences.pairing import build_pairs, resolve_delta
+from spa_ray.preferences.ranges import ranged
 
 __all__ = [
     "ALL_REASONS",
@@ -18,6 +19,7 @@ __all__ = [
     "denoise",
     "live_reason",
     "live_reasons",
+    "ranged",
     "resolve_delta",
     "resolve_tau",
 ]

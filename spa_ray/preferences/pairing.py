@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from spa_ray.config.models import Config
-from spa_ray.data.schemas import MESSAGE, MESSAGES, RELIABILITY, pairs_schema
+from spa_ray.data.schemas import MESSAGE, MESSAGES, RELIABILITY, Ranges, pairs_schema, ranges_of
 from spa_ray.errors import InputError
 from spa_ray.preferences.denoising import consistent, view_episodes
+from spa_ray.preferences.ranges import check_ranges, in_unit, ranged
 from spa_ray.preferences.scores import Bools, Floats, Ints, list_lengths, score_grid
 
 Column: TypeAlias = pa.Array | pa.ChunkedArray
@@ -56,12 +57,15 @@ def resolve_delta(scores: Column | Iterable[Column], config: Config) -> float:
 def build_pairs(denoised: pa.Table, config: Config, *, delta: float | None = None) -> pa.Table:
     """All preference pairs of the kept prompts, as a PAIRS table with the episodes' metadata.
 
-    `delta` is `resolve_delta` of the whole data set; None takes this table for it.
+    `delta` is `resolve_delta` of the whole data set; None takes this table for it. Ranges of scores are those in the
+    table's metadata, or `episodes.ranges`, which the pairs' metadata repeat.
     (y, y⁻) is a pair iff y comes before y⁻ in `pairs.order` and Σ_o |s_o(y) - s_o(y⁻)| >= `delta` (SPA, Eq. 2):
       order lex       s(y) is greater on the first objective on which they differ.
       order pareto    s(y) is nowhere lower, and greater on at least one objective below the first (preliminaries).
       order only:o    s_o(y) is greater; Reward Soups' models of one reward. |s_o(y) - s_o(y⁻)| >= `delta` as well.
       order composite the mean of s(y) by `weights` is greater, the scalarised reward; by `delta` or more as well.
+      order mean      the prompt's highest mean of (s_o(y) - low_o) / (high_o - low_o) over the objectives against its
+                      lowest, by `delta` or more, one pair per prompt (SGA); among equals the first answer.
       thresholds      the order compares min(score, threshold); margin, gap and the stored scores are not clipped.
       score_grid      scores are first rounded to its multiples (halves to the even one); order, margin, gap and the
                       stored scores all use the rounded ones.
@@ -75,13 +79,14 @@ def build_pairs(denoised: pa.Table, config: Config, *, delta: float | None = Non
     column, `reliability`.
     With `denoise.on_inconsistent: drop_refined` an inconsistent prompt pairs its candidates only. Rows stand in the
     order of the prompts, then of chosen_index and rejected_index.
-    Raises: InputError when the table was not denoised, or does not hold what its schema promises.
+    Raises: InputError when the table was not denoised, or does not hold what its schema promises, for a score outside
+    of its range, and where order mean lacks the ranges.
     """
     needed = {"kept", "messages"} - set(denoised.column_names)
     if needed:
         raise InputError(f"pairs: no column {sorted(needed)[0]!r}; give the table that `denoise` returns")
     columns = ["prompt_id", "messages", "responses", "scores", "error", "attempt", "kept"]
-    schema = pairs_schema(reliability=config.scoring.repeated).with_metadata(denoised.schema.metadata)
+    schema = ranged(pairs_schema(reliability=config.scoring.repeated).with_metadata(denoised.schema.metadata), config)
     least = resolve_delta(denoised["scores"], config) if delta is None else delta
     blocks = _blocks(denoised.select(columns))
     batches = [b for block in blocks for b in _pairs_of(block, config, least, schema)]
@@ -98,7 +103,7 @@ def truncated_pairs(denoised: pa.Table, pairs: pa.Table, config: Config, *, delt
         return 0
     rule = config.pairs.model_copy(update={"truncated": "allow"})
     allowed = build_pairs(kept, config.model_copy(update={"pairs": rule}), delta=delta)
-    return allowed.num_rows - pairs.num_rows
+    return max(0, allowed.num_rows - pairs.num_rows)  # with order mean another chosen one may have taken its place
 
 
 def _blocks(table: pa.Table) -> Iterator[pa.Table]:
@@ -134,13 +139,17 @@ def _pairs_of(block: pa.Table, config: Config, delta: float, schema: pa.Schema) 
     usable = view.grid.scored & view.grid.scatter(filled) & kept
     if config.denoise.on_inconsistent == "drop_refined":
         usable &= ~view.refined | consistent(view, config)
+    ranges = ranges_of(schema)
+    if ranges is not None:
+        check_ranges(view.grid.values, usable, ranges, config.objectives, answers.prompt_id)
     scores = _rounded(view.grid.values, config.pairs.score_grid)
     caps = np.array([config.pairs.thresholds.get(name, np.inf) for name in config.objectives])
     whole = ~view.grid.scatter(answers.cut) | (config.pairs.truncated == "allow")
     keys = np.minimum(scores, caps[:, None, None])
-    seen = _compared(keys, config), _compared(scores, config)
+    seen = _compared(keys, config, ranges), _compared(scores, config, ranges)
     scored = _Scored(scores, keys, *seen, usable, usable & whole, view.refined)
-    row, i, j = _ordered(scored, config, delta)
+    find = _extremes if config.pairs.order == "mean" else _ordered
+    row, i, j = find(scored, config, delta)
     starts = view.grid.starts
     differ = answers.differ(starts[row] + i, starts[row] + j)
     row, i, j = row[differ], i[differ], j[differ]
@@ -162,9 +171,12 @@ def _clean(sums: Floats) -> Floats:
     return np.round(sums, 10)
 
 
-def _compared(scores: Floats, config: Config) -> Floats:
-    """(m, L, N) what `pairs.order` looks at of (k, L, N) scores: all of them, one, or their weighted mean."""
+def _compared(scores: Floats, config: Config, ranges: Ranges | None) -> Floats:
+    """(m, L, N) what `pairs.order` looks at of (k, L, N) scores: all of them, one, or a mean."""
     order, names = config.pairs.order, config.objectives
+    if order == "mean":
+        assert ranges is not None
+        return _clean(in_unit(scores, ranges).mean(axis=0)[None])
     if order.startswith("only:"):
         return scores[[names.index(order.removeprefix("only:"))]]
     if order != "composite":
@@ -191,6 +203,21 @@ def _ordered(scored: _Scored, config: Config, delta: float) -> tuple[Ints, Ints,
         chosen_over &= ~(scored.refined.T[:, :, None] | scored.refined.T[:, None, :])
     row, chosen, rejected = np.nonzero(chosen_over)
     return row, chosen, rejected
+
+
+def _extremes(scored: _Scored, config: Config, delta: float) -> tuple[Ints, Ints, Ints]:
+    """As `_ordered`, of each prompt the highest that may be chosen against the lowest, the first ones among equals."""
+    include, (compared,), (steps,) = config.pairs.include, scored.compared, scored.steps
+    usable = scored.usable & ~scored.refined if include == "candidates_only" else scored.usable
+    choosable = scored.choosable & usable & (scored.refined if include == "refined_only" else True)
+    if not len(usable):  # no prompt has an answer
+        return (np.zeros(0, np.int64),) * 3
+    best = np.where(choosable, compared, -np.inf).argmax(axis=0)
+    worst = np.where(usable, compared, np.inf).argmin(axis=0)
+    every = np.arange(len(best))
+    above = (compared[best, every] > compared[worst, every]) & choosable.any(axis=0)
+    row = np.flatnonzero(above & (_clean(np.abs(steps[best, every] - steps[worst, every])) >= delta))
+    return row, best[row], worst[row]
 
 
 def _precedence(a: Floats, b: Floats, *, pareto: bool) -> tuple[Bools, Bools]:

@@ -6,6 +6,7 @@ from spa_ray.data.forms import check_text
 from spa_ray.data.named import Answer, DataSet, Values, columns, rating
 from spa_ray.data.own_pairs import split_turns
 
+RANGE = (0, 4)
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # in prompts of several turns
 _row = columns("prompt")
@@ -18,8 +19,7 @@ def row(values: Values) -> Values:
 
 
 def answers(values: Values) -> list[Answer]:
-    """r / 4."""
-    scores = {name: rating(values.pop(name), name, 0, 4) for name in ATTRIBUTES}
+    scores = {name: rating(values.pop(name), name, *RANGE) for name in ATTRIBUTES}
     return [Answer(check_text(values.pop("response"), "`response`", "an answer"), scores)]
 
 
@@ -30,4 +30,5 @@ SET = DataSet(
     row=row,
     answers=answers,
     shown_by=("response", *ATTRIBUTES),
+    ranges=dict.fromkeys(ATTRIBUTES, RANGE),
 )

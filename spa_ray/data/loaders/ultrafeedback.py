@@ -5,6 +5,7 @@ from typing import Any
 from spa_ray.data.forms import check_text
 from spa_ray.data.named import Answer, DataSet, Values, columns, rating
 
+RANGE = (1, 5)
 ATTRIBUTES = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 _row = columns("instruction")
 
@@ -15,14 +16,14 @@ def row(values: Values) -> Values:
 
 
 def answers(values: Values) -> list[Answer]:
-    """(r - 1) / 4; «N/A» is no score. `overall_score` is not read: its tens are mistakes."""
+    """«N/A» is no score. `overall_score` is not read: its tens are mistakes."""
     return [_answer(given, f"`completions`[{number}]") for number, given in enumerate(values.pop("completions"))]
 
 
 def _answer(given: Any, name: str) -> Answer:
     ratings = {attribute: given["annotations"][attribute]["Rating"] for attribute in ATTRIBUTES}
     scores = {
-        attribute: None if value in (None, "N/A") else rating(value, f"{name} {attribute}", 1, 5)
+        attribute: None if value in (None, "N/A") else rating(value, f"{name} {attribute}", *RANGE)
         for attribute, value in ratings.items()
     }
     return Answer(check_text(given["response"], name, "an answer"), scores, given.get("custom_system_prompt"))
@@ -34,4 +35,5 @@ SET = DataSet(
     row=row,
     answers=answers,
     shown_by=("completions",),
+    ranges=dict.fromkeys(ATTRIBUTES, RANGE),
 )
