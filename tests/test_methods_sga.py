@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from spa_ray.config import arm_configs
 from spa_ray.config.training import train_section
 from spa_ray.errors import InputError
 from spa_ray.methods import sga
@@ -239,6 +240,13 @@ def test_a_folder_without_its_head_or_with_anothers_is_refused(folder: Path, tmp
     (torn / "sga_head.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match=r"not the head of sga\.json"):
         sga.load(torn)
+
+
+def test_an_arm_brings_its_pairs_and_no_other_arm_has_them() -> None:
+    raw = {"model": {"path": "org/some-8B"}, "arms": {"spa": {}, "sga": {"train.method": "sga_dpo"}}}
+    configs = arm_configs({**raw, "pairs": {"order": "pareto", "delta": 3}}, [], where="test", stem="test")
+    assert (configs["sga"].pairs.order, configs["sga"].pairs.delta) == ("mean", 1e-6)
+    assert (configs["spa"].pairs.order, configs["spa"].pairs.delta) == ("pareto", 3)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

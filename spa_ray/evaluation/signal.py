@@ -128,8 +128,8 @@ class Sample:
         counts = Counter(pairs["prompt_id"].to_pylist())
         used = pairs.filter(pc.greater(pairs["gap"], 0)) if train.drop_dead else pairs
         ends = list(zip(used["prompt_id"].to_pylist(), used["chosen_index"].to_pylist(), strict=True))
-        one_side = len(method_class(train.method).sides) == 1
-        found = Counter(name for name, _ in (dict.fromkeys(ends) if one_side else ends))
+        once = "rejected" not in method_class(train.method).sides  # each chosen answer
+        found = Counter(name for name, _ in (dict.fromkeys(ends) if once else ends))
         names = [row["prompt_id"] for row in self.rows]
         return Outcome(pairs, [counts[n] for n in names], [found[n] for n in names], delta)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
+from spa_ray.config.models import ANY
 from spa_ray.methods.scores import PAIR, checked, named
 from spa_ray.methods.sft import SFT
 from spa_ray.training.method import Example, Read, Row
@@ -29,7 +30,7 @@ class Completions(SFT):
         "denoise.informativeness": False,
         "pairs.order": "lex",
         "pairs.include": "all",
-        "pairs.delta": 1e-6,  # any difference
+        "pairs.delta": ANY,
         "pairs.truncated": "allow",
     }
 

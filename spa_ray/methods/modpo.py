@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pydantic import Field, NonNegativeFloat
 
+from spa_ray.config.models import ANY
 from spa_ray.config.training import Lora
 from spa_ray.errors import InputError
 from spa_ray.methods.dpo import DPOConfig
@@ -57,7 +58,7 @@ class MODPO(PairwiseMethod[MODPOConfig]):
     def recipe(self, objectives: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         _, *others = self.shares(objectives)
         own = {"train.method": "spa_dpo", "train.lr": self.config.lr, "train.beta": self.config.beta}
-        return {_margin(name): {**own, "pairs.order": f"only:{name}", "pairs.delta": 1e-6} for name in others}
+        return {_margin(name): {**own, "pairs.order": f"only:{name}", "pairs.delta": ANY} for name in others}
 
     def fit(self, table: pa.Table) -> Any:
         state = named(table, self.config.method, ranges=False)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
+from spa_ray.config.models import ANY
 from spa_ray.config.training import Betas, Lora
 from spa_ray.errors import InputError
 from spa_ray.methods.dpo import DPOConfig
@@ -61,7 +62,12 @@ class SGA(PairwiseMethod[C]):
     conditioned = senses = True
     columns = (PAIR, "chosen_scores")
     outputs = ("logps", "hidden")
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "denoise.consistency": "off",
+        "denoise.informativeness": False,
+        "pairs.order": "mean",
+        "pairs.delta": ANY,
+    }
     head_stats: ClassVar[tuple[str, ...]] = ("head/mse", "head/mae")
 
     def fit(self, table: pa.Table) -> Any:
