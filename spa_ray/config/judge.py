@@ -67,37 +67,53 @@ class Reward(JudgeSection):
     """A reward model: a sequence classifier whose outputs are scores, on the engine's machine."""
 
     kind: Literal["reward"]
-    path: str = Field(description="its folder with safetensors, which every node sees")
+    path: str | None = Field(None, description="its folder with safetensors, which every node sees")
+    models: dict[str, str] | None = Field(
+        None, description="in the place of `path`, a reward model for each objective: objective -> folder"
+    )
     attribute: int | str | None = Field(
-        None, description="the output that scores every objective, by its number or its label in config.json"
+        None,
+        description="the output that scores every objective, by its number or its label in config.json; 0 of `models`",
     )
     attributes: dict[str, int | str] | None = Field(
         None, description="objective -> its output; with neither: the outputs in the objectives' order"
     )
+    output: str = Field("logits", description="what the model calls the tensor of its outputs; of ArmoRM `rewards`")
     transform: Literal["identity", "sigmoid"] | tuple[float, float] = Field(
         "identity",
         description="of the output; sigmoid: onto `scoring.scale`, worst + (best - worst) / (1 + exp(-output)); [a, b]:"
         " a times the output plus b",
     )
-    input: Literal["chat", "pair"] | None = Field(
+    input: Literal["chat", "pair", "transcript"] | None = Field(
         None,
         description="chat: the conversation by the model's chat template; pair: the question (all turns of a"
-        " conversation, with their roles) and the answer as a sentence pair; null: chat where there is a template",
+        " conversation, with their roles) and the answer as a sentence pair; transcript: the same with turns as in"
+        " HH-RLHF, `Human:` and `Assistant:`; null: chat where there is a template, else pair",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: as its files are")
     batch_size: int = Field(16, ge=1, description="answers in one forward pass")
     device: str = Field("cpu", description="where it computes")
 
-    @field_validator("path")
+    @field_validator("path", "models")
     @classmethod
-    def _seen_from_anywhere(cls, path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path))  # engines work in folders of their own
+    def _seen_from_anywhere(cls, given: Any) -> Any:  # engines work in folders of their own
+        if isinstance(given, dict):
+            return {name: _absolute(path) for name, path in given.items()}
+        return given if given is None else _absolute(given)
 
     @model_validator(mode="after")
     def _one_choice(self) -> Reward:
-        if self.attribute is not None and self.attributes is not None:
-            raise ValueError("attribute and attributes are both given; remove one")
+        if (self.path is None) == (not self.models):
+            raise ValueError("path: give the folder of one reward model, or models: {objective: folder}, and not both")
+        both = "attribute" if self.attribute is not None else "models" if self.models else None
+        if both and self.attributes is not None:
+            raise ValueError(f"{both} and attributes are both given; remove one")
         return self
+
+    def each(self) -> dict[str, Reward]:
+        """Of several `models`: objective -> the section of its own."""
+        own = {"models": None, "attribute": 0 if self.attribute is None else self.attribute}
+        return {name: self.model_copy(update={**own, "path": path}) for name, path in (self.models or {}).items()}
 
     @property
     def on_gpu(self) -> bool:
@@ -108,11 +124,19 @@ class Reward(JudgeSection):
         return self.transform == "sigmoid"
 
     def key(self) -> Any:
-        return [self.model_dump(mode="json", exclude={"path", "batch_size", "device"}), _files(self.path), VERSION]
+        as_before = {"output"} if self.output == "logits" else set()  # the key
+        settings = self.model_dump(mode="json", exclude={"path", "models", "batch_size", "device", *as_before})
+        models = self.models or {}
+        files = _files(self.path) if self.path else {name: _files(models[name]) for name in sorted(models)}
+        return [settings, files, VERSION]
 
 
 VERSION = 2  # of how a reward model is shown a conversation
 KEPT = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")  # what of a model's folder decides its scores
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _files(folder: str) -> list[tuple[str, str]]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spa_ray.config.judge import Reward
 from spa_ray.errors import InputError
-from spa_ray.generation.judging import Item, Judgement, Parts
+from spa_ray.generation.judging import Item, Judgement, Parts, together
 from spa_ray.rollout.chat import chat_of
 from spa_ray.rollout.settings import ChatSettings, today
 from spa_ray.rollout.tokenizer import load_tokenizer, why
 from spa_ray.storage.node_cache import local_folder
 
 AUTO = "AutoModelForSequenceClassification"
+SPEAKERS = {"user": "Human", "assistant": "Assistant"}  # of HH-RLHF
 Encoded = dict[str, list[int]]  # what a tokenizer makes of one sequence
 
 
@@ -38,6 +40,7 @@ class RewardJudge:
 
         Raises: InputError for a folder that is no trained sequence classifier, or one that lacks an output.
         """
+        assert section.path is not None
         self._section, self._scale = section, scale
         folder = local_folder(Path(section.path))
         self._tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -49,9 +52,10 @@ class RewardJudge:
         if padding is not None:
             self._tokenizer.pad_token = self._tokenizer.convert_ids_to_tokens(padding)
         chat = section.input == "chat" or (section.input is None and self._tokenizer.chat_template is not None)
+        self._ask = transcript if section.input == "transcript" else question
         settings = settings or ChatSettings(date=today())
         self._chat = chat_of(self._tokenizer, folder, settings) if chat else None
-        self._at = outputs_of(section, objectives, self._model.config)
+        self._at = outputs_of(section, objectives, self._labels())
         places = getattr(self._model.config, "max_position_embeddings", math.inf)
         self._longest = min(self._tokenizer.model_max_length, places)
         self._waiting: list[tuple[Encoded, asyncio.Future[list[float]]]] = []
@@ -59,28 +63,36 @@ class RewardJudge:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
 
     @classmethod
-    def of(cls, section: Reward, parts: Parts) -> RewardJudge:
+    def of(cls, section: Reward, parts: Parts) -> RewardJudge | RewardJudges:
         config = parts.config
-        settings = parts.chat.settings.model_copy(update={"kwargs": {}})
-        trusted = config.model.trust_remote_code
-        return cls(section, config.objectives, config.scoring.scale, settings=settings, trust_remote_code=trusted)
+        shared: dict[str, Any] = {
+            "scale": config.scoring.scale,
+            "settings": parts.chat.settings.model_copy(update={"kwargs": {}}),
+            "trust_remote_code": config.model.trust_remote_code,
+        }
+        if section.models is None:
+            return cls(section, config.objectives, **shared)
+        one_each = section.each()
+        if missing := [name for name in config.objectives if name not in one_each]:
+            raise InputError(f"reward models: none is for {missing[0]}; give models: {{{missing[0]}: FOLDER}}")
+        return RewardJudges({name: cls(one_each[name], [name], **shared) for name in config.objectives})
 
     @staticmethod
     def check(section: Reward, where: str) -> None:
-        """Raises: InputError where the folder holds no sequence classifier in safetensors."""
-        folder = Path(section.path)
-        try:
-            shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shape = {}
-        if not shape or not list(folder.glob("*.safetensors")):
-            raise InputError(f"{where}: {section.path}: no reward model here (config.json and *.safetensors)")
-        kinds = shape.get("architectures") or []
-        if AUTO not in shape.get("auto_map", {}) and not any("SequenceClassification" in kind for kind in kinds):
-            raise InputError(
-                f"{where}: {section.path}: {', '.join(kinds) or 'an unnamed architecture'} is no sequence classifier; "
-                "give the folder of a reward model"
-            )
+        """Raises: InputError where a folder holds no sequence classifier in safetensors."""
+        for folder in (section.models or {"": str(section.path)}).values():
+            check_folder(Path(folder), where)
+
+    def _labels(self) -> list[str]:
+        """Names of the model's outputs. Raises: InputError where it has no such outputs."""
+        shape, output = self._model.config, self._section.output
+        if output == "logits":
+            return [str(shape.id2label[k]) for k in range(shape.num_labels)]
+        try:  # nothing else tells how many there are
+            (found,) = self._forward([dict(self._tokenizer("."))])
+        except AttributeError as e:
+            raise InputError(f"reward model {self._section.path}: its output has no {output!r}; set output") from e
+        return [str(k) for k in range(len(found))]
 
     async def score(self, item: Item) -> list[Judgement]:
         encoded = self._encode(item)
@@ -105,10 +117,7 @@ class RewardJudge:
         if self._chat is not None:
             ids = self._chat.answered_ids(item.messages, item.response)
             return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        asked = item.messages[-1]["content"]
-        if len(item.messages) > 1:
-            asked = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in item.messages)
-        return dict(self._tokenizer(asked, item.response, split_special_tokens=True))
+        return dict(self._tokenizer(self._ask(item.messages), item.response, split_special_tokens=True))
 
     async def _outputs(self, encoded: Encoded) -> list[float]:
         """(outputs,) of one sequence."""
@@ -137,10 +146,58 @@ class RewardJudge:
     def _forward(self, sequences: list[Encoded]) -> list[list[float]]:
         import torch
 
-        padded: Any = self._tokenizer.pad(sequences, return_tensors="pt").to(self._section.device)
+        several = len(sequences) > 1  # one needs no padding token, which the tokenizer may lack
+        padded: Any = self._tokenizer.pad(sequences, padding=several, return_tensors="pt").to(self._section.device)
         with torch.inference_mode():
-            outputs: list[list[float]] = self._model(**padded).logits.float().tolist()
+            outputs: list[list[float]] = getattr(self._model(**padded), self._section.output).float().tolist()
         return outputs
+
+
+class RewardJudges:
+    """A reward model for each objective."""
+
+    def __init__(self, judges: Mapping[str, RewardJudge]) -> None:
+        self._judges = judges
+
+    async def score(self, item: Item) -> list[Judgement]:
+        alone = [replace(item, objectives=[objective]) for objective in item.objectives]
+        found = await together([self._judges[one.objectives[0].name].score(one) for one in alone])
+        return [judgement for (judgement,) in found]
+
+
+def question(messages: Sequence[Message]) -> str:
+    """The first of a sentence pair: the last turn, or all of several with their roles."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """The turns as HH-RLHF writes them, up to where the answer begins; the space before that is RiC's."""
+    turns = [f"\n\n{SPEAKERS.get(turn['role'], turn['role'].capitalize())}: {turn['content']}" for turn in messages]
+    return f"{''.join(turns)} \n\nAssistant:"
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """Raises: InputError where the folder holds no sequence classifier in safetensors."""
+    shape = _settings(folder)
+    if not shape or not list(folder.glob("*.safetensors")):
+        raise InputError(f"{where}: {folder}: no reward model here (config.json and *.safetensors)")
+    kinds = shape.get("architectures") or []
+    if AUTO not in shape.get("auto_map", {}) and not any("SequenceClassification" in kind for kind in kinds):
+        raise InputError(
+            f"{where}: {folder}: {', '.join(kinds) or 'an unnamed architecture'} is no sequence classifier; "
+            "give the folder of a reward model"
+        )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """config.json; empty where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def load_classifier(section: Reward, folder: Path, *, trust_remote_code: bool) -> Any:
@@ -148,6 +205,8 @@ def load_classifier(section: Reward, folder: Path, *, trust_remote_code: bool) -
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    if not trust_remote_code and AUTO in _settings(folder).get("auto_map", {}):
+        raise InputError(f"reward model {folder}: its class is code of its own; model.trust_remote_code=true runs it")
     dtype = "auto" if section.dtype is None else getattr(torch, section.dtype)
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -166,11 +225,10 @@ def load_classifier(section: Reward, folder: Path, *, trust_remote_code: bool) -
     return model
 
 
-def outputs_of(section: Reward, objectives: Sequence[str], shape: Any) -> dict[str, int]:
+def outputs_of(section: Reward, objectives: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
     """Objective -> number of its output. Raises: InputError where the model has no such output."""
     one = section.attribute
     named = section.attributes or {name: k if one is None else one for k, name in enumerate(objectives)}
-    labels = [str(shape.id2label[k]) for k in range(shape.num_labels)]
     found = {}
     for objective in objectives:
         given = named.get(objective)
