@@ -30,6 +30,7 @@ ROOMS = (
     "preferences",
     "training",
     "methods",
+    "steering",
     "evaluation",
     "microworld",
     "pipeline",

@@ -90,6 +90,11 @@ TABLE: dict[str, tuple[Any, str]] = {
     "evaluation.sampling.repetition_penalty": (1.1, "E"),
     "evaluation.sampling.max_tokens": (64, "E"),
     "evaluation.sampling.stop": (["User:"], "E"),
+    "steer.how": ("none", "GE"),
+    "steer.column": ("wish", "GE"),
+    "steer.floors": ({"harmless": 0.8}, "GE"),
+    "steer.discretize": (True, "GE"),
+    "steer": ({"helpful": 0.9}, "GE"),
 }
 
 # Sections and keys that no key of a stage covers, and why.

@@ -19,6 +19,7 @@ from spa_ray.config.plugs import ENGINES
 from spa_ray.config.prompts import Episodes, Prompts
 from spa_ray.config.rollout import Refine, Sampling, Scoring, TemplateKwargs
 from spa_ray.config.section import Section
+from spa_ray.config.steer import Steer
 from spa_ray.config.training import Tracking, TrainSection, train_section
 
 # vLLM's ways of loading weights that read safetensors, or nothing.
@@ -215,6 +216,12 @@ class Resources(Section):
         description="of one machine that trains, for what `train.offload` keeps there; null: what Ray says of its"
         " nodes, and in plans this machine's where the run would be on it",
     )
+    gpus_per_sensor: float = Field(
+        0.0,
+        ge=0,
+        description="of what senses scores in front of the engines, for a model with a head that does; 0: it computes"
+        " on the processor",
+    )
     price_per_gpu_hour: float | None = Field(
         None, ge=0, description="in any currency for plans, in dollars for `budget.usd`; null: no prices"
     )
@@ -248,6 +255,7 @@ class Config(Section):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     evaluation: Evaluation = Evaluation()
+    steer: Steer = Steer()
     merge: Merge | None = Field(
         None, description="of an arm: its model is other arms' mean, and nothing is generated or trained for it"
     )

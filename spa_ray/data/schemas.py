@@ -52,6 +52,23 @@ EPISODES = pa.schema(
     ]
 )
 
+# Further columns of EPISODES where a model's prompts say which scores an answer is to have. They are columns and not in
+# `meta`, which judges read: no judge may see what was asked for. `attributes` in the metadata names them, in order. The
+# values count from 0 to 1 within each one's range, and are in its own units where the range is not known.
+STEERED = pa.schema(
+    [
+        ("sensed", SCORES),  # by the model's own head; null: nothing was
+        ("asked", SCORES),  # said in the prompt; null: nothing was
+        ("floored", pa.list_(pa.string())),  # the attributes that `steer.floors` raised
+    ]
+)
+
+
+def episodes_schema(*, steered: bool) -> pa.Schema:
+    """EPISODES, perhaps with its further columns."""
+    return pa.schema([*EPISODES, *STEERED]) if steered else EPISODES
+
+
 PAIRS = pa.schema(
     [
         ("pair_id", pa.string()),  # prompt_id:chosen_index:rejected_index
@@ -110,6 +127,17 @@ def imported(objectives: Sequence[str], ranges: Ranges | None) -> pa.Schema:
 def is_imported(schema: pa.Schema) -> bool:
     """Whether a table's answers, or those that its pairs were built from, were given."""
     return bool((schema.metadata or {}).get(b"origin") == b"imported")
+
+
+def with_attributes(schema: pa.Schema, attributes: Sequence[str]) -> pa.Schema:
+    """The schema with the names of what `sensed` and `asked` are of."""
+    return schema.with_metadata({**(schema.metadata or {}), "attributes": json.dumps(list(attributes))})
+
+
+def attributes_of(schema: pa.Schema) -> list[str] | None:
+    """What `sensed` and `asked` are of; None where a table has neither."""
+    found = (schema.metadata or {}).get(b"attributes")
+    return None if found is None else list(json.loads(found))
 
 
 def with_metadata(

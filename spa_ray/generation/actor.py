@@ -25,18 +25,19 @@ import ray
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.schemas import EPISODES
+from spa_ray.data.schemas import episodes_schema
 from spa_ray.engine import Completion, EngineDeadError, EngineStats, create_engine
 from spa_ray.engine.checked import CheckedEngine
 from spa_ray.engine.openai import BudgetSpentError, EndpointDeadError
 from spa_ray.errors import InputError
 from spa_ray.generation.endpoint_actor import EndpointLine
-from spa_ray.generation.episode import Row, error_row
+from spa_ray.generation.episode import RENDER, Row, error_row
 from spa_ray.generation.follow import Line
 from spa_ray.generation.gate import Gate
 from spa_ray.generation.ledger import FRUITLESS_STARTS, SUSPECT_TRIES, crowd
 from spa_ray.generation.metrics import EngineMetrics
 from spa_ray.generation.setup import Task, make_episodes
+from spa_ray.generation.upstream import REFUSED, Upstream
 from spa_ray.logs import WorkerLog
 from spa_ray.storage.files import AnyPath, as_path
 from spa_ray.storage.node_cache import FETCH_SECONDS, local_folder
@@ -67,6 +68,13 @@ class Pass:
     token: Token | None = None
     all_cores: bool = False
     endpoint: EndpointLine | None = None
+    upstream: Upstream | None = None
+    steered: bool = False  # whether episodes have the columns STEERED
+
+    @property
+    def rows(self) -> pa.Schema:
+        """Of the episodes."""
+        return episodes_schema(steered=self.steered)
 
 
 class EpisodeActor:
@@ -112,6 +120,7 @@ class EpisodeActor:
                 config, work.task, self._engine, folder, work.endpoint.ask if work.endpoint else None
             )
             self._earlier = RefinedAnswers(work.earlier) if work.earlier else None
+        self._base = folder
         LOGGER.info("engine started", extra={"model": str(folder), "part": work.part})
         self._gate = Gate(self._engine, folder, config.resources.concurrency)
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
@@ -139,7 +148,7 @@ class EpisodeActor:
         ids = [row["prompt_id"] for row in rows]
         deaths = await self._ledger.asked("begin", self._me, ids)
         if deaths is None:  # the budget is used up: rows that are left out here are asked by the next call
-            return EPISODES.empty_table()
+            return self._work.rows.empty_table()
         try:
             ran = await asyncio.gather(*(self._run(row, deaths.get(row["prompt_id"], 0)) for row in rows))
             episodes = [episode for episode in ran if episode is not None]
@@ -155,14 +164,18 @@ class EpisodeActor:
         self._requests = requests
         self._ahead.difference_update(ids)
         await self._ledger.asked("finished", self._me, ids, news, dict(reasons), any(map(is_fruit, episodes)))
-        return pa.Table.from_pylist(episodes, schema=EPISODES)
+        return pa.Table.from_pylist(episodes, schema=self._work.rows)
 
     async def _run(self, row: Row, deaths: int) -> Row | None:
         """Its episode; None where the budget did not suffice for it."""
         part, limit = self._work.part, self._work.config.generation.prompt_timeout_s
         if deaths >= SUSPECT_TRIES + part:
             return error_row(row, f"engine_died: {deaths} engines died with this prompt in them", part)
+        if row.get(REFUSED) is not None:
+            return error_row(row, f"refused: {row[REFUSED]}", part)
         model = await self._folder(row["model"]) if row.get("model") else None
+        if self._work.upstream is not None:
+            row = {**row, RENDER: self._work.upstream.read_by(model or self._base, row)}
         async with self._gate.using(model, crowd(deaths, self._work.config.resources.concurrency)):
             if self._stopped:
                 return None

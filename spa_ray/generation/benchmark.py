@@ -21,7 +21,7 @@ from spa_ray.data.readers import Row as SourceRow
 from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
 from spa_ray.generation.endpoint_judge import Ask as Endpoint
-from spa_ray.generation.episode import Draw, PromptTooLongError, Response, Row, error_of, error_row, thought
+from spa_ray.generation.episode import Draw, PromptTooLongError, Response, Row, as_read, error_of, error_row, thought
 from spa_ray.generation.judging import Item, Judgement
 from spa_ray.generation.pairwise import Question, Verdict
 from spa_ray.generation.seeds import seed_for
@@ -129,7 +129,7 @@ class Plays:
         meta = json.loads(prompt["meta"])
         seed_id = prompt.get("seed_id") or prompt["prompt_id"]  # the same for a prompt that several models answer
         seed_of = partial(self._draw_seed, seed_id, attempt)
-        ask = _Asking(self._engine, self._chat, self._sampling, seed_of, self._endpoint, self._judge, prompt["meta"])
+        ask = _Asking(self._engine, self._chat, self._sampling, seed_of, self._endpoint, self._judge, prompt)
 
         async def play() -> None:
             row = {"prompt_id": seed_id, "messages": prompt["messages"], "meta": dict(meta)}
@@ -160,15 +160,19 @@ class _Asking:
         seed_of: Callable[[int], int],
         endpoint: Endpoint | None,
         judge: Any,
-        meta: str,
+        row: Mapping[str, Any],
     ) -> None:
         self._engine, self._chat, self._sampling = engine, chat, sampling
-        self._seed_of, self._endpoint, self._judge, self._meta = seed_of, endpoint, judge, meta
+        self._seed_of, self._endpoint, self._judge, self._row = seed_of, endpoint, judge, row
         self.turns: list[Response] = []
         self.spent = {"prompt_tokens": 0, "generated_tokens": 0}
 
     async def __call__(self, prompt: Asked, /, **changes: Any) -> Completion:
-        return await self._answer("turn", prompt, {**self._sampling.model_dump(), **changes})
+        return await self._answer("turn", self._read(prompt), {**self._sampling.model_dump(), **changes})
+
+    def _read(self, prompt: Asked) -> Asked:
+        """A conversation as the model reads it: each of its turns is asked for the scores of the benchmark's prompt."""
+        return prompt if isinstance(prompt, str) else as_read(self._row, prompt)
 
     async def judge(self, messages: Sequence[Mapping[str, str]], *, attempt: int = 0, **changes: Any) -> Completion:
         if self._endpoint is None:
@@ -183,12 +187,12 @@ class _Asking:
         return turn.completion
 
     async def rate(self, messages: Sequence[Mapping[str, str]], response: str) -> Judgement:
-        item = Item(messages, self._meta, response, (QUALITY,), lambda _, draw, attempt: self._seed_of(attempt))
+        item = Item(messages, self._row["meta"], response, (QUALITY,), lambda _, draw, attempt: self._seed_of(attempt))
         (found,) = await self._judge.score(item)
         return found
 
     async def compare(self, messages: Sequence[Mapping[str, str]], a: str, b: str) -> Verdict:
-        return await self._judge.compare(Question(messages, self._meta, QUALITY, self._seed_of), a, b)
+        return await self._judge.compare(Question(messages, self._row["meta"], QUALITY, self._seed_of), a, b)
 
     async def _answer(self, kind: str, prompt: Asked, settings: Mapping[str, Any]) -> Completion:
         sampling = EvalSampling.model_validate(settings)
@@ -198,7 +202,7 @@ class _Asking:
         return thought(turn, self._chat).completion
 
     async def logprobs(self, prompt: Asked, continuation: str) -> float:
-        before, behind = self._chat.continuation_ids(prompt, continuation)
+        before, behind = self._chat.continuation_ids(self._read(prompt), continuation)
         turn = self._turn("continuation", 0.0)
         turn.completion = Completion(continuation, behind, "stop")
         asked = Request(before, max_tokens=1, temperature=0.0, seed=turn.seed, continuation_ids=tuple(behind))

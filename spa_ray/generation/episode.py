@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spa_ray.config.rollout import Decoding
+from spa_ray.data.schemas import STEERED
 from spa_ray.engine.openai import BudgetSpentError, EndpointDeadError
 from spa_ray.engine.protocol import Completion, Engine, EngineDeadError, Request
 from spa_ray.generation.judging import Compared, Item, Judgement, Scorer, together
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+RENDER = "render"  # a row's function from messages to what its model reads, where that is something else
 UNFINISHED = "truncated: the answer was cut within its thinking, before it began"
 RETRYABLE = ("internal", "timeout", "engine_died")  # kinds of error that another try may not meet
 
@@ -160,7 +162,8 @@ class _Episode:
 
     async def play(self, earlier: Completion | None) -> None:
         recipe = self.recipe
-        prompts = [self.house._chat.prompt_ids(self.messages, self._system(i)) for i in range(recipe.n)]
+        read = as_read(self.prompt, self.messages)
+        prompts = [self.house._chat.prompt_ids(read, self._system(i)) for i in range(recipe.n)]
         longest = max(map(len, prompts))
         if longest + recipe.sample.max_tokens > self.house._engine.max_model_len:
             raise PromptTooLongError(
@@ -324,7 +327,14 @@ def error_row(prompt: Mapping[str, Any], error: str | None, attempt: int) -> Row
         "attempt": attempt,
         "prompt_tokens": 0,
         "generated_tokens": 0,
+        **{name: prompt[name] for name in STEERED.names if name in prompt},
     }
+
+
+def as_read(prompt: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    """Messages as the model that answers reads them. Judges see them as they are."""
+    render = prompt.get(RENDER)
+    return messages if render is None else render(messages)
 
 
 async def error_of(work: Awaitable[None]) -> str | None:

@@ -31,7 +31,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder, part_folder, shard_folder
 from spa_ray.data.left_out import ErrorKinds, add_errors
-from spa_ray.data.schemas import EPISODES, WRITE_OPTIONS, with_metadata
+from spa_ray.data.schemas import STEERED, WRITE_OPTIONS, episodes_schema, with_attributes, with_metadata
 from spa_ray.engine.openai import BudgetSpentError
 from spa_ray.engine.placement import engine_resources, takes_all_cores
 from spa_ray.errors import InputError, RunError
@@ -44,6 +44,7 @@ from spa_ray.generation.follow import Line, OnProgress, Record, followed
 from spa_ray.generation.pool import growing_pool, layout
 from spa_ray.generation.setup import Task, asked_judge
 from spa_ray.generation.shards import SHARD_ROWS, shards
+from spa_ray.generation.upstream import Upstream
 from spa_ray.generation.usage import Spent, Usage
 from spa_ray.logs import WorkerLog
 from spa_ray.objectives import load_objectives
@@ -95,6 +96,7 @@ def generate(
     model: AnyPath,
     config_hash: str,
     earlier: AnyPath | None = None,
+    upstream: Upstream | None = None,
     observe: Observe | None = None,
     on_progress: OnProgress | None = None,
     meter: Meter | None = None,
@@ -105,21 +107,24 @@ def generate(
 
     `model` is loaded first; a row's optional column `model` names another folder of the same architecture, to which the
     engine then changes, and `seed_id` what its seeds are drawn from instead of its prompt_id. `earlier` holds the last
-    iteration's episodes whose refined answers join the candidates. `observe` says of finished rows what the display
-    counts. `checkpoint` keeps what a resume needs. A pass has at most `shard_rows` prompts, the same in a resumed run.
-    `meter` counts what the run spends.
+    iteration's episodes whose refined answers join the candidates. `upstream` says what a model that is conditioned on
+    scores is asked for. `observe` says of finished rows what the display counts. `checkpoint` keeps what a resume
+    needs. A pass has at most `shard_rows` prompts, the same in a resumed run. `meter` counts what the run spends.
     Raises: InputError as the engine does; RunError when the pass dies or too many rows failed; BudgetSpentError.
     """
     names = [o.name for o in load_objectives(config)]
-    bounds = config.scoring.ranges
+    given, bounds = parquet_dataset(prompts), config.scoring.ranges
+    steered = upstream is not None or set(STEERED.names) <= set(given.schema.names)
     schema = with_metadata(
-        EPISODES,
+        episodes_schema(steered=steered),
         objectives=names,
         model=config.model.path,
         config_hash=config_hash,
         ranges=None if bounds is None else [bounds] * len(names),
     )
-    total = parquet_dataset(prompts).count_rows()
+    if upstream is not None and upstream.attributes is not None:
+        schema = with_attributes(schema, upstream.attributes)
+    total = given.count_rows()
     log = WorkerLog.of(run=out.parent.name, stage=task.kind, verbose=verbose)
     make_folder(checkpoint)
     usage = Usage(checkpoint / "usage")
@@ -133,7 +138,8 @@ def generate(
     ):
         source = prompts
         for part in range(config.generation.max_attempts):
-            work = Pass(config, task, model, earlier, part, observe, verbose, log, token, cores, line)
+            work = Pass(config, task, model, earlier, part, observe, verbose, log, token, cores, line, upstream,
+                        steered)  # fmt: skip
             pieces = shards(source, checkpoint / f"shards-{part}", shard_rows)
             again = checkpoint / f"retry-{part + 1}"
             failed = 0
@@ -174,10 +180,18 @@ def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, l
     make_folder(checkpoint)
     files, source = arrow_filesystem(prompts)
     out_files, target = arrow_filesystem(out)
-    with _row_checkpoint(checkpoint), growing_pool(), _patience(config, work.model):
+    with row_checkpoint(checkpoint), growing_pool(), _patience(config, work.model):
         # A run folder may lie below `key=value`: that is no column of the rows.
         data = ray.data.read_parquet(source, filesystem=files, partitioning=None)
         data = data.repartition(target_num_rows_per_block=how.rows_per_block)
+        if upstream := work.upstream:
+            data = data.map_batches(
+                upstream.actor,
+                fn_constructor_args=(*upstream.arguments, ledger),
+                batch_size=how.rows_per_block,
+                batch_format="pyarrow",
+                **upstream.pool(how.most),
+            )
         data = data.map_batches(
             EpisodeActor,
             fn_constructor_args=(work, ledger),
@@ -316,7 +330,7 @@ def _first_failure(out: AnyPath) -> str:
 
 
 @contextmanager
-def _row_checkpoint(folder: AnyPath) -> Iterator[None]:
+def row_checkpoint(folder: AnyPath) -> Iterator[None]:
     """Ray Data's row-level checkpoint for the pass; the context is the driver's, so it is put back afterwards."""
     context = DataContext.get_current()
     before = context.checkpoint_config

@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.left_out import ErrorKinds, add_errors
-from spa_ray.data.schemas import EPISODES, PROMPTS, WRITE_OPTIONS
+from spa_ray.data.schemas import EPISODES, PROMPTS, STEERED, WRITE_OPTIONS, with_attributes
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
 from spa_ray.generation.setup import Task
 from spa_ray.generation.stage import OnProgress, PassCounts, generate
 from spa_ray.pipeline.preflight import eval_config
 from spa_ray.pipeline.work import Context, Work
+from spa_ray.steering.actor import STEER, as_json, upstream_of
+from spa_ray.steering.asking import conditioning
 from spa_ray.storage.files import AnyPath, arrow_filesystem, delete_tree, is_file, make_folder, parquet_dataset
 from spa_ray.storage.folder import PASS, StageFolder
 from spa_ray.storage.hashing import digest
@@ -45,7 +47,9 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     name = digest([work.stage.hash for work in works])
     folder = context.passes / f"{PASS}{name}"
     rows = folder / "prompts.parquet"
-    write_rows(first.input("prompts"), works, rows)
+    uses = [(work.input("model"), work.config.steer) for work in works]
+    upstream = upstream_of(config, uses, prompts=first.input("prompts"), day=context.day)
+    write_rows(first.input("prompts"), works, rows, steered=upstream is not None)
     task = Task(kind="answer", scored=judge is None, day=context.day)
     if benchmark:
         task = Task(kind="play", scored=False, day=context.day, benchmark=benchmark)
@@ -59,7 +63,7 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
     passes = [
         generate(
             config, task, prompts=rows, out=answers, checkpoint=folder / "checkpoint", model=first.input("base"),
-            **shared,
+            upstream=upstream, **shared,
         )
     ]  # fmt: skip
     if judge:
@@ -74,10 +78,21 @@ def evaluate(works: Sequence[Work], context: Context, *, on_progress: OnProgress
         answers = scored
     table = EpisodeFolder(answers).table()
     for work in works:
-        mine = split_rows(table, work)
+        mine = with_own_columns(split_rows(table, work), work)
         write_table(mine, work.stage.folder / "episodes" / "part.parquet")
         context.finish(work, started, **stage_facts(mine, passes, share=mine.num_rows / table.num_rows))
     delete_tree(folder)
+
+
+def with_own_columns(mine: pa.Table, work: Work) -> pa.Table:
+    """What a model was asked for, under its own attributes; of a model that is asked for nothing no such columns, in
+    whatever company it was."""
+    if STEERED.names[0] not in mine.column_names:
+        return mine
+    method = conditioning(work.input("model"))
+    if method is None:
+        return mine.drop_columns(STEERED.names)
+    return mine.replace_schema_metadata(with_attributes(mine.schema, method.state["objectives"]).metadata)
 
 
 def stage_facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
@@ -90,6 +105,7 @@ def stage_facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> di
         "rows": mine.num_rows,
         "errors": mine.num_rows - mine["error"].null_count,
         "error_kinds": kinds,
+        **floored(mine),
         "failed_judgements": _failed_judgements(mine),
         "requests": round(share * sum(counts.requests for counts in passes)),
         "prompt_tokens": pc.sum(mine["prompt_tokens"]).as_py() or 0,
@@ -99,20 +115,31 @@ def stage_facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> di
     }
 
 
+def floored(table: pa.Table) -> dict[str, Any]:
+    """How many prompts' scores `steer.floors` raised, by attribute; nothing where none was."""
+    if "floored" not in table.column_names:
+        return {}
+    counts = {c["values"]: c["counts"] for c in pc.value_counts(pc.list_flatten(table["floored"])).to_pylist()}
+    return {"floored": counts} if counts else {}
+
+
 def _failed_judgements(table: pa.Table) -> int:
     """Of the rows without an error."""
     status = pc.list_flatten(pc.struct_field(pc.list_flatten(table["responses"]), "score_status"))
     return pc.sum(pc.not_equal(status, "ok")).as_py() or 0
 
 
-def write_rows(prompts: AnyPath, works: Sequence[Work], out: AnyPath) -> None:
-    """Every prompt once a model, the models one after the other; ids are made unique by the model's stage."""
+def write_rows(prompts: AnyPath, works: Sequence[Work], out: AnyPath, *, steered: bool = False) -> None:
+    """Every prompt once a model, the models one after the other; ids are made unique by the model's stage. `steered`:
+    each says by which section."""
     table = parquet_dataset(prompts).to_table().cast(PROMPTS)
     parts = []
     for work in works:
         ids = pc.binary_join_element_wise(pa.scalar(work.stage.hash), table["prompt_id"], SEPARATOR)
         part = table.set_column(0, "prompt_id", ids).append_column("seed_id", table["prompt_id"])
-        parts.append(part.append_column("model", pa.array([str(work.input("model"))] * len(table))))
+        part = part.append_column("model", pa.array([str(work.input("model"))] * len(table)))
+        steer = pa.array([as_json(work.config.steer)] * len(table))
+        parts.append(part.append_column(STEER, steer) if steered else part)
     write_table(pa.concat_tables(parts), out)
 
 

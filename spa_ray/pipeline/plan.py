@@ -28,6 +28,7 @@ from spa_ray.pipeline.plan_tokens import (
 from spa_ray.pipeline.preflight import eval_config
 from spa_ray.pipeline.recipe import PlannedStage, has_evaluation, planned_stages
 from spa_ray.rollout.chat import Chat
+from spa_ray.steering.asking import conditioning
 from spa_ray.training.guards import check_lr, check_movement, movement
 from spa_ray.training.trainable import check_section
 
@@ -57,7 +58,7 @@ def _plan(arms: dict[str, Config], price: float | None, folder: Path | None) -> 
     first = next(iter(arms.values()))
     price = first.resources.price_per_gpu_hour if price is None else price
     look = Lookup(first, folder)
-    graph = planned_stages(arms)
+    graph = planned_stages(arms, conditioned=folder is not None and conditioning(folder) is not None)
     stages = _Costs(look, graph).all()
     for stage in stages:
         stage["cost"] = None if price is None else round(stage["gpu_hours"] * price, 2)

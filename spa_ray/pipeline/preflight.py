@@ -14,6 +14,7 @@ from typing import Any
 
 from spa_ray.config.models import Config, Model, evaluation_scoring
 from spa_ray.config.pairwise import REFERENCE
+from spa_ray.config.training import method_class
 from spa_ray.data.prompts import Check
 from spa_ray.engine import check_capabilities
 from spa_ray.engine.placement import check_placement
@@ -33,6 +34,7 @@ from spa_ray.pipeline.versions import untested
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.rollout.thinking import unsaid
+from spa_ray.steering.asking import check_columns, check_names, check_steer, columns_of, conditioning
 from spa_ray.storage.files import AnyPath, as_path, is_file
 from spa_ray.storage.hashing import file_hash
 from spa_ray.storage.model_folder import check_model_folder
@@ -58,6 +60,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
                 if getattr(config, section) != getattr(first, section):
                     raise InputError(f"arms: {arm}: {section} cannot differ between the arms of a run")
             check_settings(config, base)
+            check_steering(config, base)
             warnings += check_trainable(base, config.train, trust_remote_code=config.model.trust_remote_code)
         lengths = Lengths(first, base)
         warnings += lengths.warnings(first)
@@ -72,6 +75,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
             check_evaluation(first, base)
             check_capabilities(first, several_models=True)
             warnings += files.write_held_out(first.evaluation, fresh, check=lengths.check()).notes
+            check_held_out_columns(arms, fresh)
             warnings += lengths.of_held_out(fresh, first)
         for name in first.evaluation.benchmarks:
             files.write_benchmark(first.evaluation, name, fresh)
@@ -162,6 +166,21 @@ def check_settings(config: Config, base: Path) -> None:
             )
     if generates:
         check_generation(config, base)
+
+
+def check_steering(config: Config, base: Path) -> None:
+    """What an arm's models are asked for. Raises: InputError for a name that is none of their scores."""
+    if (method := conditioning(base)) is not None:
+        check_steer(config.steer, method)
+    if config.merge is None and method_class(config.train.method).conditioned:
+        check_names(config.steer, config.objectives)
+
+
+def check_held_out_columns(arms: dict[str, Config], prompts: Path) -> None:
+    """Raises: InputError for a held-out prompt without the scores of `steer.column`."""
+    for config in arms.values():
+        if config.merge is None and method_class(config.train.method).conditioned:
+            check_columns(config.steer, config.objectives, columns_of(prompts))
 
 
 def _prompts_key(config: Config) -> str:

@@ -25,6 +25,7 @@ from spa_ray.pipeline.models import fetch_model
 from spa_ray.pipeline.plan_prompts import prompt_facts
 from spa_ray.pipeline.preflight import prompt_check, thinking_warnings
 from spa_ray.pipeline.progress import Progress
+from spa_ray.pipeline.recipe import steered
 from spa_ray.pipeline.signal import FILE, signal_lines
 from spa_ray.pipeline.stages import STAGES
 from spa_ray.rollout.chat import open_chat
@@ -97,7 +98,7 @@ def sharing(config: Config, arms: Mapping[str, Config]) -> dict[str, Config]:
     """The arms whose episodes of the first iteration are those of `config`."""
 
     def key(arm: Config) -> str:
-        return STAGES["generate"].key(arm, {"prompts": arm.prompts.model_dump_json(), "model": ""})
+        return STAGES["generate"].key(steered(arm, None), {"prompts": arm.prompts.model_dump_json(), "model": ""})
 
     return {name: arm for name, given in arms.items() if key(arm := with_dtype(given)) == key(config)}
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from spa_ray.config.load import set_dotted, validated
 from spa_ray.config.models import Config
 from spa_ray.config.pairwise import REFERENCE
-from spa_ray.config.training import BY_METHOD, Train
+from spa_ray.config.steer import Steer
+from spa_ray.config.training import BY_METHOD, Train, method_class
 from spa_ray.errors import InputError
 from spa_ray.pipeline.merges import merge_rounds, of, tuned
 from spa_ray.pipeline.stage_keys import Known
@@ -89,8 +90,18 @@ def extra_models(config: Config) -> dict[str, Config]:
     return found
 
 
-def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
-    """The nodes of one stage and iteration at a time, an arm each; every node comes after its inputs."""
+def steered(config: Config, by: Config | None, *, columns: bool = True) -> Config:
+    """The config under the `steer` of `by`; under none where the model that is asked knows of no scores. Without
+    `columns`, of prompts that bring none of the user's, their scores are sensed, or what the method wants."""
+    steer = Steer() if by is None else by.steer
+    if steer.column is not None and not columns:
+        steer = steer.model_copy(update={"column": None})
+    return config if config.steer == steer else config.model_copy(update={"steer": steer})
+
+
+def levels(arms: Mapping[str, Config], *, conditioned: bool = False) -> Iterator[list[Node]]:
+    """The nodes of one stage and iteration at a time, an arm each; every node comes after its inputs. `conditioned`:
+    whether the prompts of the model before training say scores."""
     first, merges = next(iter(arms.values())), merge_rounds(arms)
     base = Node(BASE, VANILLA, first)
     arms = tuned(every := arms)
@@ -105,6 +116,8 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
         prompts = {arm: Node("prompts", arm, config, iteration) for arm, config in asked.items()}
         for arm, config in asked.items():
             inputs = {"prompts": prompts[arm], "model": models[arm]}
+            asks = conditioned if iteration == 1 else method_class(config.train.method).conditioned
+            config = steered(config, config if asks else None)
             if config.iterations.reuse_refined and iteration > 1:
                 inputs["earlier"] = episodes[arm]
             episodes[arm] = Node("generate", arm, config, iteration, inputs)
@@ -132,16 +145,19 @@ def levels(arms: Mapping[str, Config]) -> Iterator[list[Node]]:
     for arms_of_round in merges:
         models |= {arm: _merge(arm, every[arm], base, models) for arm in arms_of_round}
         yield [models[arm] for arm in arms_of_round]
-    models = {arm: models[arm] for arm in every}
+    models = {VANILLA: base, **{arm: models[arm] for arm in every}}
+    asking = {arm: config for arm, config in arms.items() if method_class(config.train.method).conditioned}
+    asking |= {VANILLA: first.model_copy(update={"steer": Steer()})} if conditioned else {}
     if has_evaluation(first):
-        yield from _evaluation(first, {VANILLA: base, **models}, candidates)
+        yield from _evaluation(first, models, candidates, asking)
     for name in first.evaluation.benchmarks:
         prompts_of = Node("benchprompts", VANILLA, first, part=name)
         yield [prompts_of]
         yield [
-            Node("benchmark", arm, first, 0, {"prompts": prompts_of, "model": model}, part=name)
-            for arm, model in {VANILLA: base, **models}.items()
-        ]
+            Node("benchmark", arm, steered(first, asking.get(arm), columns=False), 0,
+                 {"prompts": prompts_of, "model": model}, part=name)
+            for arm, model in models.items()
+        ]  # fmt: skip
 
 
 def _merge(arm: str, config: Config, base: Node, models: Mapping[str, Node]) -> Node:
@@ -149,17 +165,21 @@ def _merge(arm: str, config: Config, base: Node, models: Mapping[str, Node]) -> 
     return Node("merge", arm, config, 1, {"base": base, **{of(name): models[name] for name in config.merge.of}})
 
 
-def _evaluation(config: Config, models: Mapping[str, Node], candidates: Mapping[str, Node]) -> Iterator[list[Node]]:
+def _evaluation(
+    config: Config, models: Mapping[str, Node], candidates: Mapping[str, Node], asking: Mapping[str, Config]
+) -> Iterator[list[Node]]:
     """Held-out answers of every model, with the scores of the judge, of further judges, and compared in pairs; and the
-    judge's scores of the first iteration's candidates."""
+    judge's scores of the first iteration's candidates. `asking`: the arms whose models are asked for scores, and how.
+    """
     held_out, judges = Node("evalprompts", VANILLA, config), {}
     for place in config.evaluation.all_judges:
         judges[place] = Node(JUDGE, VANILLA, config, judge=place)
     yield [held_out]
     answers = {
-        arm: Node("evaluate", arm, config, 0, {"prompts": held_out, "model": model, "judge": judges["judge"]})
+        arm: Node("evaluate", arm, steered(config, asking.get(arm)), 0,
+                  {"prompts": held_out, "model": model, "judge": judges["judge"]})
         for arm, model in models.items()
-    }
+    }  # fmt: skip
     yield list(answers.values())
     if config.evaluation.rv is not None:
         shared = {"model": models[VANILLA], "judge": judges["judge"]}
@@ -197,7 +217,7 @@ class PlannedStage:
     judge: str = ""  # of an evaluation's stage: its place there
 
 
-def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
+def planned_stages(arms: Mapping[str, Config], *, conditioned: bool = False) -> list[PlannedStage]:
     """Every stage but the copying of prompts, shared ones once. Their keys are symbolic: they stand for inputs that do
     not exist yet, so nothing is hashed or read."""
     found: dict[str, PlannedStage] = {}
@@ -206,7 +226,7 @@ def planned_stages(arms: Mapping[str, Config]) -> list[PlannedStage]:
     def hash_of(node: Node) -> str:
         return keys.get(node, node.label)  # what is given is the same for all
 
-    for level in levels(arms):
+    for level in levels(arms, conditioned=conditioned):
         for node in level:
             if STAGES[node.stage].draw:
                 sources = node.config.model_dump(mode="json", include={"prompts", "episodes"})

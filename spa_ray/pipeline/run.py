@@ -37,6 +37,7 @@ from spa_ray.pipeline.stages import ORDER, STAGES, UNTIL, Draw
 from spa_ray.pipeline.work import Context, Work, meter_of
 from spa_ray.rollout.settings import ChatSettings
 from spa_ray.rollout.template import template_text
+from spa_ray.steering.asking import conditioning
 from spa_ray.storage.files import AnyPath, as_path, is_local, write_json
 from spa_ray.storage.folder import EVALUATION, RunFolder, StageFolder
 from spa_ray.storage.hashing import file_hash, model_hash
@@ -86,7 +87,7 @@ class Pipeline:
         log = driver_log(path / LOG, run=self.config.name, verbose=self.verbose) if isinstance(path, Path) else None
         with log or nullcontext():
             self.begin()
-            for level in levels(self.arms):
+            for level in levels(self.arms, conditioned=conditioning(self.base) is not None):
                 first, at = level[0].iteration == 1, ORDER.index(level[0].stage)
                 if self.until != UNTIL[-1] and not (first and at <= ORDER.index(self.until)):
                     break

@@ -106,6 +106,11 @@ def _chat(config: Config, known: Known) -> dict[str, Any]:
     return config.model.model_dump(mode="json", include=set(CHAT_KEYS)) if known.chat is None else dict(known.chat)
 
 
+def _steer(config: Config) -> dict[str, Any]:
+    """What a model that is conditioned on scores is asked for, where it is not what it senses or its method wants."""
+    return {} if config.steer.is_default else {"steer": _plain(config.steer)}
+
+
 def prompts(config: Config, known: Known) -> dict[str, Any]:
     """Nothing: their contents are the input."""
     return {}
@@ -121,6 +126,7 @@ def generate(config: Config, known: Known) -> dict[str, Any]:
         "scoring": _judged(config.scoring),
         "sampling": _plain(config.sampling),
         "refine": _plain(config.refine, *(["attempts"] if config.refine.attempts == 1 else [])),  # as before the key
+        **_steer(config),
     }
 
 
@@ -154,6 +160,7 @@ def evaluate(config: Config, known: Known) -> dict[str, Any]:
         "scoring": _scoring(scoring) if beside else _judged(scoring),
         "sampling": _plain(config.evaluation.sampling),
         "judge": beside,
+        **_steer(config),
     }
 
 
@@ -205,4 +212,5 @@ def benchmark(config: Config, known: Known) -> dict[str, Any]:
         "benchmark": _plain(section, "judge", *section.sources),  # which prompts there are is an input
         **({} if section.judged_by is None else {"judge": [section.judged_by.kind, section.judged_by.key()]}),
         "protocol": [benchmark_class(section.benchmark).version, source_hash(section.benchmark)],
+        **_steer(config),
     }

@@ -116,9 +116,12 @@ def run_generate(works: Sequence[Work], context: Context) -> None:
     from spa_ray.generation.setup import Task
     from spa_ray.generation.stage import generate
     from spa_ray.pipeline.signal import SignalWatch
+    from spa_ray.steering.actor import upstream_of
 
     for work in works:
         started, episodes = time.time(), work.stage.folder / "episodes"
+        uses = [(work.input("model"), work.config.steer)]
+        upstream = upstream_of(work.config, uses, prompts=work.input("prompts"), day=context.day)
         work.stage.begin(keys.attempt(work.config))
         count = context.progress.counter("generate")
         watch = SignalWatch(work.config, episodes, count=count, say=context.progress.say, arms=work.arms)
@@ -130,6 +133,7 @@ def run_generate(works: Sequence[Work], context: Context) -> None:
             checkpoint=work.stage.folder / "checkpoint",
             model=work.input("model"),
             earlier=work.inputs.get("earlier"),
+            upstream=upstream,
             config_hash=work.stage.hash,
             on_progress=watch,
             observe=partial(live_reasons, config=work.config),
