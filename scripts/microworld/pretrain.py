@@ -11,6 +11,8 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -87,12 +89,22 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100, 0.02 + 0.98 * (steps - step) / steps)
 
 
-def pretrain(out: Path, *, steps: int, seed: int, peak: float, log_every: int = 25) -> None:
+@dataclass(frozen=True)
+class Corpus:
+    """What a model learns: its tokenizer, makers of examples, and how many of each are in a step."""
+
+    tokenizer: PreTrainedTokenizerFast
+    makers: Mapping[str, Callable[[random.Random], Example]]
+    mixture: Mapping[str, int]
+
+
+def pretrain(
+    out: Path, corpus: Corpus, model: LlamaForCausalLM, *, steps: int, seed: int, peak: float, log_every: int = 25
+) -> None:
     """Train and save. Deterministic but for the order of floating-point sums over threads."""
     rng = random.Random(f"pretrain/{seed}")
-    torch.manual_seed(seed)
-    tokenizer = world_tokenizer.build()
-    model = LlamaForCausalLM(model_config(tokenizer)).train()
+    tokenizer, makers, mixture = corpus.tokenizer, corpus.makers, corpus.mixture
+    model.train()
     encode = Encoder(tokenizer)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
@@ -101,14 +113,14 @@ def pretrain(out: Path, *, steps: int, seed: int, peak: float, log_every: int = 
     )
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "pretrain_log.jsonl").open("w")
-    total, started = sum(MIXTURE.values()), time.monotonic()
+    total, started = sum(mixture.values()), time.monotonic()
     running: dict[str, float] = {}
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         losses: dict[str, float] = {}
-        for kind, count in MIXTURE.items():
-            ids, labels = batch([encode(MAKERS[kind](rng)) for _ in range(count)], tokenizer.pad_token_id)
+        for kind, count in mixture.items():
+            ids, labels = batch([encode(makers[kind](rng)) for _ in range(count)], tokenizer.pad_token_id)
             with torch.autocast("cpu", dtype=torch.bfloat16):  # master weights and the loss stay float32
                 loss = sequence_loss(model, ids, labels).sum()
             (loss / total).backward()
@@ -144,7 +156,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
-    pretrain(args.out, steps=args.steps, seed=args.seed, peak=args.lr)
+    torch.manual_seed(args.seed)
+    tokenizer = world_tokenizer.build()
+    model = LlamaForCausalLM(model_config(tokenizer))
+    corpus = Corpus(tokenizer, MAKERS, MIXTURE)
+    pretrain(args.out, corpus, model, steps=args.steps, seed=args.seed, peak=args.lr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -33,9 +34,10 @@ def words() -> list[str]:
     return sorted(found | {str(k) for k in range(1, 11)})
 
 
-def build() -> PreTrainedTokenizerFast:
-    """The tokenizer, with its chat template; `<end>` ends every turn and is the end-of-sequence token."""
-    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words()))}
+def build(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """The tokenizer, with its chat template; `<end>` ends every turn and is the end-of-sequence token. `more` words of
+    another world stand behind this one's."""
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words(), *more))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
