@@ -134,6 +134,7 @@ def test_the_defaults_of_every_method_are_fine_for_models_of_the_usual_sizes(met
         (section(method="spa_dpo", lr=2e-7), 70e9),  # Tülu 3
         (section(method="spa_dpo", lr=5e-6, lora=Lora()), 0.5e9),  # TRL's script
         (section(method="sft", lr=2e-4, lora=Lora()), 8e9),
+        (section(method="spa_dpo", lr=5e-4, lora=Lora(r=64, alpha=1)), 8e9),  # MODPO's
         (section(lr=None), 8e9),
     ],
 )

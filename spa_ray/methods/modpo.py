@@ -41,7 +41,7 @@ class MODPO(PairwiseMethod[MODPOConfig]):
     """The first objective says which answer is the chosen one, whatever the pairs' order; ties are left out."""
 
     Config = MODPOConfig
-    known_lr = (3e-7, 2.5e-5)  # DPO's; the paper's 5e-4 on adapters whose scale is 1/64
+    known_lr = (3e-7, 1e-6)  # DPO's
     needs_reference = True
     columns = (PAIR, *SCORES)
     stats = (*PairwiseMethod.stats, "margins")

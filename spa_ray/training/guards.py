@@ -101,6 +101,8 @@ def check_lr(train: Train, parameters: float) -> str | None:
         return None
     scale = (KNOWN_AT / parameters) ** 0.5
     below, above = LORA if train.lora is not None else (1.0, 1.0)
+    if train.lora is not None:  # the smaller their scale, the higher their rate may be
+        above /= min(1.0, train.lora.alpha / train.lora.r)
     low, high = (lr * times * scale for lr, times in zip(known, (below, above), strict=True))
     if low / FAR <= train.lr <= high * FAR:
         return None
