@@ -17,6 +17,8 @@ from spa_ray.config.load import parse_yaml
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
 
+PACKAGE = "package://"  # a file that comes with a package, as `model.path` has it
+
 
 class Objective(BaseModel):
     """One objective: its name, the principle that the judge weighs, the rubric of its scale."""
@@ -50,6 +52,9 @@ def load_objectives(config: Config) -> tuple[Objective, ...]:
 
 def _constitution(name: str) -> tuple[str, dict[str, dict[str, str]]]:
     built_in = resources.files("spa_ray.objectives").joinpath("constitutions", f"{name}.yaml")
+    if name.startswith(PACKAGE):
+        package, _, inside = name.removeprefix(PACKAGE).partition("/")
+        built_in = resources.files(package).joinpath(inside)
     try:
         source = built_in if built_in.is_file() else Path(os.path.expanduser(name))
         data = source.read_bytes()
