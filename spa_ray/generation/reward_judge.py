@@ -13,7 +13,7 @@ from typing import Any
 
 from spa_ray.config.judge import Reward
 from spa_ray.errors import InputError
-from spa_ray.generation.judging import Item, Judgement, Parts, together
+from spa_ray.generation.judging import Item, Judgement, Message, Parts, together
 from spa_ray.rollout.chat import chat_of
 from spa_ray.rollout.settings import ChatSettings, today
 from spa_ray.rollout.tokenizer import load_tokenizer, why
