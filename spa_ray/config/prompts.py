@@ -47,7 +47,8 @@ class Prompts(Section):
 
 
 class Episodes(Section):
-    """Answers with scores that a data set already holds, in the place of generation: docs/DATA.md.
+    """Answers that a data set already holds, in the place of generation, with its scores, or those of `scoring.judge`
+    where one is given: docs/DATA.md.
 
     With a source, `objectives` and `attributes` are one list, denoising is off and `pairs.delta` is `auto` by default.
     """

@@ -105,9 +105,10 @@ class _Given(NamedTuple):
     key: Any  # rows with equal ones that follow each other are one episode
 
 
-def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
+def read_episodes(section: Episodes, counts: EpisodeCounts, *, scores: bool = True) -> Iterator[Values]:
     """Rows of EPISODES, one per prompt, in the source's order. Where the section names no attributes, the first row
-    with scores does; rows of one answer each that follow each other and share a prompt are one episode.
+    with scores does; rows of one answer each that follow each other and share a prompt are one episode. Without
+    `scores`, which a judge will give, those of the source are not read, and it may lack them.
 
     Raises: InputError at a bad row (unless `on_bad_row` is skip), where the source cannot be read, and where no answer
     has a score, or none of an attribute's name.
@@ -115,7 +116,7 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
     seen, wordings, counts.attributes = Seen(), Wordings(), section.attributes or ()
     begun = False
     nameless: list[tuple[Prompt, list[Answer]]] = []  # rows before the first one with scores
-    for _, rows in itertools.groupby(_given(section, counts), key=lambda given: given.key):
+    for _, rows in itertools.groupby(_given(section, counts, scores=scores), key=lambda given: given.key):
         first, *others = rows
         try:
             new = seen.add(first.prompt)
@@ -133,7 +134,7 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
         counts.near += wordings.repeats(first.prompt["messages"])
         nameless.append((first.prompt, answers))
         if counts.attributes:
-            bounds = _bounds(counts.attributes, first.ranges, given=section.ranges is not None)
+            bounds = _bounds(counts.attributes, first.ranges, given=section.ranges is not None) if scores else None
             if begun and bounds != counts.ranges:
                 raise InputError(f"{first.place}: its scores have other ranges than those before; set episodes.ranges")
             counts.ranges, begun = bounds, True
@@ -144,7 +145,7 @@ def read_episodes(section: Episodes, counts: EpisodeCounts) -> Iterator[Values]:
     if nameless:
         raise InputError(f"episodes.source: {section.source}: no answer has a score")
     strange, unread = set(counts.attributes) - counts.named, sorted(counts.named - set(counts.attributes))
-    if strange and counts.rows:
+    if strange and counts.rows and scores:
         there = f"they have {', '.join(sorted(counts.named))}"
         raise InputError(f"episodes.attributes: no answer of {section.source} has a score {min(strange)!r}; {there}")
     if unread:
@@ -162,23 +163,23 @@ def _bounds(names: Sequence[str], ranges: Ranges, *, given: bool) -> tuple[tuple
     return tuple(ranges[name] for name in names)
 
 
-def _given(section: Episodes, counts: EpisodeCounts) -> Iterator[_Given]:
+def _given(section: Episodes, counts: EpisodeCounts, *, scores: bool) -> Iterator[_Given]:
     source = Prompts(source=section.source, split=section.split)
     for row in read_rows(source, where="episodes", notes=counts.told, raw=True):
         if row.blank:
             counts.dropped.add("empty", row.place, "an empty line")
             continue
         try:
-            yield _read(row, counts, section.ranges or {})
+            yield _read(row, counts, section.ranges or {}, scores=scores)
         except BadRowError as e:
             counts.refuse(row.place, e, section.on_bad_row, where="episodes")
 
 
-def _read(row: Row, counts: EpisodeCounts, ranges: Ranges) -> _Given:
+def _read(row: Row, counts: EpisodeCounts, ranges: Ranges, *, scores: bool) -> _Given:
     """Raises: BadRowError."""
     if row.values is None:
         raise BadRowError(str(row.problem), "unreadable")
-    values = dict(row.values)
+    values = dict(row.values) if scores else _with_no_scores(row.values)
     form = next((form for form in forms() if all(values.get(c) is not None for c in form.columns)), None)
     if form is None:
         raise BadRowError(NO_FORM.format(", ".join(map(str, values))), "no answers")
@@ -188,6 +189,8 @@ def _read(row: Row, counts: EpisodeCounts, ranges: Ranges) -> _Given:
     except (AttributeError, KeyError, TypeError) as e:
         raise BadRowError(f"`{form.columns[0]}` is not of the form that it shows ({type(e).__name__}: {e})") from e
     prompt = to_prompt(Row(row.place, values), {}, left_out=counts.left_out)
+    if not scores:
+        answers = [answer._replace(scores={}) for answer in answers]
     ranges = {**form.ranges, **ranges}
     for name, score in ((name, score) for answer in answers for name, score in answer.scores.items()):
         low, high = ranges.get(name, (-math.inf, math.inf))
@@ -195,6 +198,15 @@ def _read(row: Row, counts: EpisodeCounts, ranges: Ranges) -> _Given:
             raise BadRowError(f"`{name}` is {score:g}; its range is {low:g} to {high:g} (episodes.ranges)")
     alone = "response" in form.columns
     return _Given(row.place, prompt, answers, ranges, (prompt["prompt_id"], prompt["messages"]) if alone else object())
+
+
+def _with_no_scores(values: Mapping[str, Any]) -> Values:
+    """A row of our own forms, whose answers may lack their scores, as if they had them."""
+    answers = values.get("responses")
+    if isinstance(answers, list):
+        return {**values, "responses": [{**a, "scores": {}} if isinstance(a, Mapping) else a for a in answers]}
+    ours = "response" in values and not any(set(form.columns) <= set(values) for form in forms())
+    return {**values, "scores": {}} if ours else dict(values)
 
 
 def _episode(prompt: Prompt, answers: list[Answer], names: tuple[str, ...]) -> Values:
@@ -214,13 +226,14 @@ def _episode(prompt: Prompt, answers: list[Answer], names: tuple[str, ...]) -> V
     return {**prompt, "responses": responses, "scores": scores, "attempt": 0, **tokens}
 
 
-def write_episodes(section: Episodes, out: Path) -> EpisodeCounts:
-    """Write a source's answers to one Parquet file of EPISODES, by rename once all rows are checked.
+def write_episodes(section: Episodes, out: Path, *, scores: bool = True) -> EpisodeCounts:
+    """Write a source's answers to one Parquet file of EPISODES, by rename once all rows are checked. `scores` as in
+    `read_episodes`.
 
     Raises: InputError as `read_episodes` does, and when no prompt is left.
     """
     counts = EpisodeCounts()
-    rows = read_episodes(section, counts)
+    rows = read_episodes(section, counts, scores=scores)
     first = next(rows, None)  # names the attributes
     if first is None:
         why = f"; {counts.bad} bad rows, the first: {counts.first_bad}" if counts.bad else ""

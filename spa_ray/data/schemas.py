@@ -115,12 +115,13 @@ JUDGEMENTS = pa.schema(
 )
 
 
+IMPORTED = {"origin": "imported"}
 Ranges = Sequence[tuple[float, float]]  # the lowest and the highest score of each objective
 
 
 def imported(objectives: Sequence[str], ranges: Ranges | None) -> pa.Schema:
     """EPISODES whose answers a data set held already: nothing generated them."""
-    about = {"objectives": json.dumps(list(objectives)), "origin": "imported"}
+    about = {"objectives": json.dumps(list(objectives)), **IMPORTED}
     return with_ranges(EPISODES.with_metadata(about), ranges)
 
 
@@ -141,11 +142,18 @@ def attributes_of(schema: pa.Schema) -> list[str] | None:
 
 
 def with_metadata(
-    schema: pa.Schema, *, objectives: Sequence[str], model: str, config_hash: str, ranges: Ranges | None = None
+    schema: pa.Schema,
+    *,
+    objectives: Sequence[str],
+    model: str,
+    config_hash: str,
+    ranges: Ranges | None = None,
+    given: bool = False,
 ) -> pa.Schema:
-    """The schema with the run's facts in its metadata (DESIGN: objectives, model, config hash)."""
+    """The schema with the run's facts in its metadata (DESIGN: objectives, model, config hash). `given`: the scores are
+    the run's, and a data set held the answers."""
     about = {"objectives": json.dumps(list(objectives)), "model": model, "config_hash": config_hash}
-    return with_ranges(schema.with_metadata(about), ranges)
+    return with_ranges(schema.with_metadata(about | (IMPORTED if given else {})), ranges)
 
 
 def with_ranges(schema: pa.Schema, ranges: Ranges | None) -> pa.Schema:

@@ -89,6 +89,7 @@ class Response:
     seed: int
     think_text: str | None = None
     unfinished: bool = False  # cut within its thinking: there is no answer
+    uncut: bool = False  # an answer that a data set brought, as text: its tokens are training's to cut
     judgements: list[Judgement] = field(default_factory=list)
 
     def row(self) -> Row:
@@ -96,7 +97,7 @@ class Response:
             "index": self.index,
             "kind": self.kind,
             "text": self.completion.text,
-            "token_ids": self.completion.token_ids,
+            "token_ids": None if self.uncut else self.completion.token_ids,
             "system": self.system,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -353,12 +354,13 @@ async def error_of(work: Awaitable[None]) -> str | None:
 
 
 def _given(response: Mapping[str, Any]) -> Response:
-    completion = Completion(response["text"], list(response["token_ids"]), response["finish_reason"])
+    ids = response["token_ids"]
+    completion = Completion(response["text"], list(ids or ()), response["finish_reason"])
     where = (response["index"], response["kind"])
     thought = response.get("think_text")
     unfinished = thought is not None and not response["text"]
     how = (response["system"], response["temperature"], response["seed"])
-    return Response(*where, completion, *how, think_text=thought, unfinished=unfinished)
+    return Response(*where, completion, *how, think_text=thought, unfinished=unfinished, uncut=ids is None)
 
 
 def thought(response: Response, chat: Chat) -> Response:

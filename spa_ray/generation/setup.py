@@ -39,18 +39,22 @@ class Task:
     play of a prompt of the benchmark that `benchmark` names in `evaluation.benchmarks`.
 
     `scored`: whether answers get scores, by the judge that `scoring.judge` names.
+    `given`: of `score`, whether a data set brought the answers, on which the run is to train.
     `day`: what chat templates see as today where `model.date` is null; null: today.
     """
 
     kind: Literal["episode", "answer", "score", "compare", "play"] = "episode"
     iteration: int = 1
     scored: bool = True
+    given: bool = False
     day: date | None = None
     benchmark: str = ""
 
     @property
     def stage(self) -> str:
         """Which stage a line on stderr names."""
+        if self.given:
+            return "label"
         return "generate" if self.kind == "episode" else "evaluate"
 
 

@@ -121,6 +121,7 @@ def generate(
         model=config.model.path,
         config_hash=config_hash,
         ranges=None if bounds is None else [bounds] * len(names),
+        given=task.given,
     )
     if upstream is not None and upstream.attributes is not None:
         schema = with_attributes(schema, upstream.attributes)

@@ -161,7 +161,8 @@ def _made_of(config: Config, funnel: Mapping[str, Any]) -> str:
     if source is None:
         return f"{made}."
     judge = f"scored by a judge of kind `{config.scoring.judged_by.kind}`"
-    return f"{made} of `{source}`, {'with scores that were given' if config.episodes.source else judge}."
+    given = config.episodes.source and not config.scores_given
+    return f"{made} of `{source}`, {'with scores that were given' if given else judge}."
 
 
 def _results(of: str, measures: Mapping[str, Any]) -> list[Any]:

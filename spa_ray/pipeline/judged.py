@@ -57,6 +57,24 @@ def score_again(works: Sequence[Work], context: Context, *, on_progress: OnProgr
         context.finish(work, started, **stage_facts(mine, [counts], share=mine.num_rows / table.num_rows))
 
 
+def label(work: Work, context: Context, *, on_progress: OnProgress | None = None) -> None:
+    """Given answers scored by `scoring.judge`, row by row as they are generated elsewhere."""
+    started, config, judge = time.time(), work.config, work.config.scoring.judged_by
+    counts = generate(
+        config if judge.asks_engine else _without_engine(config, on_gpu=judge.on_gpu),
+        Task(kind="score", given=True, day=context.day),
+        prompts=work.input("answers"),
+        out=work.stage.folder / "episodes",
+        checkpoint=work.stage.folder / "checkpoint",
+        model=work.input("base"),
+        config_hash=work.stage.hash,
+        verbose=context.verbose,
+        on_progress=on_progress,
+        meter=context.meter,
+    )
+    context.finish(work, started, **counts.to_dict())
+
+
 def candidates(episodes: pa.Table, prompts: int) -> pa.Table:
     """The first rows by prompt_id, which is a hash, with their candidates alone."""
     rows = episodes.filter(pc.is_null(episodes["error"])).sort_by("prompt_id").slice(0, prompts).to_pylist()

@@ -91,7 +91,7 @@ class _Costs:
 
     def _stage(self, stage: PlannedStage) -> Plan:
         compute = {
-            "import": self._import,
+            "import": self._import, "label": self._label,
             "generate": self._generate, "build": self._build, "train": self._train, "evaluate": self._evaluate,
             "merge": self._merge, "benchmark": self._benchmark, "score": self._score, "pairwise": self._pairwise,
             "rv": self._rv,
@@ -122,6 +122,14 @@ class _Costs:
 
     def _import(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         return self._rows(stage), Work(), self._rows(stage) / cost.BUILD_ROWS_PER_SECOND, 0.0
+
+    def _label(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
+        config, prompts, on = stage.config, self.look.prompts(stage.config), self.look.devices
+        judge = config.scoring.judged_by
+        _, score = answer_work(config, prompts.sample, self.look.encoder, judged=judge.reads_prompts)
+        work = score.times(prompts.count * prompts.answers)
+        gpus = on.engines * on.gpus_per_engine if judge.asks_engine or judge.on_gpu else 0.0
+        return prompts.count, work, cost.generate_seconds(work, self.look.model, on), gpus
 
     def _build(self, stage: PlannedStage) -> tuple[int, Work, float, float]:
         return self._rows(stage), Work(), cost.build_seconds(self._rows(stage)), 0.0
@@ -206,7 +214,9 @@ def _arm(name: str, config: Config, look: Lookup, stages: list[Plan]) -> Plan:
     memory = cost.memory(config, look.model, look.devices, prompt_tokens=look.tokens(config))
     size = look.model.parameters
     warnings = [check_lr(train, size), check_movement(train, size, job.steps)]
-    answers = ["import"] if config.episodes.source else ["prompts", "generate"]
+    answers = ["prompts", "generate"]
+    if config.episodes.source:
+        answers = ["import", "label"] if config.scores_given else ["import"]
     generate = {key: first[answers[-1]][key] for key in SUMMED[:4]}
     return {
         "stages": [*answers, "build", "train"] + (["evaluate"] if has_evaluation(config) else []),

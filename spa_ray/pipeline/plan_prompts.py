@@ -50,14 +50,17 @@ def prompt_facts(
     where: str,
     check: Check | None = None,
     given: Episodes | None = None,
+    scores: bool = True,
     against: Sequence[Prompts] = (),
 ) -> PromptFacts:
-    """Reads at most COUNTED prompts, those of `given` answers where there are any. Raises: InputError for a source that
-    is missing, or wrong within what is read."""
+    """Reads at most COUNTED prompts, those of `given` answers where there are any, with or without their `scores`.
+
+    Raises: InputError for a source that is missing, or wrong within what is read.
+    """
     counts = EpisodeCounts()
     look = max(COUNTED, 2 * (prompts.limit or 0))  # a sample of as many rows is taken for one of all
     rows = (
-        read_episodes(given, counts)
+        read_episodes(given, counts, scores=scores)
         if given
         else read_prompts(prompts, where=where, counts=counts, check=check, against=against, look=look)
     )

@@ -66,7 +66,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
         warnings += lengths.warnings(first)
         for config in arms.values():
             if config.episodes.source:
-                warnings += files.write_episodes(config.episodes, fresh).notes("episodes")
+                warnings += files.write_episodes(config, fresh).notes("episodes")
         for config in {_prompts_key(c): c for c in arms.values() if not c.episodes.source}.values():
             for _ in each_prompts(config, fresh, warnings, files, lengths.check(arms.values())):
                 warnings += lengths.of_prompts(fresh, config)
@@ -164,7 +164,7 @@ def check_settings(config: Config, base: Path) -> None:
                 f"{key} is {tokens}, which leaves no room for a prompt in the context of {context}; lower it, or set "
                 "model.max_model_len"
             )
-    if generates:
+    if generates or config.scores_given:
         check_generation(config, base)
 
 

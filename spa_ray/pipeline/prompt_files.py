@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from spa_ray.config.evaluation import Evaluation
 from spa_ray.config.models import Config
-from spa_ray.config.prompts import Episodes
 from spa_ray.data.given import EpisodeCounts, write_episodes
 from spa_ray.data.left_out import LeftOut
 from spa_ray.data.prompts import Check, PromptCounts, write_prompts
@@ -68,12 +67,13 @@ class PromptFiles:
         counts: PromptCounts = self._once(f"{where} {section.model_dump_json()}", out, write)
         return counts
 
-    def write_episodes(self, section: Episodes, out: Path) -> EpisodeCounts:
+    def write_episodes(self, config: Config, out: Path) -> EpisodeCounts:
         """As `data.given.write_episodes`. Raises: InputError, also where no attribute is named."""
+        section, scores = config.episodes, not config.scores_given
         if section.attributes is None:
             raise InputError("episodes.attributes: missing; name the scores to train on, highest priority first")
-        key = f"episodes {section.model_dump_json()}"
-        counts: EpisodeCounts = self._once(key, out, lambda file: write_episodes(section, file))
+        key = f"episodes {scores} {section.model_dump_json()}"
+        counts: EpisodeCounts = self._once(key, out, lambda file: write_episodes(section, file, scores=scores))
         self.dropped[f"episodes ({section.source})"] = counts.dropped
         return counts
 

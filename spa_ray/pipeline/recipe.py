@@ -121,9 +121,11 @@ def levels(arms: Mapping[str, Config], *, conditioned: bool = False) -> Iterator
             if config.iterations.reuse_refined and iteration > 1:
                 inputs["earlier"] = episodes[arm]
             episodes[arm] = Node("generate", arm, config, iteration, inputs)
-        episodes |= given
+        labelled = {arm: _labelled(node, models[arm]) for arm, node in given.items() if active[arm].scores_given}
+        episodes |= given | labelled
         candidates = candidates or dict(episodes)
-        yield from filter(None, ([*given.values()], [*prompts.values()], [episodes[arm] for arm in asked]))
+        answers = [*given.values()], [*labelled.values()]
+        yield from filter(None, (*answers, [*prompts.values()], [episodes[arm] for arm in asked]))
         parts = {(arm, ""): config for arm, config in active.items()}
         parts |= {(arm, part): c for arm, config in active.items() for part, c in extra_models(config).items()}
         builds = {
@@ -158,6 +160,12 @@ def levels(arms: Mapping[str, Config], *, conditioned: bool = False) -> Iterator
                  {"prompts": prompts_of, "model": model}, part=name)
             for arm, model in models.items()
         ]  # fmt: skip
+
+
+def _labelled(given: Node, model: Node) -> Node:
+    """Given answers and the judge's scores of them."""
+    asked = {"model": model} if given.config.scoring.judged_by.asks_engine else {}
+    return Node("label", given.arm, given.config, given.iteration, {"answers": given, **asked})
 
 
 def _merge(arm: str, config: Config, base: Node, models: Mapping[str, Node]) -> Node:
@@ -230,7 +238,8 @@ def planned_stages(arms: Mapping[str, Config], *, conditioned: bool = False) -> 
         for node in level:
             if STAGES[node.stage].draw:
                 sources = node.config.model_dump(mode="json", include={"prompts", "episodes"})
-                source = [sources, first_prompt(node.config, node.iteration)] if node.iteration else node.label
+                read = ["unscored"] if node.config.scores_given else []
+                source = [sources, first_prompt(node.config, node.iteration), *read] if node.iteration else node.label
                 keys[node] = at = digest(source)
             else:
                 # Which τ an iteration is held to follows from its episodes and settings: a stand-in tells as much.

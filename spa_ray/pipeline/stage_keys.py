@@ -116,6 +116,11 @@ def prompts(config: Config, known: Known) -> dict[str, Any]:
     return {}
 
 
+def label(config: Config, known: Known) -> dict[str, Any]:
+    """Scores of given answers by the judge of `scoring`."""
+    return {**_judging(config, known, config.scoring.judged_by, None), "scoring": _judged(config.scoring)}
+
+
 def generate(config: Config, known: Known) -> dict[str, Any]:
     return {
         "chat": _chat(config, known),
@@ -167,7 +172,8 @@ def evaluate(config: Config, known: Known) -> dict[str, Any]:
 def score(config: Config, known: Known) -> dict[str, Any]:
     """Further scores of the answers that are an input."""
     scoring = evaluation_scoring(config, known.names[0])
-    return {**_judging(config, known, scoring.judged_by), "scoring": _judged(scoring)}
+    judging = _judging(config, known, scoring.judged_by, config.evaluation.objectives)
+    return {**judging, "scoring": _judged(scoring)}
 
 
 def rv(config: Config, known: Known) -> dict[str, Any]:
@@ -181,7 +187,7 @@ def pairwise(config: Config, known: Known) -> dict[str, Any]:
     assert section is not None
     judge, scale = section.judged_by, list(config.scoring.scale)
     return {
-        **_judging(config, known, judge),
+        **_judging(config, known, judge, config.evaluation.objectives),
         "between": [a, b],
         "both_orders": section.both_orders,
         "asked": [PROTOCOL, _plain(section, "against", "judge", "both_orders")] if judge.reads_prompts else scale,
@@ -195,9 +201,9 @@ def merge(config: Config, known: Known) -> dict[str, Any]:
     return {"shares": config.merge.shares, "what": config.merge.what}
 
 
-def _judging(config: Config, known: Known, judge: JudgeSection) -> dict[str, Any]:
+def _judging(config: Config, known: Known, judge: JudgeSection, names: tuple[str, ...] | None) -> dict[str, Any]:
     """What judging given answers depends on, whoever judges: an engine counts where one is asked."""
-    about = {"seed": config.seed, "objectives": _objectives(config, config.evaluation.objectives)}
+    about = {"seed": config.seed, "objectives": _objectives(config, names)}
     kwargs = config.scoring.chat_template_kwargs
     engine = {"engine": _engine(config), "chat": _chat(config, known), "chat_template_kwargs": kwargs}
     return about | (engine if judge.asks_engine else {})

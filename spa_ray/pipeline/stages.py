@@ -92,7 +92,7 @@ def _draw_benchmark(files: PromptFiles, config: Config, known: keys.Known, out: 
 
 
 def _draw_episodes(files: PromptFiles, config: Config, known: keys.Known, out: Path) -> Any:
-    return files.write_episodes(config.episodes, out)
+    return files.write_episodes(config, out)
 
 
 def run_prompts(works: Sequence[Work], context: Context) -> None:
@@ -109,6 +109,15 @@ def run_import(works: Sequence[Work], context: Context) -> None:
         started = time.time()
         copy_file(work.input("contents"), work.stage.folder / "episodes" / "episodes.parquet")
         context.finish(work, started)
+
+
+def run_label(works: Sequence[Work], context: Context) -> None:
+    """Given answers to the judge's scores, one pass for each work."""
+    from spa_ray.pipeline.judged import label
+
+    for work in works:
+        work.stage.begin(keys.attempt(work.config))
+        label(work, context, on_progress=context.progress.counter("label"))
 
 
 def run_generate(works: Sequence[Work], context: Context) -> None:
@@ -262,6 +271,8 @@ def _engines_gpus(work: Work) -> float:
 
     config, names = work.config, work.known.names
     judge = config.evaluation.all_judges.get(names[0]) if names else None
+    if work.stage.name == "label":
+        judge = config.scoring.judged_by
     if judge is not None and not (judge.asks_engine or judge.on_gpu):
         return 0.0
     share = engine_resources(config.model, config.resources, cluster_gpus=ray.cluster_resources().get("GPU", 0))
@@ -278,6 +289,7 @@ def _workers_gpus(work: Work) -> float:
 ROWS = (
     Stage("prompts", 1, keys.prompts, ("contents",), "prompts.parquet", run_prompts, draw=_draw_prompts, rows=None),
     Stage("import", 1, keys.prompts, ("contents",), "episodes", run_import, draw=_draw_episodes, rows=None),
+    Stage("label", 1, keys.label, ("answers", "model"), "episodes", run_label, gpus=_engines_gpus),
     Stage("generate", generation.STAGE_VERSION, keys.generate, ("prompts", "model", "earlier"), "episodes",
           run_generate, gpus=_engines_gpus),
     Stage("build", preferences.STAGE_VERSION, keys.build, ("episodes",), "pairs", run_build, told=("funnel",),
