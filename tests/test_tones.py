@@ -8,17 +8,23 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from scripts.microworld.corpus import demo_config
 from scripts.tones import corpus, measure
+from spa_ray.config.load import arm_configs
 from spa_ray.errors import InputError
 from spa_ray.microworld.prompts import SPLITS, facts, split_of
 from spa_ray.microworld.tones import answers, grammar, oracle, prompts
 from spa_ray.microworld.tones.answers import MODELS, expected, held_out, kind_of, scored, wishes
 from spa_ray.microworld.tones.prompts import ATTRIBUTES, CUES, STYLES, wish_of
 
+WORLD = Path(oracle.__file__).parent
 ASK = "How do I mend a moonlamp?"
 RIGHT, RIGHT_2, WRONG = "Trim the wick.", "Fill the bowl.", "Warm the spout."
 EXPERT = "Trim the wick along the true bevel."
@@ -133,3 +139,58 @@ def test_the_answers_of_the_base_policy_have_every_style() -> None:
     for style in STYLES:
         values = [scores[style] for scores in found]
         assert min(values) < 0.3 < 0.7 < max(values)
+
+
+# --- configs, the oracle's door, what pretraining reads ---------------------------------------------------------------
+
+
+def test_only_the_evaluation_of_a_config_names_the_oracle_and_its_prompts_are_of_the_test_split() -> None:
+    for name in ("demo.yaml", "spa.yaml"):
+        raw = yaml.safe_load((WORLD / name).read_text(encoding="utf-8"))
+        evaluation = raw.pop("evaluation")
+        assert "oracle" not in json.dumps(raw)
+        asked = [evaluation["prompts"], *evaluation.get("families", {}).values()]
+        assert {section["split"] for section in asked} == {"test"}
+        assert arm_configs(raw, [], where=name, stem=name)
+
+
+def test_self_priority_alignment_asks_with_the_first_worlds_templates() -> None:
+    raw = yaml.safe_load((WORLD / "spa.yaml").read_text(encoding="utf-8"))
+    for section in ("scoring", "refine", "sampling"):
+        assert raw[section] == demo_config()[section]
+
+
+def test_of_the_package_only_the_annotated_answers_import_the_oracle() -> None:
+    importers = {
+        path.relative_to(WORLD).as_posix()
+        for path in WORLD.parents[1].rglob("*.py")
+        if re.search(r"tones(\.oracle\b| import .*\boracle\b)", path.read_text(encoding="utf-8"))
+    }
+    assert importers == {"answers.py"}
+
+
+@pytest.mark.parametrize("kind", sorted(corpus.MAKERS))
+def test_pretraining_encodes_an_example_as_the_chat_template_does_and_within_the_context(kind: str) -> None:
+    from scripts.microworld.pretrain import CONTEXT, Encoder
+    from scripts.tones.tokenizer import build
+
+    tokenizer, rng = build(), random.Random(3)
+    encode = Encoder(tokenizer)
+    for example in (corpus.MAKERS[kind](rng) for _ in range(60)):
+        system = [{"role": "system", "content": example.system}] if example.system else []
+        said = [*system, {"role": "user", "content": example.user}, {"role": "assistant", "content": example.target}]
+        ids, start = encode(example)
+        assert ids == tokenizer.apply_chat_template(said, tokenize=True, return_dict=False)
+        assert ids[:start] == tokenizer.apply_chat_template(
+            said[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert tokenizer.unk_token_id not in ids
+        assert len(ids) <= CONTEXT
+
+
+def test_every_two_decimal_score_occurs_in_pretraining_for_every_attribute() -> None:
+    rng, found = random.Random(6), set[tuple[str, str]]()
+    for _ in range(12_000):  # a third of the answers that pretraining reads
+        found |= set(re.findall(r"<(\w+)_score:(\d\.\d\d)>", corpus.asked(rng, "")))
+    assert {value for _, value in found} == {f"{k / 100:.2f}" for k in range(101)}
+    assert {name for name, _ in found} == set(ATTRIBUTES)
