@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from spa_ray.errors import InputError, RunError
 from spa_ray.logs import printable
 from spa_ray.pipeline.models import fetch_model
 from spa_ray.pipeline.talk import Talk
+from spa_ray.steering.asking import conditioning_of
+from spa_ray.steering.guide import Told, check_guide
 
 KEYS = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "max_tokens")
 SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
@@ -38,13 +41,14 @@ ENDS = {
     "context": "the context is full; /reset starts a new conversation",
     "stopped": "stopped",
 }
-_OVERRIDE = re.compile(r"[a-z_.]+=")
+_OVERRIDE = re.compile(r"[a-z_.][\w.-]*=")
 
 
 def run_chat(arguments: Sequence[str], *, verbose: bool = False) -> dict[str, Any]:
     """Talk to the models that are named. Returns: the conversations, as `--json` prints them."""
     configs = chat_configs(arguments)
     folders = [fetch_model(config.model) for _, config in configs]
+    check_steered([config for _, config in configs], folders)
     question = None if sys.stdin.isatty() else sys.stdin.read().strip()
     if question == "":
         raise InputError("spa chat: stdin is empty; pipe a prompt into it, or start it in a terminal")
@@ -83,11 +87,29 @@ def _override(text: str) -> str:
     key = text.partition("=")[0]
     if key in KEYS:
         return f"evaluation.sampling.{text}"
-    if key == "seed" or key.startswith(("model.", "generation.")):
+    if key in ("seed", "steer") or key.startswith(("model.", "generation.", "steer.")):
         return text
     near = difflib.get_close_matches(key, KEYS, n=1)
     fix = f"did you mean {near[0]}?" if near else f"one of {', '.join((*KEYS, 'seed', 'model.KEY'))}"
     raise InputError(f"spa chat: {key} is no key of a conversation; {fix}")
+
+
+def check_steered(configs: Sequence[Config], folders: Sequence[Path]) -> None:
+    """Raises: InputError where no model can be asked for what `--steer` says. One that knows of no scores may stand
+    beside one that does."""
+    knowing = [folder for folder in folders if conditioning_of(folder) is not None]
+    if not configs[0].steer.is_default:
+        for folder in knowing or folders[:1]:
+            check_guide(configs[0], folder)
+
+
+def told_line(told: Told) -> str:
+    """What was sensed and what was asked for."""
+    parts = {"sensed": told.sensed, "asked": told.asked}
+    said = [
+        f"{what} {', '.join(f'{n} {v:.2f}' for n, v in scores.items())}" for what, scores in parts.items() if scores
+    ]
+    return "; ".join(said) or "asked for no scores"
 
 
 class Room:
@@ -101,7 +123,7 @@ class Room:
         return {
             "conversations": [
                 {"model": talk.name, "messages": talk.messages, "finish_reason": talk.reply.finish,
-                 "tokens": talk.reply.tokens}
+                 "tokens": talk.reply.tokens, **(asdict(talk.reply.told) if talk.reply.told else {})}
                 for talk in self._talks
             ]
         }  # fmt: skip
@@ -212,9 +234,10 @@ class Room:
             signal.signal(signal.SIGINT, before)
 
     def _end(self, talk: Talk) -> None:
-        """Say why an answer ended, where that is not its own end."""
-        if told := ENDS.get(talk.reply.finish or ""):
-            where = f"{talk.name}: " if len(self._talks) > 1 else ""
+        """Say why an answer ended, where that is not its own end, and which scores were asked for."""
+        where = f"{talk.name}: " if len(self._talks) > 1 else ""
+        scores = talk.reply.told and told_line(talk.reply.told)
+        for told in filter(None, (ENDS.get(talk.reply.finish or ""), scores)):
             print(printable(f"[{where}{told}]"), file=sys.stderr, flush=True)
 
     def _command(self, name: str, rest: str) -> None:

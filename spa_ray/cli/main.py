@@ -24,10 +24,13 @@ from spa_ray.cli.options import (
     Overrides,
     Pairs,
     Run,
+    Steered,
     Verbose,
     emit,
+    steering,
 )
 from spa_ray.cli.report import last_report, report
+from spa_ray.cli.sense import sense
 from spa_ray.cli.studies import reproduce
 from spa_ray.errors import InputError
 from spa_ray.storage.files import as_path, local_path, out_path
@@ -291,6 +294,9 @@ def export(
     emit({"model": str(folder.absolute()), "pushed": url}, as_json)
 
 
+app.command()(sense)
+
+
 @app.command()
 def inspect(
     run_dir: Run,
@@ -311,13 +317,14 @@ def chat(
         list[str],
         typer.Argument(metavar="MODEL [MODEL]... [KEY=VALUE]...", help="folders or hub ids", show_default=False),
     ],
+    steer: Steered = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Talk to one model, or to several side by side; a prompt from stdin is answered once."""
     from spa_ray.cli.chat import run_chat
 
-    emit(run_chat(models, verbose=verbose), as_json)
+    emit(run_chat([*models, *map(steering, steer or [])], verbose=verbose), as_json)
 
 
 app.command()(report)

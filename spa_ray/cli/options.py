@@ -31,6 +31,16 @@ Model = Annotated[Any, typer.Argument(parser=as_path, metavar="MODEL", help="its
 Run = Annotated[Any, typer.Argument(parser=as_path, metavar="RUN", help="run folder or its URI", show_default=False)]
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML config", show_default=False)]
 
+Steered = Annotated[
+    list[str] | None,
+    typer.Option("--steer", help="of an SGA model: helpful=0.9, floors.harmless=0.8 or none", show_default=False),
+]
+
+
+def steering(text: str) -> str:
+    """What `--steer` says as an override."""
+    return f"steer.{text}" if "=" in text else f"steer={text}"
+
 
 def emit(result: dict[str, Any], as_json: bool) -> None:
     """The result as stdout's last line."""

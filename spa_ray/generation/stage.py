@@ -366,7 +366,7 @@ def _patience(config: Config, model: AnyPath) -> Iterator[None]:
         context.execution_no_progress_timeout_s, context.max_consecutive_actor_init_deaths = before
 
 
-def explained(error: BaseException, word: tuple[str, str] | None) -> Exception:
+def explained(error: BaseException, word: tuple[str, str] | None, *, stage: str = "generate") -> Exception:
     """An actor's own last word where that is what ended the pass, else one line that says where to look.
 
     A word may be of an engine that was replaced since: an error that comes from a task (a full disk, say) or from
@@ -376,9 +376,9 @@ def explained(error: BaseException, word: tuple[str, str] | None) -> Exception:
     itself = isinstance(error, (ray.exceptions.RayTaskError, ExecutionTimeoutError))
     if word is not None and (not itself or word[1] in str(error)):
         kind, why = word
-        return InputError(why) if kind == "input" else RunError(f"generate: {why}")
+        return InputError(why) if kind == "input" else RunError(f"{stage}: {why}")
     if own := OWN_ERROR.search(str(error)):
-        return RunError(f"generate: {own[1]}")
+        return RunError(f"{stage}: {own[1]}")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     what = lines[0] if isinstance(error, ExecutionTimeoutError) else lines[-1]
-    return RunError(f"generate: {type(error).__name__}: {what}; --verbose shows the engine's log")
+    return RunError(f"{stage}: {type(error).__name__}: {what}; --verbose shows the engine's log")

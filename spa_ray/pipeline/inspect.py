@@ -18,12 +18,14 @@ from pydantic import ValidationError
 
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
-from spa_ray.data.schemas import RELIABILITY
+from spa_ray.data.schemas import RELIABILITY, attributes_of
 from spa_ray.errors import InputError
 from spa_ray.logs import printable
 from spa_ray.preferences import build_pairs, denoise
-from spa_ray.storage.files import AnyPath, as_path, parquet_dataset, read_json
-from spa_ray.storage.folder import RunFolder, open_run
+from spa_ray.storage.files import AnyPath, as_path, is_file, kind, parquet_dataset, read_json
+from spa_ray.storage.folder import EVALUATION, RunFolder, open_run
+
+TOLD = ("sensed", "asked")  # columns of episodes
 
 
 def story(run_dir: AnyPath, prompt_id: str) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def story(run_dir: AnyPath, prompt_id: str) -> dict[str, Any]:
         chapter = _chapter(record, configs[file.parent.name], prompt_id)
         if chapter:
             told.setdefault(file.parent.name, []).append({"iteration": int(file.stem.removeprefix("iter_")), **chapter})
+    told = told or _answers(run, configs, prompt_id)
     if not told:
         raise InputError(f"{run_dir}: no prompt with the id {prompt_id!r} in its episodes; ids stand in episodes/")
     return {"run_dir": str(run.path), "prompt_id": prompt_id, "arms": told}
@@ -59,7 +62,7 @@ def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str
     row = _one_row(as_path(record["episodes"]), prompt_id) if "episodes" in record else None  # a merge has none
     if row is None:
         return None
-    chapter: dict[str, Any] = {"episode": row.to_pylist()[0], "objectives": list(config.objectives)}
+    chapter = _episode(row, list(config.objectives))
     if "funnel" in record:
         denoised = denoise(row, config, tau=record["funnel"]["tau"])
         pairs = build_pairs(denoised, config)
@@ -72,6 +75,14 @@ def _chapter(record: dict[str, Any], config: Config, prompt_id: str) -> dict[str
         ]
         chapter["train"] = {"gap": config.train.gap, "alpha": config.train.alpha}
     return chapter
+
+
+def _episode(row: pa.Table, objectives: list[str]) -> dict[str, Any]:
+    """The row, and by name what its model sensed and was asked for, where its prompts say scores."""
+    (episode,) = row.to_pylist()
+    names = attributes_of(row.schema) or []
+    steered = {what: dict(zip(names, episode[what], strict=True)) for what in TOLD if episode.get(what)}
+    return {"episode": episode, "objectives": objectives, **({"steered": steered} if steered else {})}
 
 
 def weights_at_mean(pairs: pa.Table, all_pairs: pa.Table, config: Config) -> list[float]:
@@ -104,6 +115,16 @@ def _one_row(episodes: AnyPath, prompt_id: str) -> pa.Table | None:
         return None
     wanted = prompt_id if prompt_id in fits else fits[0]
     return data.table(where=pds.field("prompt_id") == wanted)
+
+
+def _answers(run: RunFolder, configs: Mapping[str, Config], prompt_id: str) -> dict[str, list[dict[str, Any]]]:
+    """Of a held-out prompt: every model's answer, as a chapter of iteration 0."""
+    file = run.path / EVALUATION
+    answers = read_json(file)["answers"] if is_file(file) else {}
+    first = next(iter(configs.values()))
+    objectives = list(first.evaluation.objectives or first.objectives)
+    found = {arm: _one_row(as_path(at), prompt_id) for arm, at in answers.items() if kind(as_path(at)) is not None}
+    return {arm: [{"iteration": 0, **_episode(row, objectives)}] for arm, row in found.items() if row is not None}
 
 
 def print_story(told: dict[str, Any]) -> None:
@@ -143,8 +164,10 @@ def shared_chapters(arms: Mapping[str, list[dict[str, Any]]], keys: Sequence[str
 def _arms(shared: Told) -> str:
     """«arms sft, spa, iteration 1»."""
     names = list(dict.fromkeys(arm for arm, _ in shared))
-    numbers = sorted({chapter["iteration"] for _, chapter in shared})
+    numbers = sorted({chapter["iteration"] for _, chapter in shared} - {0})
     arms = f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}"
+    if not numbers:
+        return f"{arms}, held out"
     return f"{arms}, iteration{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
@@ -157,6 +180,10 @@ def _print_episode(console: Any, chapter: dict[str, Any]) -> None:
         console.print(Text.assemble((message["role"], "bold"), f": {printable(message['content'])}"))
     if episode["error"]:
         console.print(f"error: {printable(episode['error'])}")
+    for what, scores in chapter.get("steered", {}).items():
+        console.print(f"{what}: {', '.join(f'{name} {score:.2f}' for name, score in scores.items())}")
+    if episode.get("floored"):
+        console.print(f"raised by steer.floors: {', '.join(episode['floored'])}")
     table = Table("#", "kind", *names, "status", "answer")
     for response in episode["responses"] or []:
         scores = ["–" if s is None else f"{s:g}" for s in response["scores"]]

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from spa_ray.generation.seeds import seed_for
 from spa_ray.generation.setup import Task, engine_chat
 from spa_ray.logs import hush
 from spa_ray.rollout.chat import Chat
+from spa_ray.steering.asking import conditioning_of
+from spa_ray.steering.guide import Guide, Told
 
 PIECE = 8  # tokens
 STOP = "stop"
@@ -41,32 +43,35 @@ class Reply:
     tokens: int = 0
     finish: Finish | None = None
     thinking: bool = False
+    told: Told | None = None  # which scores the model was asked for, where its prompts say some
 
 
 class Speaker:
     """An engine and its chat, by a config's `model` and `evaluation.sampling`."""
 
-    def __init__(self, engine: Engine, chat: Chat, config: Config) -> None:
-        self._engine, self._chat, self._config = engine, chat, config
+    def __init__(self, engine: Engine, chat: Chat, config: Config, guide: Guide | None = None) -> None:
+        self._engine, self._chat, self._config, self._guide = engine, chat, config, guide
 
     @classmethod
     def load(cls, config: Config, folder: Path, *, verbose: bool = False) -> Speaker:
         engine = create_engine(config.model, folder, config.generation, verbose=verbose)
-        return cls(engine, engine_chat(config, Task(), engine, folder), config)
+        guide = None if conditioning_of(folder) is None else Guide(config, folder)
+        return cls(engine, engine_chat(config, Task(), engine, folder), config, guide)
 
     def replies(
         self, messages: Sequence[Message], *, turn: int, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[Reply]:
         """The answer as it grows. `turn` draws another answer. Raises: ValueError for a conversation that the template
         or the context refuses; EngineDeadError."""
-        prompt, ids, finish = self._chat.prompt_ids(messages), list[int](), None
+        read, told = (messages, None) if self._guide is None else self._guide.read(messages)
+        prompt, ids, finish = self._chat.prompt_ids(read), list[int](), None
         if len(prompt) >= self._engine.max_model_len:
             raise ValueError(f"{len(prompt)} tokens are more than the context of {self._engine.max_model_len} takes")
         with asyncio.Runner() as runner:
             while finish is None:
                 finish = self._next(runner, prompt, ids, turn)
                 finish = "stopped" if finish is None and stopped() else finish
-                yield self._reply(ids, finish)
+                yield replace(self._reply(ids, finish), told=told)
 
     def close(self) -> None:
         self._engine.shutdown()

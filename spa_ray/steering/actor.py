@@ -61,7 +61,7 @@ class Steering:
 class SteeringActor:
     """A class for `map_batches`. Holds one model at a time."""
 
-    def __init__(self, how: Steering, ledger: Line) -> None:
+    def __init__(self, how: Steering, ledger: Line | None) -> None:
         self._how, self._ledger = how, ledger
         self._loaded: tuple[Path, Sensor] | None = None
         if how.all_cores:  # before the first library that computes is loaded
@@ -71,7 +71,8 @@ class SteeringActor:
         try:
             said = self._of(batch.to_pylist())
         except InputError as e:
-            self._ledger.ask("word", "input", str(e))
+            if self._ledger is not None:
+                self._ledger.ask("word", "input", str(e))
             raise
         columns = {
             "sensed": [sensed for sensed, _, _ in said],

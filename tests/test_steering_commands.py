@@ -1,0 +1,152 @@
+"""`spa sense`, `spa chat --steer` and what `spa inspect` shows, on model folders with a random head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from spa_ray.cli.chat import chat_configs, told_line
+from spa_ray.data.schemas import attributes_of
+from spa_ray.engine.scripted import ScriptedEngine
+from spa_ray.errors import InputError
+from spa_ray.generation.setup import Task, engine_chat
+from spa_ray.pipeline.talk import Speaker
+from spa_ray.steering.asking import conditioning
+from spa_ray.steering.guide import Guide
+from spa_ray.steering.sensor import Sensor
+from spa_ray.storage.files import parquet_dataset
+from tests.steering_support import NAMES, cpo_folder, sga_folder
+
+EMBEDDED = Path(__file__).parents[1] / "spa_ray" / "microworld" / "model"
+SCRIPTED = "model.engine=spa_ray.engine.scripted:ScriptedEngine"
+PROMPTS = 9
+HELLO = [{"role": "user", "content": "hello river"}]
+
+
+@pytest.fixture(scope="module")
+def sga(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sga_folder(EMBEDDED, tmp_path_factory.mktemp("commands") / "sga")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    rows = [{"prompt_id": f"p{k}", "prompt": "salt " * (k + 1)} for k in range(PROMPTS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "prompts.jsonl"
+
+
+# --- spa sense ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_sense_writes_each_prompts_scores_once_and_goes_on_where_it_was_stopped(
+    spa: Any, sga: Path, prompts: Path, tmp_path: Path
+) -> None:
+    command = ["sense", sga, "--prompts", prompts, "--out", tmp_path / "out", "generation.rows_per_block=2", "--json"]
+    status, out, err = spa(*command)
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert out.startswith(f"{PROMPTS} prompts; mean of what was sensed: harmless 0.")
+    assert (result["rows"], result["errors"], result["attributes"]) == (PROMPTS, 0, NAMES)
+    data = parquet_dataset(tmp_path / "out" / "scores")
+    assert attributes_of(data.schema) == NAMES
+    first = {row["prompt_id"]: row["scores"] for row in data.to_table().to_pylist()}
+    method = conditioning(sga)
+    assert method is not None
+    sensor = Sensor(chat_configs([str(sga)])[0][1].model, sga, method)
+    alone = sensor.sense([[{"role": "user", "content": ("salt " * (k + 1))}] for k in range(PROMPTS)])
+    np.testing.assert_allclose([first[f"p{k}"] for k in range(PROMPTS)], alone, rtol=0, atol=1e-2)
+
+    assert spa(*command)[0] == 0  # done before
+    (tmp_path / "out" / "stage.json").unlink()
+    files = sorted((tmp_path / "out" / "scores").glob("*.parquet"))
+    kept = {name for file in files[1:] for name in pq.read_table(file)["prompt_id"].to_pylist()}
+    times = {file: file.stat().st_mtime_ns for file in files[1:]}
+    files[0].unlink()
+    assert 0 < len(kept) < PROMPTS
+    assert spa(*command)[0] == 0
+    again = parquet_dataset(tmp_path / "out" / "scores").to_table().to_pylist()
+    assert sorted(row["prompt_id"] for row in again) == sorted(first)
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    for row in again:
+        assert row["scores"] == pytest.approx(first[row["prompt_id"]], abs=1e-5)
+
+
+def test_a_folder_without_a_head_is_refused_before_anything_starts(
+    spa: Any, sga: Path, prompts: Path, tmp_path: Path
+) -> None:
+    def refusal(model: Path) -> str:
+        status, _, err = spa("sense", model, "--prompts", prompts, "--out", tmp_path / "out")
+        assert status == 2
+        assert not (tmp_path / "out").exists()
+        return str(err.splitlines()[-1])
+
+    assert "no head that senses scores is in it" in refusal(EMBEDDED)
+    assert "cpo asks for scores and senses none" in refusal(cpo_folder(EMBEDDED, tmp_path / "cpo"))
+    broken = sga_folder(EMBEDDED, tmp_path / "broken")
+    (broken / "sga_head.safetensors").unlink()
+    assert "sga_head.safetensors is missing" in refusal(broken)
+
+
+# --- spa chat -------------------------------------------------------------------------------------------------------
+
+
+def replies(folder: Path, *changes: str) -> list[Any]:
+    config = chat_configs([str(folder), SCRIPTED, "max_tokens=9", *changes])[0][1]
+    engine = ScriptedEngine(config.model, folder, **config.model.engine_kwargs)
+    speaker = Speaker(engine, engine_chat(config, Task(), engine, folder), config, Guide(config, folder))
+    return list(speaker.replies(HELLO, turn=1))
+
+
+def test_a_conversation_is_sensed_and_asked_for_what_is_said(sga: Path) -> None:
+    replied = replies(sga, "steer.helpful=0.9", "steer.floors.harmless=0.95")
+    told = replied[-1].told
+    assert all(reply.told == told for reply in replied)
+    assert told.asked == {"harmless": 0.95, "helpful": 0.9}
+    method = conditioning(sga)
+    assert method is not None
+    (scores,) = Sensor(chat_configs([str(sga)])[0][1].model, sga, method).sense([HELLO])
+    assert list(told.sensed.values()) == pytest.approx(scores, abs=1e-2)
+    sensed = ", ".join(f"{name} {score:.2f}" for name, score in told.sensed.items())
+    assert told_line(told) == f"sensed {sensed}; asked harmless 0.95, helpful 0.90"
+    assert told_line(replies(sga, "steer=none")[-1].told) == "asked for no scores"
+
+
+def test_what_the_model_reads_is_what_training_rendered(sga: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scripted refusal"):
+        replies(sga, "steer={harmless: 1, helpful: 0.25}", 'model.engine_kwargs={refuse: "<helpful_score:0.25>"}')
+    assert replies(sga, "steer=none", 'model.engine_kwargs={refuse: "_score:"}')
+    cpo = cpo_folder(EMBEDDED, tmp_path / "cpo")
+    with pytest.raises(ValueError, match="scripted refusal"):
+        replies(cpo, 'model.engine_kwargs={refuse: "< harmless: 10 > < helpful: 4 > hello river"}')
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("kind=1", "steer: 'kind' is none of the model's scores: harmless, helpful"),
+        ("helpful=1.5", "steer: helpful: 1.5 is no number from 0 to 1"),
+        ("column=wish", "steer.column: a conversation has no columns"),
+        ("wild", "steer: 'wild' is not sense, none, or a mapping"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(spa: Any, sga: Path, asked: str, told: str) -> None:
+    status, _, err = spa("chat", sga, "--steer", asked)
+    assert status == 2
+    assert told in err
+    assert "loading" not in err
+
+
+def test_a_model_whose_prompts_say_no_scores_cannot_be_asked_for_any(spa: Any, sga: Path) -> None:
+    status, _, err = spa("chat", EMBEDDED, "--steer", "helpful=1")
+    assert status == 2
+    assert "its prompts say no scores" in err
+    config = chat_configs([str(sga), str(EMBEDDED), "steer.helpful=1"])[0][1]
+    with pytest.raises(InputError, match="say no scores"):
+        Guide(config, EMBEDDED)
