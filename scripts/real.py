@@ -8,6 +8,9 @@ and whether the trained folder answers alike in vLLM and transformers. Run it ag
 
 With `--judge-endpoint` it plays `configs/real-judge.yaml`: 16 prompts of a public set, and every judgement asked of the
 same model behind vLLM's own OpenAI server on loopback. That tests plumbing, not judgement.
+
+With `--sga` it trains SGA with adapters on the same scored episodes, in the same run folder, and says how well that
+model senses scores.
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+import real_sga
 from alike import Alike, compare_greedy
 from served_model import served_model
 
+from spa_ray.config import load_config
 from spa_ray.logs.noise import hush
 from spa_ray.report.examples import of_run, print_examples
 from spa_ray.report.run_data import read_run
@@ -35,6 +41,7 @@ SPA = str(Path(sys.executable).parent / "spa")
 SMALLEST = "smollm2-135m"
 CONFIG, BY_ENDPOINT = "configs/real.yaml", "configs/real-judge.yaml"
 JUDGE_PORT, JUDGE_CONTEXT = 8155, 2048  # the port is part of the stages' keys
+HELD_OUT = "configs/real/held_out.jsonl"
 FEWEST_PAIRS = 16
 CHECKED = 8  # held-out prompts whose greedy answers are compared
 CHECKED_TOKENS = 32
@@ -45,6 +52,7 @@ def main() -> int:
     parser.add_argument("--model", default=SMALLEST, help="a name that scripts/real_model.py knows")
     parser.add_argument("--preview", type=int, default=4, help="prompts that are previewed; 0 for none")
     parser.add_argument("--judge-endpoint", action="store_true", help="judge by vLLM's server, on 16 prompts")
+    parser.add_argument("--sga", action="store_true", help="SGA on the same episodes, in the place of SPA")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     asked = parser.parse_args()
     if asked.judge_endpoint and asked.model != SMALLEST:
@@ -56,6 +64,8 @@ def main() -> int:
     with lap("the model's folder", laps):
         play([sys.executable, "scripts/real_model.py", asked.model, str(folder)])
     config = BY_ENDPOINT if asked.judge_endpoint else CONFIG
+    if asked.sga:
+        return sga([*settings, *real_sga.SETTINGS], laps)
     with lap("spa plan", laps):
         play([SPA, "plan", config, *settings])
     with judge_server(folder, asked.model, laps) if asked.judge_endpoint else nullcontext():
@@ -69,6 +79,24 @@ def main() -> int:
     print(f"in all {sum(laps.values()) / 60:.1f} minutes; what each stage took stands in {run / 'manifest.json'}")
     if asked.judge_endpoint:
         print("the judge was this small model itself: that tests plumbing, not judgement")
+    return 0
+
+
+def sga(settings: list[str], laps: dict[str, float]) -> int:
+    """The run up to its trained model and its answers, and what that model senses of held-out prompts."""
+    with lap("spa run", laps):
+        result = json.loads(play([SPA, "run", CONFIG, "--json", *settings]))
+    run, (done,) = Path(result["run_dir"]), result["arms"][real_sga.ARM]["iterations"]
+    scored = run / "held_out_scored"
+    with lap("held-out prompts' own answers, scored", laps):
+        play([SPA, "generate", CONFIG, "--prompts", HELD_OUT, "--out", str(scored), *settings])
+    with lap("sensing", laps):
+        config = load_config(CONFIG, settings)[real_sga.ARM]
+        pairs = pq.read_table(done["pairs"])
+        real_sga.print_sensing(*real_sga.sensing(config, Path(done["model"]), pairs, scored / "episodes"))
+    print_examples(of_run(read_run(run)))
+    print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in laps.items()))
+    print(f"what each stage took stands in {run / 'manifest.json'}")
     return 0
 
 
@@ -138,7 +166,7 @@ def alike(folder: Path) -> Alike:
     from spa_ray.engine import Request, create_engine
     from spa_ray.rollout.chat import Chat
 
-    lines = (ROOT / "configs/real/held_out.jsonl").read_text(encoding="utf-8").split("\n")[:CHECKED]
+    lines = (ROOT / HELD_OUT).read_text(encoding="utf-8").split("\n")[:CHECKED]
     questions = [json.loads(line)["prompt"] for line in lines]
     engine = create_engine(Model(path=str(folder), dtype="float32", max_model_len=1024), folder)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import real_reward
 import yaml
 
 from spa_ray.config import Config, arm_configs
@@ -19,7 +20,7 @@ from spa_ray.errors import InputError
 from spa_ray.pipeline.plan import make_plan
 from spa_ray.pipeline.recipe import planned_stages
 from spa_ray.pipeline.stages import STAGES
-from tests.test_given import HELPSTEER2_ROWS, HH_ROW, put
+from tests.test_given import HELPSTEER2_ROWS, HH, HH_ROW, ROOT, put
 
 NAMES = ["harmless", "helpful"]
 UNSCORED = {"prompt": "Name a tree.", "responses": [{"text": "Oak."}, {"text": "A rose is a tree, I think."}]}
@@ -126,3 +127,32 @@ def test_a_reward_models_scores_become_pairs(tmp_path: Path, tiny_model: Path, r
     assert (Path(done["model"]) / "model.safetensors").is_file()
     status, out, err = spa("run", file, "--json")
     assert (status, json.loads(out.splitlines()[-1])["arms"]["main"]["iterations"]) == (0, [done])
+
+
+@pytest.mark.long
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.skipif(not HH.is_file(), reason="../shared is absent")
+def test_a_real_reward_model_tells_hh_rlhfs_chosen_answers_from_rejected_ones(
+    tmp_path: Path, tiny_model: Path, spa: Any
+) -> None:
+    """HH-RLHF as two answers each, scored by an encoder that was trained on other pairs of it."""
+    folder = ROOT / ".cache" / "real" / "reward-minilm"
+    assert real_reward.main([str(folder), str(HH), "--pairs", "960", "--epochs", "1"]) == 0
+    held_out = tmp_path / "held_out.jsonl"
+    put(held_out, *real_reward.read_rows(HH)[: real_reward.HELD_OUT])
+    raw = {
+        "model": {"path": str(tiny_model), "engine": "tests.test_given:no_engine"},
+        "episodes": {"source": str(held_out), "attributes": ["harmless"], "on_bad_row": "skip"},
+        "scoring": {"scale": [0, 1], "judge": {"kind": "reward", "path": str(folder), "transform": "sigmoid"}},
+        "pairs": {"order": "mean"},
+        "run_dir": str(tmp_path / "run"),
+    }
+    (file := tmp_path / "judged.yaml").write_text(yaml.safe_dump(raw))
+    status, out, err = spa("run", file, "--until", "build", "--json")
+    assert status == 0, err
+    (done,) = json.loads(out.splitlines()[-1])["arms"]["main"]["iterations"]
+    built = pq.read_table(done["pairs"]).to_pylist()
+    right = [row["chosen_index"] == 0 for row in built]  # what people chose
+    assert len(built) > 250
+    assert sum(right) / len(right) > 0.52

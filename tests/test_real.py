@@ -8,10 +8,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import real
 import real_model
 import real_prompts
+import real_sga
 
 from spa_ray.config import load_config
 from spa_ray.config.endpoint import Endpoint
@@ -103,3 +106,24 @@ def test_the_chain_with_an_endpoint_asks_the_server_that_it_starts() -> None:
     assert {judge.base_url for judge in judges} == {f"http://127.0.0.1:{real.JUDGE_PORT}/v1"}
     assert {judge.model for judge in judges} == {"smollm2-135m"}
     assert (config.prompts.limit, config.evaluation.prompts.limit) == (16, 16)
+
+
+def test_sga_trains_on_the_same_episodes_with_adapters() -> None:
+    """So the run shares `make real`'s episodes; what differs from the paper is one epoch, length and rates."""
+    arms = load_config(ROOT / real.CONFIG, real_sga.SETTINGS)
+    assert list(arms) == [real_sga.ARM]
+    config, spa = arms[real_sga.ARM], load_config(ROOT / real.CONFIG)["spa"]
+    assert (config.sampling, config.scoring, config.refine) == (spa.sampling, spa.scoring, spa.refine)
+    train = config.train
+    assert train.lora is not None
+    assert (train.method, train.lora.r, train.max_length, train.epochs) == ("sga_sft", 32, 256, 1)
+    assert (config.pairs.order, config.denoise.consistency) == ("mean", "off")
+
+
+def test_sensed_scores_are_held_against_the_mean_of_those_that_were_trained_on() -> None:
+    told = {"ranges": json.dumps([[1, 9], [0, 2]])}
+    schema = pa.schema([("chosen_scores", pa.list_(pa.float64()))], metadata=told)
+    trained = real_sga.wanted(pa.Table.from_pylist([{"chosen_scores": s} for s in ([1, 2], [9, 1])], schema))
+    assert trained.tolist() == [[0, 1], [1, 0.5]]
+    held_out, sensed = np.array([[0.5, 0.0], [1.0, 1.0]]), np.array([[0.5, 0.5], [0.75, 1.0]])
+    assert real_sga.errors(["a", "b"], sensed, held_out, trained) == [("a", 0.125, 0.25), ("b", 0.25, 0.5)]
