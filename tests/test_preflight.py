@@ -428,6 +428,18 @@ def test_nodes_that_come_end_the_wait_and_the_standing_request(
     assert said == ["waiting for nodes, up to 30 s: two engines"]
 
 
+def test_a_sensor_on_a_gpu_needs_one_that_the_engines_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_cluster, "autoscaler_types", lambda nodes: (None, 0.0))
+    check = preflight_cluster.check_sensor
+    check(real(), [engines(1)], [node(8, 1)])
+    check(real(gpus_per_sensor=0.25), [engines(1, gpus=0.75)], [node(8, 1)])
+    check(real(gpus_per_sensor=0.25), [engines(1)], [node(8, 1), node(8, 1)])
+    with pytest.raises(InputError, match=r"gpus_per_sensor is 0\.25, and the engines take 1 of 1 GPUs; lower"):
+        check(real(gpus_per_sensor=0.25), [engines(1)], [node(8, 1)])
+    monkeypatch.setattr(preflight_cluster, "autoscaler_types", lambda nodes: ([], 0.0))  # more may come
+    check(real(gpus_per_sensor=0.25), [engines(1)], [node(8, 1)])
+
+
 def test_nodes_that_do_not_come_end_the_run(
     asked: list[list[dict[str, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

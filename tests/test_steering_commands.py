@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spa_ray.cli.chat import chat_configs, told_line
-from spa_ray.data.schemas import attributes_of
+from spa_ray.cli.chat import chat_configs, check_steered, told_line
+from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.schemas import EPISODES, attributes_of
+from spa_ray.data.schemas import PROMPTS as PROMPTS_SCHEMA
 from spa_ray.engine.scripted import ScriptedEngine
-from spa_ray.errors import InputError
+from spa_ray.generation.budget import Meter
 from spa_ray.generation.setup import Task, engine_chat
+from spa_ray.pipeline.manifest import write_run_config
+from spa_ray.pipeline.progress import Progress
+from spa_ray.pipeline.stages import STAGES
 from spa_ray.pipeline.talk import Speaker
+from spa_ray.pipeline.work import Context, Work
+from spa_ray.rollout.settings import ChatSettings
 from spa_ray.steering.asking import conditioning
 from spa_ray.steering.guide import Guide
 from spa_ray.steering.sensor import Sensor
 from spa_ray.storage.files import parquet_dataset
+from spa_ray.storage.folder import RunFolder, StageFolder
+from tests.scripted import scripted_config
 from tests.steering_support import NAMES, cpo_folder, sga_folder
 
 EMBEDDED = Path(__file__).parents[1] / "spa_ray" / "microworld" / "model"
@@ -147,6 +158,63 @@ def test_a_model_whose_prompts_say_no_scores_cannot_be_asked_for_any(spa: Any, s
     status, _, err = spa("chat", EMBEDDED, "--steer", "helpful=1")
     assert status == 2
     assert "its prompts say no scores" in err
-    config = chat_configs([str(sga), str(EMBEDDED), "steer.helpful=1"])[0][1]
-    with pytest.raises(InputError, match="say no scores"):
-        Guide(config, EMBEDDED)
+    beside = [config for _, config in chat_configs([str(sga), str(EMBEDDED), "steer.helpful=1"])]
+    check_steered(beside, [sga, EMBEDDED])
+
+
+# --- the evaluation of several models, and one prompt's story ------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(sga: Path, tmp_path: Path) -> dict[str, StageFolder]:
+    """One pass over four models, as the pipeline works on it; each has its own `steer`."""
+    rows = [{"prompt_id": f"test/{k}", "messages": [{"role": "user", "content": "salt " * (k + 1)}], "meta": "{}"}
+            for k in range(4)]  # fmt: skip
+    prompts = tmp_path / "held_out.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS_SCHEMA), prompts)
+    asked = {"vanilla": "sense", "sga": "sense", "safe": {"floors": {"harmless": 1.0}}, "low": {"helpful": 0.1}}
+    judged = {"judge": "tests.scripted:word_count"}
+    works = []
+    for arm, steer in asked.items():
+        evaluation = {**judged, "sampling": {"max_tokens": 60}, "prompts": {"source": "given"}}
+        config = scripted_config(model={"dtype": "float32"}, evaluation=evaluation, steer=steer)
+        model = EMBEDDED if arm == "vanilla" else sga
+        inputs = {"prompts": prompts, "model": model, "base": EMBEDDED, "judge": None}
+        works.append(Work(StageFolder("evaluate", arm, tmp_path / "stages" / arm), config, inputs, arms={arm: config}))
+    chat, meter = ChatSettings.of(works[0].config.model), Meter(tmp_path / "spent", None)
+    context = Context(Progress(), False, dt.date(2026, 1, 1), chat, tmp_path, meter, passes=tmp_path / "passes")
+    STAGES["evaluate"].work(works, context)
+    return {work.name: work.stage for work in works}
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("ray_session")
+def test_every_model_of_one_pass_is_asked_by_its_own_section(
+    spa: Any, evaluated: dict[str, StageFolder], tmp_path: Path
+) -> None:
+    tables = {arm: EpisodeFolder(stage.folder / "episodes").table() for arm, stage in evaluated.items()}
+    assert tables["vanilla"].schema.names == EPISODES.names
+    sensed = tables["sga"]["sensed"].to_pylist()
+    for arm in ("sga", "safe", "low"):
+        assert attributes_of(tables[arm].schema) == NAMES
+        assert tables[arm]["sensed"].to_pylist() == sensed
+    assert tables["sga"]["asked"].to_pylist() == sensed
+    assert tables["safe"]["asked"].to_pylist() == [[1.0, helpful] for _, helpful in sensed]
+    assert tables["low"]["asked"].to_pylist() == [[harmless, 0.1] for harmless, _ in sensed]
+    assert evaluated["safe"].facts()["floored"] == {"harmless": 4}
+    assert not any("floored" in evaluated[arm].facts() for arm in ("vanilla", "sga", "low"))
+    texts = {arm: [r[0]["text"] for r in table["responses"].to_pylist()] for arm, table in tables.items()}
+    assert len({tuple(said) for said in texts.values()}) == 4
+
+    answers = {arm: str(stage.folder / "episodes") for arm, stage in evaluated.items()}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"answers": answers}))
+    write_run_config(RunFolder(tmp_path), {"sga": scripted_config()})
+    status, out, err = spa("inspect", tmp_path, "test/2", "--json")
+    assert status == 0, err
+    told = json.loads(out.splitlines()[-1])["arms"]
+    harmless, helpful = sensed[2]
+    assert told["safe"][0]["steered"]["asked"] == {"harmless": 1.0, "helpful": helpful}
+    assert "steered" not in told["vanilla"][0]
+    assert f"sensed: harmless {harmless:.2f}, helpful {helpful:.2f}" in out
+    assert f"asked: harmless 1.00, helpful {helpful:.2f}" in out
+    assert "raised by steer.floors: harmless" in out

@@ -25,7 +25,7 @@ from spa_ray.logs import printable
 from spa_ray.pipeline.models import fetch_model
 from spa_ray.pipeline.talk import Talk
 from spa_ray.steering.asking import conditioning_of
-from spa_ray.steering.guide import Told, check_guide
+from spa_ray.steering.guide import Told, check_conversation
 
 KEYS = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "max_tokens")
 SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
@@ -100,7 +100,7 @@ def check_steered(configs: Sequence[Config], folders: Sequence[Path]) -> None:
     knowing = [folder for folder in folders if conditioning_of(folder) is not None]
     if not configs[0].steer.is_default:
         for folder in knowing or folders[:1]:
-            check_guide(configs[0], folder)
+            check_conversation(configs[0], folder)
 
 
 def told_line(told: Told) -> str:

@@ -112,7 +112,7 @@ def _do(
 def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, Any]:
     """`spa generate`: prompts to `out/episodes/`."""
     from spa_ray.data.prompts import write_prompts
-    from spa_ray.pipeline.preflight import Lengths, check_settings
+    from spa_ray.pipeline.preflight import Lengths, check_asked_of, check_settings
 
     config = with_dtype(config)
     model = fetch_model(config.model)
@@ -123,6 +123,7 @@ def generate_stage(config: Config, *, out: AnyPath, verbose: bool) -> dict[str, 
         lengths = Lengths(config, model)
         against = config.decontaminated_by
         counts = write_prompts(config.prompts, fresh, check=lengths.check([config]), against=against)
+        check_asked_of(model, config, fresh)
         for line in [*lengths.warnings(config), *counts.notes(), *lengths.of_prompts(fresh, config)]:
             progress.say(f"warning: {line}")
         context = _context(config, as_path(out), progress, first_day(as_path(out)), verbose=verbose)
@@ -293,7 +294,7 @@ def _held_out(
     from spa_ray.evaluation.prompts import write_eval_prompts
     from spa_ray.pipeline.evaluate import run_metrics
     from spa_ray.pipeline.judged import add_judges
-    from spa_ray.pipeline.preflight import Lengths, judge_folder
+    from spa_ray.pipeline.preflight import Lengths, check_asked_of, judge_folder
 
     own, say = config.evaluation.judged_by, context.progress.say
     base = fetch_model(config.model) if own.own_pass and own.folder is None else model
@@ -302,6 +303,7 @@ def _held_out(
         fresh = Path(scratch) / "prompts.parquet"
         lengths = Lengths(config, model)
         counts = write_eval_prompts(config.evaluation, fresh, check=lengths.check())
+        check_asked_of(model, config, fresh)
         for line in [*lengths.warnings(config), *counts.notes, *lengths.of_held_out(fresh, config)]:
             say(f"warning: {line}")
         judge_hash = model_hash(judge) if judge else ""

@@ -16,6 +16,7 @@ from spa_ray.engine.placement import engine_cpus
 from spa_ray.errors import InputError
 
 Bundle = Mapping[str, float]
+ENGINES = "the engines"
 DATA_CPUS = 3  # beside the engines: a reader, a writer, and what filters the rows of an earlier start
 EPSILON = 1e-6
 
@@ -81,7 +82,7 @@ def demands(
     if wanted & {"generate", "evaluate"}:
         found.append(
             Demand(
-                "the engines",
+                ENGINES,
                 "resources.engines.min, gpus_per_engine, cpus_per_engine",
                 _bundle(engine_cpus(resources), engine_gpus),
                 resources.engines.min,

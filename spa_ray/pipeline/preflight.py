@@ -34,7 +34,7 @@ from spa_ray.pipeline.versions import untested
 from spa_ray.rollout.chat import Chat, open_chat
 from spa_ray.rollout.check import PromptCheck
 from spa_ray.rollout.thinking import unsaid
-from spa_ray.steering.asking import check_columns, check_names, check_steer, columns_of, conditioning
+from spa_ray.steering.asking import check_columns, check_names, check_prompts, check_steer, columns_of, conditioning
 from spa_ray.storage.files import AnyPath, as_path, is_file
 from spa_ray.storage.hashing import file_hash
 from spa_ray.storage.model_folder import check_model_folder
@@ -60,7 +60,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
                 if getattr(config, section) != getattr(first, section):
                     raise InputError(f"arms: {arm}: {section} cannot differ between the arms of a run")
             check_settings(config, base)
-            check_steering(config, base)
+            check_trained_names(config)
             warnings += check_trainable(base, config.train, trust_remote_code=config.model.trust_remote_code)
         lengths = Lengths(first, base)
         warnings += lengths.warnings(first)
@@ -70,6 +70,7 @@ def check_run(arms: dict[str, Config], base: Path, files: PromptFiles | None = N
         for config in {_prompts_key(c): c for c in arms.values() if not c.episodes.source}.values():
             for _ in each_prompts(config, fresh, warnings, files, lengths.check(arms.values())):
                 warnings += lengths.of_prompts(fresh, config)
+                check_asked_of(base, config, fresh)
         check_opponent(arms, first)
         if has_evaluation(first):
             check_evaluation(first, base)
@@ -153,6 +154,8 @@ def check_settings(config: Config, base: Path) -> None:
     check_backends(config.tracking.backends)
     check_placement(config.model, config.resources)
     check_capabilities(config)
+    if (method := conditioning(base)) is not None:
+        check_steer(config.steer, method)
     context, generates = context_length(config, base), not config.episodes.source
     for key, tokens in (
         ("sampling.max_tokens", config.sampling.max_tokens if generates else 0),
@@ -168,12 +171,16 @@ def check_settings(config: Config, base: Path) -> None:
         check_generation(config, base)
 
 
-def check_steering(config: Config, base: Path) -> None:
-    """What an arm's models are asked for. Raises: InputError for a name that is none of their scores."""
-    if (method := conditioning(base)) is not None:
-        check_steer(config.steer, method)
+def check_trained_names(config: Config) -> None:
+    """Raises: InputError where an arm's `steer` names what its model will not know."""
     if config.merge is None and method_class(config.train.method).conditioned:
         check_names(config.steer, config.objectives)
+
+
+def check_asked_of(model: Path, config: Config, prompts: Path) -> None:
+    """What a model folder is asked for by the columns of prompts. Raises: InputError."""
+    if (method := conditioning(model)) is not None:
+        check_prompts(config.steer, method, prompts)
 
 
 def check_held_out_columns(arms: dict[str, Config], prompts: Path) -> None:

@@ -20,6 +20,8 @@ from spa_ray.engine.placement import engine_resources
 from spa_ray.errors import InputError, RunError
 from spa_ray.pipeline.manifest import versions
 from spa_ray.pipeline.placement import (
+    ENGINES,
+    EPSILON,
     Cluster,
     Demand,
     Node,
@@ -55,12 +57,25 @@ def check_cluster(config: Config, *, stages: Iterable[str], say: Say, one_node: 
         cluster = Cluster(nodes, *autoscaler_types(nodes))
     verdicts = [judge(cluster, demand) for demand in wanted]
     refuse(verdicts)
+    check_sensor(config, wanted, nodes)
     lines = check_versions(config, nodes, wanted)
     for line in [*lines, *filter(None, (cramped(cluster, demand) for demand in wanted))]:
         say(f"warning: {line}")
     # Only for what runs first: nodes that wait for their turn would cost money.
     if verdicts and verdicts[0].kind == "may_come":
         wait_for(wanted[0], verdicts[0], seconds=config.resources.node_wait_s, say=say)
+
+
+def check_sensor(config: Config, wanted: Iterable[Demand], nodes: list[Node]) -> None:
+    """Raises: InputError where the engines leave no GPU for what senses in front of them, and none may come."""
+    share = config.resources.gpus_per_sensor
+    taken = sum(demand.count * demand.bundle.get("GPU", 0.0) for demand in wanted if demand.what == ENGINES)
+    total = sum(node.resources.get("GPU", 0.0) for node in nodes)
+    if share and taken + share > total + EPSILON and autoscaler_types(nodes)[0] is None:
+        raise InputError(
+            f"resources.gpus_per_sensor is {share:g}, and the engines take {taken:g} of {total:g} GPUs; lower "
+            "resources.gpus_per_engine (and model.engine_kwargs.gpu_memory_utilization), or engines.min"
+        )
 
 
 def wanted_of(config: Config, nodes: Iterable[Node], stages: Iterable[str], *, one_node: bool = False) -> list[Demand]:

@@ -19,6 +19,7 @@ from spa_ray.data.prompts import read_prompts
 from spa_ray.data.schemas import EPISODES
 from spa_ray.engine.cpu_dtype import with_dtype
 from spa_ray.evaluation.signal import judge_signal
+from spa_ray.generation.episode import RENDER
 from spa_ray.generation.preview import preview
 from spa_ray.logs import printable
 from spa_ray.pipeline.models import fetch_model
@@ -29,6 +30,8 @@ from spa_ray.pipeline.recipe import steered
 from spa_ray.pipeline.signal import FILE, signal_lines
 from spa_ray.pipeline.stages import STAGES
 from spa_ray.rollout.chat import open_chat
+from spa_ray.steering.asking import conditioning
+from spa_ray.steering.guide import Guide
 from spa_ray.storage.files import AnyPath, make_folder, write_json, write_text
 
 PROMPTS = 16
@@ -75,6 +78,9 @@ def preview_prompts(
             for line in signal_lines(_signal(shown, config, total, arms)):
                 progress.say(line)
 
+        if conditioning(model) is not None:
+            guide = Guide(config, model)
+            rows = [{**row, RENDER: lambda said, meta=row["meta"]: guide.read(said, meta)[0]} for row in rows]
         progress.say(f"preview    starting an engine with {model}")
         work = preview(config, model, rows, verbose=verbose, on_progress=progress.counter("preview"), on_first=first)
         shown = asyncio.run(work)

@@ -28,9 +28,8 @@ from spa_ray.generation.upstream import REFUSED, Messages, Upstream
 from spa_ray.steering.asking import (
     Asked,
     asked_for,
-    check_columns,
+    check_prompts,
     check_steer,
-    columns_of,
     conditioning,
     conditioning_of,
     in_own,
@@ -142,8 +141,7 @@ def upstream_of(
         return None
     for method, steer in found:
         check_steer(steer, method)
-        alone = not method.senses and method.wanted() is None
-        check_columns(steer, method.state["objectives"], columns_of(prompts), partial=not alone)
+        check_prompts(steer, method, prompts)
     names = {tuple(method.state["objectives"]) for method, _ in found}
     gpus = config.resources.gpus_per_sensor
     cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)

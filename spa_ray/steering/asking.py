@@ -118,6 +118,12 @@ def check_columns(
             raise InputError(f"{where}: {e}") from e
 
 
+def check_prompts(steer: Steer, method: Method[Any], prompts: AnyPath) -> None:
+    """A file of prompts that a model of this method is to answer. Raises: InputError as `check_columns`."""
+    alone = not method.senses and method.wanted() is None
+    check_columns(steer, method.state["objectives"], columns_of(prompts), partial=not alone)
+
+
 def columns_of(prompts: AnyPath) -> Iterator[tuple[str, str]]:
     """Each prompt's id and meta."""
     for batch in parquet_dataset(prompts).to_batches(columns=["prompt_id", "meta"]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spa_ray.config.models import Config
 from spa_ray.errors import InputError
@@ -27,14 +26,15 @@ class Guide:
     """A model folder's method, and its head where `steer` leaves something to sense."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        """Raises: InputError for what the model cannot be asked."""
-        self._method, self._steer = check_guide(config, folder), config.steer
+        method = conditioning_of(folder)
+        assert method is not None
+        self._method, self._steer = method, config.steer
         self._wanted = wanted_by(self._method)
         senses = to_sense(self._steer, self._method)
         self._sensor = Sensor(config.model, folder, self._method) if senses else None
 
-    def read(self, messages: Messages) -> tuple[Messages, Told]:
-        """What the model reads, and why. Raises: ValueError for a conversation that cannot be read."""
+    def read(self, messages: Messages, meta: str = "{}") -> tuple[Messages, Told]:
+        """What the model reads, and why; `meta` is a prompt's columns. Raises: ValueError for what cannot be read."""
         state, sensed = self._method.state, None
         if self._sensor is not None:
             (found,) = self._sensor.sense([messages])
@@ -42,19 +42,18 @@ class Guide:
                 raise ValueError(found)
             sensed = found
         names = state["objectives"]
-        asked = asked_for(self._steer, names, "{}", sensed=sensed, wanted=self._wanted).scores
+        asked = asked_for(self._steer, names, meta, sensed=sensed, wanted=self._wanted).scores
         told = Told(*({} if scores is None else dict(zip(names, scores, strict=True)) for scores in (sensed, asked)))
         if asked is None:
             return messages, told
         return self._method.render([dict(m) for m in messages], in_own(asked, state), state), told
 
 
-def check_guide(config: Config, folder: Path) -> Any:
-    """The method of the folder. Raises: InputError where it has none, or cannot be asked for what `steer` says."""
+def check_conversation(config: Config, folder: Path) -> None:
+    """Before a model is loaded to be talked to. Raises: InputError where it cannot be asked for what `steer` says."""
     method = conditioning_of(folder)
     if method is None:
         raise InputError(f"steer: {folder}: its prompts say no scores; give a model that was trained on such prompts")
     if config.steer.column is not None:
         raise InputError("steer.column: a conversation has no columns; say NAME=VALUE")
     check_steer(config.steer, method)
-    return method
