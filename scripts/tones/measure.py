@@ -58,6 +58,7 @@ def measure(count: int = 4000) -> dict[str, Any]:
             "Bayes predictor, noisy labels": _gain(labels, bayes, constant, cued),
             "ridge on the prompt's words, noise-free scores": _gain(truth, ridge, constant, cued),
             "ridge on the prompt's words, noisy labels": _gain(labels, ridge, constant, cued),
+            "ridge on the prompt's words, wishes": _gain(bayes, ridge, np.median(bayes, axis=0), cued),
         },
         "follows": {f"annotated model {k + 1}, p {model.follows}": _correlation(asked, [g.truth[k] for g in groups])
                     for k, model in enumerate(MODELS)} | {"base policy": _correlation(asked, base)},
