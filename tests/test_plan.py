@@ -294,6 +294,12 @@ def test_fewer_filters_leave_more_pairs() -> None:
     assert strict > cost.pairs_of(config(pairs={"include": "refined_only"}), 1000)
 
 
+def test_the_highest_mean_against_the_lowest_is_one_pair_per_prompt() -> None:
+    mean = config(pairs={"order": "mean"}, train={"method": "spa_dpo"})
+    assert cost.pairs_of(mean, 1000) == 1000
+    assert cost.sequences_a_pair(mean, pairs=1000, of=1000, batch=64) == 2
+
+
 def test_a_price_makes_costs_of_gpu_hours_and_changes_no_address() -> None:
     free, dear = configs(), configs(resources={"price_per_gpu_hour": 4.0})
     assert make_plan(free)["total"]["cost"] is None

@@ -122,7 +122,9 @@ def build_seconds(rows: int) -> float:
 
 
 def pairs_of(config: Config, prompts: int) -> int:
-    """Pairs that the filters leave, by the shares above."""
+    """Pairs that the filters leave, by the shares above; of `pairs.order: mean` one per prompt."""
+    if config.pairs.order == "mean":
+        return prompts
     n, denoise, include = config.sampling.n, config.denoise, config.pairs.include
     below = BELOW_TAU_SHARE if denoise.informativeness and (denoise.tau or denoise.tau_quantile) else 1.0
     consistent = 1.0 if denoise.consistency == "off" else CONSISTENT_SHARE
@@ -138,7 +140,7 @@ def sequences_a_pair(config: Config, *, pairs: float, of: float, batch: float) -
     where no two pairs share one."""
     train, n = config.train, config.sampling.n
     sides = len(method_of(train).sides)
-    if sides == 1 or not pairs:
+    if sides == 1 or not pairs or config.pairs.order == "mean":
         return float(sides)
     include = config.pairs.include
     answers = n if include == "candidates_only" else n + 1
