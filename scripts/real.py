@@ -90,10 +90,11 @@ def sga(settings: list[str], laps: dict[str, float]) -> int:
     scored = run / "held_out_scored"
     with lap("held-out prompts' own answers, scored", laps):
         play([SPA, "generate", CONFIG, "--prompts", HELD_OUT, "--out", str(scored), *settings])
-    with lap("sensing", laps):
-        config = load_config(CONFIG, settings)[real_sga.ARM]
-        pairs = pq.read_table(done["pairs"])
-        real_sga.print_sensing(*real_sga.sensing(config, Path(done["model"]), pairs, scored / "episodes"))
+    with lap("spa sense", laps):
+        play([SPA, "sense", done["model"], "--prompts", HELD_OUT, "--out", str(run / "sensed"), "model.dtype=float32"])
+    sensed, pairs = pq.read_table(run / "sensed" / "scores"), pq.read_table(done["pairs"])
+    config = load_config(CONFIG, settings)[real_sga.ARM]
+    real_sga.print_sensing(*real_sga.sensing(config, sensed, pairs, scored / "episodes"))
     print_examples(of_run(read_run(run)))
     print("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in laps.items()))
     print(f"what each stage took stands in {run / 'manifest.json'}")

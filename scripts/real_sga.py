@@ -39,18 +39,13 @@ def errors(names: Sequence[str], sensed: Scores, held_out: Scores, trained: Scor
     return list(zip(names, ours.tolist(), constant.tolist(), strict=True))
 
 
-def sensing(config: Config, model: Path, pairs: pa.Table, held_out: Path) -> tuple[int, Errors]:
-    """How many held-out prompts have such scores, and the errors. `held_out` are their episodes, `pairs` the run's."""
-    from spa_ray.steering.sensor import Sensor
-    from spa_ray.training.method import method_of_folder
-
+def sensing(config: Config, sensed: pa.Table, pairs: pa.Table, held_out: Path) -> tuple[int, Errors]:
+    """How many held-out prompts have such scores, and the errors. `sensed` is `spa sense`'s, `held_out` are the
+    prompts' episodes, `pairs` the run's."""
     found = build_pairs(denoise(EpisodeFolder(held_out).table(), config, tau=None), config)
-    method = method_of_folder(model)
-    assert method is not None
-    sensed = Sensor(config.model.model_copy(update={"path": str(model)}), model, method).sense(
-        found["prompt"].to_pylist()
-    )
-    return found.num_rows, errors(config.objectives, np.array(sensed), wanted(found), wanted(pairs))
+    by_prompt = dict(zip(sensed["prompt_id"].to_pylist(), sensed["scores"].to_pylist(), strict=True))
+    ours = np.array([by_prompt[prompt_id] for prompt_id in found["prompt_id"].to_pylist()])
+    return found.num_rows, errors(config.objectives, ours, wanted(found), wanted(pairs))
 
 
 def print_sensing(prompts: int, found: Errors) -> None:

@@ -215,7 +215,10 @@ def test_own_scores_have_the_ranges_that_are_given(tmp_path: Path) -> None:
     assert refusal(source, ranges={"x": (1, 5)}).startswith(
         f"{source}:2: `x` is 7; its range is 1 to 5 (episodes.ranges)"
     )
-    assert "episodes.ranges: 'x' has none; give" in refusal(source, ranges={"y": (1, 5)})
+    assert refusal(source, ranges={"y": (1, 5)}) == "episodes.ranges: 'y' is not one of the scores x"
+    two = put(tmp_path / "t.jsonl", {**ONE, "scores": {"x": 1, "y": 1}})
+    assert "episodes.ranges: 'x' has none; give" in refusal(two, ranges={"y": (1, 5)})
+    assert config("episodes.attributes=null", "episodes.ranges={y: [0, 1]}").episodes.ranges == {"y": (0, 1)}
     with pytest.raises(ValueError, match=r"ranges: 'x' is not one of the attributes \['y'\]"):
         Episodes(attributes=("y",), ranges={"x": (0, 1)})
     assert ranges_of(read(source)[0].schema) is None

@@ -331,7 +331,8 @@ class Config(Section):
                 raise ValueError(f"pairs.{key}: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
         if pairs.order == "mean" and pairs.delta == "auto":
             raise ValueError("pairs.delta: auto is of score sums; order mean takes a number, or no delta")
-        if stray := sorted(set(self.episodes.ranges or {}) - set(self.objectives)):
+        ranges = {} if self.episodes.source else self.episodes.ranges or {}  # of given answers `attributes` are theirs
+        if stray := sorted(set(ranges) - set(self.objectives)):
             raise ValueError(f"episodes.ranges: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
         if pairs.weights and (pairs.order != "composite" or not any(pairs.weights.values())):
             why = "all are 0" if pairs.order == "composite" else f"order {pairs.order} has none; set order composite"

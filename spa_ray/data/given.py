@@ -134,7 +134,7 @@ def read_episodes(section: Episodes, counts: EpisodeCounts, *, scores: bool = Tr
         counts.near += wordings.repeats(first.prompt["messages"])
         nameless.append((first.prompt, answers))
         if counts.attributes:
-            bounds = _bounds(counts.attributes, first.ranges, given=section.ranges is not None) if scores else None
+            bounds = _bounds(counts.attributes, first.ranges, section.ranges or {}) if scores else None
             if begun and bounds != counts.ranges:
                 raise InputError(f"{first.place}: its scores have other ranges than those before; set episodes.ranges")
             counts.ranges, begun = bounds, True
@@ -154,8 +154,11 @@ def read_episodes(section: Episodes, counts: EpisodeCounts, *, scores: bool = Tr
         )
 
 
-def _bounds(names: Sequence[str], ranges: Ranges, *, given: bool) -> tuple[tuple[float, float], ...] | None:
-    """Of each attribute; None where one has none. Raises: InputError in that case, where some are `given`."""
+def _bounds(names: Sequence[str], ranges: Ranges, given: Ranges) -> tuple[tuple[float, float], ...] | None:
+    """Of each attribute; None where one has none. Raises: InputError in that case, where some are `given`, and for a
+    given one of no attribute."""
+    if stray := sorted(set(given) - set(names)):
+        raise InputError(f"episodes.ranges: {stray[0]!r} is not one of the scores {', '.join(names)}")
     if missing := [name for name in names if name not in ranges]:
         if given:
             raise InputError(f"episodes.ranges: {missing[0]!r} has none; give [lowest, highest] of every attribute")
