@@ -242,7 +242,7 @@ def test_a_users_mistake_that_only_the_actor_can_see_reaches_the_driver_as_one(p
 
 
 @pytest.mark.long
-def test_rows_may_name_their_model_and_a_second_pass_scores_given_answers(prompts: Path, tmp_path: Path) -> None:
+def test_rows_may_name_their_model_and_a_second_pass_labels_given_answers(prompts: Path, tmp_path: Path) -> None:
     table, models = pq.read_table(prompts), ("first", "second")
     for model in models:
         (tmp_path / model).mkdir()

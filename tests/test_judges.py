@@ -231,6 +231,11 @@ def test_scores_are_the_models_outputs_in_any_batches(reward_model: Path, batch_
         ({"transform": [2, -1]}, lambda first, second: [2 * first - 1, 2 * second - 1]),
         ({"transform": "sigmoid"}, lambda *both: [1 + 9 / (1 + math.exp(-value)) for value in both]),
         ({"dtype": "float32"}, lambda *both: list(both)),
+        ({"standardize": {"helpful": [0.5, 2]}}, lambda first, second: [first, (second - 0.5) / 2]),
+        (
+            {"standardize": {"harmless": [1, 4], "helpful": [0, 1]}, "transform": "sigmoid"},
+            lambda first, second: [1 + 9 / (1 + math.exp((1 - first) / 4)), 1 + 9 / (1 + math.exp(-second))],
+        ),
     ],
 )
 def test_attributes_and_transforms(reward_model: Path, keys: dict[str, Any], wanted: Any) -> None:
@@ -389,7 +394,7 @@ def blocks_of_the_page() -> list[dict[str, Any]]:
 
 def test_the_page_shows_configs_that_are_read() -> None:
     kinds = [config(**block).scoring.judged_by.kind for block in blocks_of_the_page()]
-    assert kinds == ["endpoint", "self", "reward"]  # `self` where candidates are compared
+    assert kinds == ["endpoint", "self", "reward", "reward", "reward"]  # `self` where candidates are compared
 
 
 @pytest.mark.engine

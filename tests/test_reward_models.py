@@ -143,12 +143,14 @@ def test_a_stage_is_another_with_another_output_or_another_model(gpt2_models: di
     harmless, helpful = map(str, gpt2_models.values())
     sections: list[dict[str, Any]] = [
         {"path": harmless}, {"path": harmless, "output": "rewards"}, {"path": helpful},
+        {"path": harmless, "standardize": {"helpful": [0, 2]}},
         {"models": {"harmless": harmless, "helpful": helpful}}, {"models": {"harmless": helpful, "helpful": harmless}},
     ]  # fmt: skip
     keys = [json.dumps(Reward(kind="reward", **section).key()) for section in sections]
     assert len(set(keys)) == len(sections)
     assert '"output"' not in keys[0]  # as before the key
     assert '"models"' not in keys[0]
+    assert '"standardize"' not in keys[0]
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,9 @@ class Reward(JudgeSection):
         None, description="objective -> its output; with neither: the outputs in the objectives' order"
     )
     output: str = Field("logits", description="what the model calls the tensor of its outputs; of ArmoRM `rewards`")
+    standardize: dict[str, tuple[float, Annotated[float, Field(gt=0)]]] | None = Field(
+        None, description="objective -> [mean, deviation] of its output, which becomes a z-score before `transform`"
+    )
     transform: Literal["identity", "sigmoid"] | tuple[float, float] = Field(
         "identity",
         description="of the output; sigmoid: onto `scoring.scale`, worst + (best - worst) / (1 + exp(-output)); [a, b]:"
@@ -124,7 +127,8 @@ class Reward(JudgeSection):
         return self.transform == "sigmoid"
 
     def key(self) -> Any:
-        as_before = {"output"} if self.output == "logits" else set()  # the key
+        as_before = {"output"} if self.output == "logits" else set()  # these keys
+        as_before |= {"standardize"} if self.standardize is None else set()
         settings = self.model_dump(mode="json", exclude={"path", "models", "batch_size", "device", *as_before})
         models = self.models or {}
         files = _files(self.path) if self.path else {name: _files(models[name]) for name in sorted(models)}

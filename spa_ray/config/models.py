@@ -278,7 +278,7 @@ class Config(Section):
         return {**raw, **same, **off}
 
     @property
-    def scores_given(self) -> bool:
+    def labels_given(self) -> bool:
         """Whether given answers (`episodes.source`) get their scores from `scoring.judge`."""
         return self.episodes.source is not None and self.scoring.judge is not None
 
@@ -294,7 +294,7 @@ class Config(Section):
         for key, off in GIVEN_ANSWERS["denoise"].items():
             if getattr(self.denoise, key) != off:
                 raise ValueError(f"denoise.{key}: given answers (episodes.source) are not denoised; remove the key")
-        if self.scores_given and self.scoring.compare is not None:
+        if self.labels_given and self.scoring.compare is not None:
             raise ValueError("scoring.compare: given answers (episodes.source) are scored one by one; remove the key")
         if self.iterations.count > 1:
             raise ValueError("iterations.count: given answers (episodes.source) serve one iteration; remove the key")

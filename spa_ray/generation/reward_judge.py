@@ -100,14 +100,16 @@ class RewardJudge:
             why_not = f"too_long: {tokens} tokens exceed the reward model's context of {self._longest}"
             return [Judgement(None, why_not) for _ in item.objectives]
         outputs = await self._outputs(encoded)
-        return [self._read(outputs[self._at[objective.name]]) for objective in item.objectives]
+        return [self._read(outputs[self._at[objective.name]], objective.name) for objective in item.objectives]
 
-    def _read(self, value: float) -> Judgement:
-        score, transform, (low, high) = value, self._section.transform, self._scale
+    def _read(self, value: float, objective: str = "") -> Judgement:
+        mean, deviation = (self._section.standardize or {}).get(objective, (0.0, 1.0))
+        score = (value - mean) / deviation
+        transform, (low, high) = self._section.transform, self._scale
         if transform == "sigmoid":
-            score = low + (high - low) * (1 + math.tanh(value / 2)) / 2  # which no output overflows
+            score = low + (high - low) * (1 + math.tanh(score / 2)) / 2  # which no output overflows
         elif transform != "identity":
-            score = transform[0] * value + transform[1]
+            score = transform[0] * score + transform[1]
         if not (math.isfinite(value) and math.isfinite(score)):
             return Judgement(None, f"parse_failure: the reward model's output is {value}")
         return Judgement(score, text=f"{value:.6g}")

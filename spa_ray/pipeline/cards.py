@@ -161,7 +161,7 @@ def _made_of(config: Config, funnel: Mapping[str, Any]) -> str:
     if source is None:
         return f"{made}."
     judge = f"scored by a judge of kind `{config.scoring.judged_by.kind}`"
-    given = config.episodes.source and not config.scores_given
+    given = config.episodes.source and not config.labels_given
     return f"{made} of `{source}`, {'with scores that were given' if given else judge}."
 
 

@@ -216,7 +216,7 @@ def _arm(name: str, config: Config, look: Lookup, stages: list[Plan]) -> Plan:
     warnings = [check_lr(train, size), check_movement(train, size, job.steps)]
     answers = ["prompts", "generate"]
     if config.episodes.source:
-        answers = ["import", "label"] if config.scores_given else ["import"]
+        answers = ["import", "label"] if config.labels_given else ["import"]
     generate = {key: first[answers[-1]][key] for key in SUMMED[:4]}
     return {
         "stages": [*answers, "build", "train"] + (["evaluate"] if has_evaluation(config) else []),

@@ -63,7 +63,7 @@ class Lookup:
 
     def prompts(self, config: Config) -> PromptFacts:
         against = [section.model_dump_json() for section in config.decontaminated_by]
-        key = ["prompts", config.model_dump(mode="json", include={"prompts", "episodes"}), against, config.scores_given]
+        key = ["prompts", config.model_dump(mode="json", include={"prompts", "episodes"}), against, config.labels_given]
         return self._once(key, lambda: self._prompts(config))
 
     def _prompts(self, config: Config) -> PromptFacts:
@@ -72,7 +72,7 @@ class Lookup:
             where, given = "episodes", config.episodes
             prompts = Prompts(source=given.source, split=given.split, limit=given.limit)
         facts = prompt_facts(
-            prompts, self.notes, where, self._check(config), given, not config.scores_given, config.decontaminated_by
+            prompts, self.notes, where, self._check(config), given, not config.labels_given, config.decontaminated_by
         )
         self.notes += lines({where: facts.dropped})
         return facts

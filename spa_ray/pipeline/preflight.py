@@ -167,7 +167,7 @@ def check_settings(config: Config, base: Path) -> None:
                 f"{key} is {tokens}, which leaves no room for a prompt in the context of {context}; lower it, or set "
                 "model.max_model_len"
             )
-    if generates or config.scores_given:
+    if generates or config.labels_given:
         check_generation(config, base)
 
 

@@ -69,7 +69,7 @@ class PromptFiles:
 
     def write_episodes(self, config: Config, out: Path) -> EpisodeCounts:
         """As `data.given.write_episodes`. Raises: InputError, also where no attribute is named."""
-        section, scores = config.episodes, not config.scores_given
+        section, scores = config.episodes, not config.labels_given
         if section.attributes is None:
             raise InputError("episodes.attributes: missing; name the scores to train on, highest priority first")
         key = f"episodes {scores} {section.model_dump_json()}"

@@ -121,7 +121,7 @@ def levels(arms: Mapping[str, Config], *, conditioned: bool = False) -> Iterator
             if config.iterations.reuse_refined and iteration > 1:
                 inputs["earlier"] = episodes[arm]
             episodes[arm] = Node("generate", arm, config, iteration, inputs)
-        labelled = {arm: _labelled(node, models[arm]) for arm, node in given.items() if active[arm].scores_given}
+        labelled = {arm: _labelled(node, models[arm]) for arm, node in given.items() if active[arm].labels_given}
         episodes |= given | labelled
         candidates = candidates or dict(episodes)
         answers = [*given.values()], [*labelled.values()]
@@ -238,7 +238,7 @@ def planned_stages(arms: Mapping[str, Config], *, conditioned: bool = False) -> 
         for node in level:
             if STAGES[node.stage].draw:
                 sources = node.config.model_dump(mode="json", include={"prompts", "episodes"})
-                read = ["unscored"] if node.config.scores_given else []
+                read = ["unscored"] if node.config.labels_given else []
                 source = [sources, first_prompt(node.config, node.iteration), *read] if node.iteration else node.label
                 keys[node] = at = digest(source)
             else:

@@ -244,7 +244,7 @@ class Pipeline:
         if not self._checked:
             stored = not (is_local(self.folder.path) and is_local(self.shared_base))
             stages = set(UNTIL[: UNTIL.index(self.until) + 1])
-            if all(c.episodes.source and not c.scores_given for c in tuned(self.arms).values()):
+            if all(c.episodes.source and not c.labels_given for c in tuned(self.arms).values()):
                 stages.discard("generate")
             check_cluster(self.config, stages=stages, say=self.progress.say, one_node=stored)
             if "train" in stages:
