@@ -167,3 +167,15 @@ def test_scale_asks_what_is_missing_and_says_what_its_model_foresaw() -> None:
     assert printed["resume"]["requests_beyond_the_missing"] == 0
     assert printed["ledger"]["messages_per_s"] > 0
     assert 0 < printed["predicted"]["engines"] <= 128 / 0.05  # prompts in flight over the law's shortest answer
+
+
+def test_sensing_is_timed_both_ways_beside_generation_and_both_sense_the_same() -> None:
+    printed = run("sensing.py", "--prompts", "12", "--tokens", "4", "--repeats", "1")
+    assert_where(printed)
+    assert set(printed["sides"]) == {"transformers", "pooling", "generation"}
+    for side in printed["sides"].values():
+        assert side["ms"] == side["all_ms"][0] > 0
+        assert side["startup_seconds"] > 0
+    for way, share in printed["sensing_over_generation"].items():
+        assert share == pytest.approx(printed["sides"][way]["ms"] / printed["sides"]["generation"]["ms"])
+    assert 0 < printed["largest_difference"] < 1e-3

@@ -173,7 +173,7 @@ def evaluated(sga: Path, tmp_path: Path) -> dict[str, StageFolder]:
     prompts = tmp_path / "held_out.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema=PROMPTS_SCHEMA), prompts)
     asked = {"vanilla": "sense", "sga": "sense", "safe": {"floors": {"harmless": 1.0}}, "low": {"helpful": 0.1}}
-    judged = {"judge": "tests.scripted:word_count"}
+    judged = {"judge": "tests.scripted:flaky_judge"}
     works = []
     for arm, steer in asked.items():
         evaluation = {**judged, "sampling": {"max_tokens": 60}, "prompts": {"source": "given"}}
