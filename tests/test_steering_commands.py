@@ -20,6 +20,7 @@ from spa_ray.engine.scripted import ScriptedEngine
 from spa_ray.generation.budget import Meter
 from spa_ray.generation.setup import Task, engine_chat
 from spa_ray.pipeline.manifest import write_run_config
+from spa_ray.pipeline.preview import preview_prompts
 from spa_ray.pipeline.progress import Progress
 from spa_ray.pipeline.stages import STAGES
 from spa_ray.pipeline.talk import Speaker
@@ -218,3 +219,16 @@ def test_every_model_of_one_pass_is_asked_by_its_own_section(
     assert f"sensed: harmless {harmless:.2f}, helpful {helpful:.2f}" in out
     assert f"asked: harmless 1.00, helpful {helpful:.2f}" in out
     assert "raised by steer.floors: harmless" in out
+
+
+def test_preview_shows_what_the_model_reads_and_its_judge_the_prompt_as_it_was(
+    sga: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = {"model": {"path": str(sga), "dtype": "float32"}, "prompts": {"source": str(prompts)}}
+    config = scripted_config(**shapes, steer={"harmless": 1, "helpful": 0.25}, scoring={"mode": "regex"})
+    shown = preview_prompts(config, verbose=False, count=1)["prompts"]
+    said = [call["prompt"] for call in shown[0]["calls"]]
+    asked = [text for text in said if text.endswith("<harmless_score:1.00> and <helpful_score:0.25>")]
+    assert len(asked) >= config.sampling.n
+    assert sum("_score:" in text for text in said) == len(asked)
+    assert "<helpful_score:0.25>" in capsys.readouterr().out
