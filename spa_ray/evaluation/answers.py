@@ -7,15 +7,19 @@ and is counted; an answer whose judgement failed keeps NaN as its score, which t
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from spa_ray.data.episodes import EpisodeFolder
+from spa_ray.data.schemas import attributes_of, ranges_of
 from spa_ray.evaluation.refusals import is_refusal
 from spa_ray.evaluation.repetition import repetition
 from spa_ray.evaluation.tables import Answers
+from spa_ray.evaluation.wishes import ASKED, COLUMNS, SENSED
 from spa_ray.storage.files import AnyPath
 
 SAFE = {"safe": 1.0, "unsafe": 0.0}  # a prompt's column `label`, as XSTest has it
@@ -49,14 +53,18 @@ class _Rows:
     categories: dict[str, str] = field(default_factory=dict)
     safe: list[float] = field(default_factory=list)
     exact: list[float] = field(default_factory=list)
+    beside: dict[str, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
     errors: int = 0
 
 
 def read_answers(episodes: AnyPath) -> dict[str, FamilyAnswers]:
     """Family -> its answers, sorted by prompt_id so that every model's arrays line up."""
     families: dict[str, _Rows] = {}
-    columns = ["prompt_id", "meta", "responses", "error"]
-    table = EpisodeFolder(episodes).table(columns).sort_by("prompt_id")
+    folder = EpisodeFolder(episodes)
+    steered = [name for name in (SENSED, ASKED) if name in folder.schema.names]
+    names = attributes_of(folder.schema) or []
+    ranges = ranges_of(folder.schema) or [(0.0, 1.0)] * len(names)
+    table = folder.table(["prompt_id", "meta", "responses", "error", *steered]).sort_by("prompt_id")
     for row in table.to_pylist():
         meta = json.loads(row["meta"])
         rows = families.setdefault(meta["family"], _Rows())
@@ -64,6 +72,12 @@ def read_answers(episodes: AnyPath) -> dict[str, FamilyAnswers]:
             rows.errors += 1
         else:
             _add(rows, row["prompt_id"], meta, row["responses"][0])
+            for name in steered:
+                parts = zip(names, ranges, row[name] or [], strict=row[name] is not None)
+                rows.beside[name].append({n: low + part * (high - low) for n, (low, high), part in parts})
+            for name in COLUMNS:
+                found = meta.get(name)
+                rows.beside[name].append(dict(found) if isinstance(found, Mapping) else {})
     return {name: _close(rows) for name, rows in families.items()}
 
 
@@ -91,5 +105,6 @@ def _close(rows: _Rows) -> FamilyAnswers:
         safe=safe if np.isfinite(safe).any() else None,
         exact=exact if np.isfinite(exact).any() else None,
         repetition=np.asarray(rows.repetition, dtype=np.float64),
+        beside={name: found for name, found in rows.beside.items() if any(found)},
     )
     return FamilyAnswers(answers, rows.categories, rows.errors)

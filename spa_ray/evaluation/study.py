@@ -17,7 +17,16 @@ from spa_ray.config.study import Study, StudyTable
 from spa_ray.evaluation.answers import FamilyAnswers
 from spa_ray.evaluation.bootstrap import Interval, ratio_interval
 from spa_ray.evaluation.prompts import MAIN_FAMILY
-from spa_ray.evaluation.tables import SHARES, Answers, ArmMetrics, arm_metrics, cell, number, plain_means
+from spa_ray.evaluation.tables import (
+    UNSAFE_BELOW,
+    Answers,
+    ArmMetrics,
+    arm_metrics,
+    cell,
+    is_share,
+    number,
+    plain_means,
+)
 
 PAIR_COLUMNS = ("right", "tied", "pairs")
 Cell = Interval | list[float]
@@ -99,6 +108,7 @@ class Measured:
     objectives: list[str]
     resamples: int
     seed: int
+    unsafe_below: float = UNSAFE_BELOW
 
     def __post_init__(self) -> None:
         if not self.runs or len({run.seed for run in self.runs}) != len(self.runs):
@@ -121,19 +131,25 @@ class Measured:
         """Over all seeds. `baseline`: an arm, whose measures are subtracted; `judge`: a further one."""
         both = dict.fromkeys([*([baseline] if baseline else []), *arms])
         shared: dict[str, Any] = {"resamples": self.resamples, "seed": self.seed, "baseline": baseline}
-        answers = {arm: self._answers(arm, family, judge) for arm in both}
+        shared["unsafe_below"] = self.unsafe_below
+        answers = {arm: self.answers(arm, family, judge) for arm in both}
         return arm_metrics(answers, objectives=self.objectives, categories=self._categories(family), **shared)
 
     def seed_means(self, arm: str) -> dict[str, list[float]]:
         """Measure -> its mean at each seed over the main set, for the measures that every seed has."""
         means = [
-            plain_means(answers, objectives=self.objectives, categories=self._categories(MAIN_FAMILY))
-            for answers in self._answers(arm, MAIN_FAMILY)
+            plain_means(
+                answers,
+                objectives=self.objectives,
+                categories=self._categories(MAIN_FAMILY),
+                unsafe_below=self.unsafe_below,
+            )
+            for answers in self.answers(arm, MAIN_FAMILY)
         ]
         return {name: [m[name] for m in means] for name in means[0] if all(name in m for m in means)}
 
     def prompts(self, families: Iterable[str]) -> dict[str, int]:
-        return {f: len(set().union(*(a.prompt_ids for a in self._answers(self.arms[0], f)))) for f in families}
+        return {f: len(set().union(*(a.prompt_ids for a in self.answers(self.arms[0], f)))) for f in families}
 
     def pair_cells(self, arm: str) -> dict[str, Cell]:
         """Shares of an arm's pairs over all seeds: a training prompt's pairs of all seeds stay together."""
@@ -155,7 +171,8 @@ class Measured:
     def _categories(self, family: str) -> Mapping[str, str]:
         return self.runs[0].answers[self.arms[0]][family].categories
 
-    def _answers(self, arm: str, family: str, judge: str = "") -> list[Answers]:
+    def answers(self, arm: str, family: str, judge: str = "") -> list[Answers]:
+        """Of every seed."""
         return [(run.judges[judge] if judge else run.answers)[arm][family].answers for run in self.runs]
 
 
@@ -273,5 +290,5 @@ def _written(table: ResultTable, label: str, value: Cell | None) -> str:
     measure = table.columns[label]
     signed = table.signed or label.endswith("change")
     if isinstance(value, list):
-        return " ".join(number(measure, x, signed=signed) for x in value) + (" %" if measure in SHARES else "")
+        return " ".join(number(measure, x, signed=signed) for x in value) + (" %" if is_share(measure) else "")
     return cell(measure, value, signed=signed)

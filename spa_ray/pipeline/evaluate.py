@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from spa_ray.config.models import Config
 from spa_ray.data.episodes import EpisodeFolder
 from spa_ray.data.left_out import ErrorKinds, add_errors
-from spa_ray.data.schemas import EPISODES, PROMPTS, STEERED, WRITE_OPTIONS, with_attributes
+from spa_ray.data.schemas import EPISODES, PROMPTS, STEERED, WRITE_OPTIONS, with_attributes, with_ranges
 from spa_ray.evaluation.answers import FamilyAnswers, read_answers
 from spa_ray.evaluation.tables import arm_metrics
 from spa_ray.generation.setup import Task
@@ -92,7 +92,8 @@ def with_own_columns(mine: pa.Table, work: Work) -> pa.Table:
     method = conditioning(work.input("model"))
     if method is None:
         return mine.drop_columns(STEERED.names)
-    return mine.replace_schema_metadata(with_attributes(mine.schema, method.state["objectives"]).metadata)
+    schema = with_ranges(with_attributes(mine.schema, method.state["objectives"]), method.state["ranges"])
+    return mine.replace_schema_metadata(schema.metadata)
 
 
 def stage_facts(mine: pa.Table, passes: list[PassCounts], *, share: float) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def run_metrics(
             baseline=baseline,
             resamples=config.evaluation.bootstrap,
             seed=config.seed,
+            unsafe_below=config.evaluation.unsafe_below,
         )
         out[family] = {
             arm: {**metrics[arm].to_dict(), "exact": arms[arm].exact, "errors": arms[arm].errors} for arm in arms

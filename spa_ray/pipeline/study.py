@@ -78,7 +78,9 @@ def read_measured(run_dirs: Sequence[AnyPath], judged: Sequence[str] = ()) -> Me
     check_comparable(runs)
     first = runs[0].config
     objectives = list(first.evaluation.objectives or first.objectives)
-    return Measured([_read(run, judged) for run in runs], objectives, first.evaluation.bootstrap, first.seed)
+    evaluation = first.evaluation
+    found = [_read(run, judged) for run in runs]
+    return Measured(found, objectives, evaluation.bootstrap, first.seed, evaluation.unsafe_below)
 
 
 def _open(path: AnyPath) -> _Run:

@@ -29,7 +29,12 @@ def page_data(run: RunData) -> tuple[Markup, str, int]:
     """(the JSON of the answers that are in the page as they are, the deflated rest in base64, prompts in the page)."""
     rows = [_row(asked, run.models) for asked in run.asked]
     first = PLAIN // max(len(run.models), 1)
-    told = {"models": run.models, "objectives": run.objectives, "fold": UNSAFE_BELOW, "rows": rows[:first]}
+    told = {
+        "models": run.models,
+        "objectives": run.objectives,
+        "fold": run.config["evaluation"].get("unsafe_below", UNSAFE_BELOW),
+        "rows": rows[:first],
+    }
     packed, kept = deflated(rows[first:])
     return Markup(script_json(told)), packed, min(len(rows), first) + kept
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from spa_ray.evaluation.bootstrap import Interval
-from spa_ray.evaluation.tables import SHARES, UNSAFE_BELOW, ArmMetrics, markdown, number
+from spa_ray.evaluation.tables import UNSAFE_BELOW, ArmMetrics, is_share, markdown, number
 from spa_ray.logs import printable
 from spa_ray.report import charts, examples, tables
 from spa_ray.report.compare import names
@@ -80,7 +80,7 @@ def context_of(run: RunData, *, sources: Sequence[RunData] = ()) -> dict[str, An
         "legend": charts.legend(arms),
         "examples": shown, "rule": examples.RULE, "baseline": baseline,
         "main_arm": arm or (run.models[-1] if run.models else ""),
-        "fold": UNSAFE_BELOW,
+        "fold": run.config["evaluation"].get("unsafe_below", UNSAFE_BELOW),
         "answers": answers, "packed": packed, "answers_note": note, "models": run.models,
         "groups": list(dict.fromkeys(map(group_of, run.asked))),
         "funnels": [(found.title, charts.funnel(found.value)) for found in run.funnels],
@@ -150,7 +150,7 @@ def tiles(run: RunData) -> list[dict[str, str]]:
         for name in [*run.objectives, "unsafe"]:
             if name in mine["differences"] and name in mine["means"]:
                 change, after = Interval(**mine["differences"][name]), mine["means"][name]["mean"]
-                unit, verb = " %" if name in SHARES else "", direction(change)
+                unit, verb = " %" if is_share(name) else "", direction(change)
                 good = "down" if (verb == "lowers") != (name in LOWER_IS_BETTER) else "up"
                 value = f"{number(name, after - change.mean)} → {number(name, after)}{unit}"
                 note = f"{number(name, change.mean, signed=True)} [{bounds(name, change)}]".replace(", ", ",\u00a0")

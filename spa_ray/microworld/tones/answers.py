@@ -183,12 +183,18 @@ def _kind(category: str, styles: tuple[int, ...], rng: random.Random) -> Iterato
             yield f"{cues} {text}".strip()
 
 
+LEVELS = (0.0, 0.5, 1.0)
+
+
 def held_out(split: str | None = None) -> Iterator[dict[str, Any]]:
-    """Prompts to evaluate on. `wish`: the scores that a prompt asks for; `reference`: an annotated model's answer."""
+    """Prompts to evaluate on. `wish`: the scores that a prompt asks for; `reference`: an annotated model's answer;
+    `scores` and `labels`: the best annotated answer's, without noise and with it; `levels`: one attribute, of which one
+    level is asked for."""
     for text in prompts(split or "test"):
         wish, rng = wish_of(text), random.Random(f"tones/reference/{text}")
         reference = annotated_answer(rng, wish, REFERENCE)
         found = oracle.scores(text, reference)
+        best = group(random.Random(f"tones/scored/{text}"), text)
         yield {
             "prompt": text,
             "category": wish.category,
@@ -197,4 +203,7 @@ def held_out(split: str | None = None) -> Iterator[dict[str, Any]]:
             "wish": dict(zip(ATTRIBUTES, wishes()[kind_of(wish)], strict=True)),
             "reference": reference,
             "reference_scores": {name: found[name] for name in ATTRIBUTES},
+            "scores": dict(zip(ATTRIBUTES, best.truth[best.chosen], strict=True)),
+            "labels": dict(zip(ATTRIBUTES, best.labels[best.chosen], strict=True)),
+            "levels": {rng.choice(ATTRIBUTES): rng.choice(LEVELS)},
         }
