@@ -80,7 +80,7 @@ def sensing_targets(beside: Mapping[str, Floats]) -> dict[str, Floats]:
     """What sensed scores are compared with, on prompts with a cue: the best annotated answer's scores, and the wish."""
     if CUES not in beside:
         return {}
-    cued = np.isfinite(beside[CUES]).any(axis=1)[:, None]
+    cued: NDArray[np.bool_] = np.logical_or.reduce(np.isfinite(beside[CUES]), axis=1, keepdims=True)
     targets = {"": TRUE, f" ({WISH})": WISH}
     return {suffix: np.where(cued, beside[name], np.nan) for suffix, name in targets.items() if name in beside}
 
