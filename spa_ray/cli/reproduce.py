@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from spa_ray.cli.demo import WORLD, of_seed, run_locked
+from spa_ray.cli.figures import figures
 from spa_ray.config import Config, arm_configs
-from spa_ray.config.study import Reproduction, StudyRun
+from spa_ray.config.study import Reproduction, Start, StudyRun
 from spa_ray.errors import InputError
-from spa_ray.storage.files import AnyPath, as_path, read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    from spa_ray.evaluation.study import Measured
+from spa_ray.storage.files import AnyPath, as_path, write_json, write_text
 
 # What of a world's own config a real study keeps: the arms, and nothing that was chosen for a model of 491 words.
 OF_THE_STUDY = ("arms", "objectives", "constitution")
@@ -47,18 +45,26 @@ def reproduce(
     started, spec = time.time(), reproduction(paper)
     chosen = {name: run for name, run in spec.runs.items() if extended or not run.extended}
     progress = Progress()
-    pipelines = {
-        name: [
-            Pipeline(arms, progress=progress, verbose=verbose)
-            for arms in seed_configs(name, run, overrides, seeds=seeds or run.seeds, real=real, out=out)
-        ]
+    configs = {
+        name: seed_configs(name, run, overrides, seeds=seeds or run.seeds, real=real, out=out)
         for name, run in chosen.items()
     }
-    try:
-        for pipeline in (p for ps in pipelines.values() for p in ps):
+
+    def pipelines(name: str) -> list[Pipeline]:
+        found = [Pipeline(arms, progress=progress, verbose=verbose) for arms in configs[name]]
+        for pipeline in found:
             pipeline.check()
+        return found
+
+    first = {name: pipelines(name) for name, run in chosen.items() if run.start is None}
+    folders: dict[str, list[AnyPath]] = {}
+    try:
         with connected(verbose=verbose):
-            folders = {name: [as_path(run_locked(p)["run_dir"]) for p in ps] for name, ps in pipelines.items()}
+            for name, run in chosen.items():
+                if run.start is not None:  # its model is there by now
+                    configs[name] = started_from(run.start, configs[name], folders)
+                mine = first.get(name) or pipelines(name)
+                folders[name] = [as_path(run_locked(pipeline)["run_dir"]) for pipeline in mine]
     finally:
         progress.close()
     options = [*(["--extended"] if extended else []), *([f"--seeds {seeds}"] if seeds else []), *overrides]
@@ -75,7 +81,7 @@ def write_configs(
     """One YAML file a config, for `spa plan` and `spa run`; nothing is run. Seeds are the first one's."""
     written = []
     for name, run in reproduction(paper).runs.items():
-        if extended or not run.extended:
+        if (extended or not run.extended) and run.start is None:  # else its model is not there yet
             config = raw_config(name, run, real, out)
             arm_configs(config, overrides, where=name, stem=name)  # refused before anything is written
             written.append((folder / f"{name}.yaml", config))
@@ -88,7 +94,7 @@ def reproduction(paper: str) -> Reproduction:
     """The package's file for a paper. Raises: InputError for a paper that is not here."""
     file = resources.files(WORLD).joinpath(f"reproduce-{paper}.yaml")
     if not file.is_file():
-        raise InputError(f"--paper {paper}: not here; spa and beyond are")
+        raise InputError(f"--paper {paper}: not here; spa, sga and beyond are")
     return Reproduction.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
@@ -98,6 +104,20 @@ def seed_configs(
     """The arms' configs of every seed, each with a run folder of its own below `out`."""
     arms = arm_configs(raw_config(name, run, real, out), list(overrides), where=f"spa reproduce: {name}", stem=name)
     return [of_seed(arms, seed) for seed in range(seeds)]
+
+
+def started_from(
+    start: Start, seeds: Sequence[dict[str, Config]], folders: Mapping[str, Sequence[AnyPath]]
+) -> list[dict[str, Config]]:
+    """The configs of every seed with the model that another run made of it."""
+    from spa_ray.pipeline.study import arm_model
+
+    found = []
+    for arms, folder in zip(seeds, folders[start.run], strict=True):
+        path = str(arm_model(folder, start.arm))
+        model = {arm: config.model.model_copy(update={"path": path}) for arm, config in arms.items()}
+        found.append({arm: config.model_copy(update={"model": model[arm]}) for arm, config in arms.items()})
+    return found
 
 
 def raw_config(name: str, run: StudyRun, real: dict[str, str], out: str) -> dict[str, Any]:
@@ -136,17 +156,16 @@ def write_page(
         not_here,
         own_section,
         table_section,
-        win_rates_section,
     )
-    from spa_ray.evaluation.rv import rv_markdown, rv_shape
-    from spa_ray.evaluation.study import build_study
-    from spa_ray.pipeline.run import RV, WIN_RATES
+    from spa_ray.evaluation.study import build_study, together
     from spa_ray.pipeline.study import read_measured
 
     paper, parts, everything = published(spec.paper) if spec.paper else {}, [], []
     data: dict[str, Any] = {}
     for name, run in chosen.items():
         measured = read_measured(folders[name], run.study.judged)
+        if run.start is not None:
+            measured = together(measured, read_measured(folders[run.start.beside]), run.start.arm)
         results = build_study(measured, run.study)
         for key, table in run.study.tables.items():
             if key not in results.tables:
@@ -159,16 +178,7 @@ def write_page(
             everything += found
             parts.append(table_section(measured, results, key, table, theirs))
             data[f"{name}.{key}"] = as_data(found)
-        if run.win_rates is not None:
-            rates = [read_json(folder / WIN_RATES) for folder in folders[name]]
-            parts.append(win_rates_section(run.win_rates, rates))
-        if run.rv is not None:
-            curves = [read_json(folder / RV)[0] for folder in folders[name]]
-            parts.append(
-                "\n\n".join([f"## {run.rv.title}", run.rv.note, rv_markdown(curves), f"**{rv_shape(curves)}**"])
-            )
-            data[f"{name}.rv"] = curves
-        for part, (text, found) in _made(run, folders[name], measured).items():
+        for part, (text, found) in figures(run, folders[name], measured, page).items():
             parts.append(text)
             data[f"{name}.{part}"] = found
         data[name] = results.to_dict()
@@ -182,32 +192,6 @@ def write_page(
     write_json(page.with_suffix(".json"), data)
     write_text(page, "\n\n".join([*head, *parts, *tail]) + "\n")
     return page
-
-
-def _made(run: StudyRun, folders: Sequence[AnyPath], measured: Measured) -> dict[str, tuple[str, Any]]:
-    """The spread of scores and the funnels, each as Markdown and as data, where the study asks for them."""
-    import numpy as np
-
-    from spa_ray.evaluation.distributions import funnel_markdown, funnel_table, histograms, scores_markdown
-    from spa_ray.evaluation.prompts import MAIN_FAMILY
-    from spa_ray.pipeline.study import read_made
-
-    found: dict[str, tuple[str, Any]] = {}
-    if run.scores is not None:
-        arm = run.scores.arms[0]
-        made, objectives = [read_made(folder, arm) for folder in folders], measured.objectives
-        own = {kind: np.concatenate([getattr(m, kind) for m in made]) for kind in ("candidate", "refined")}
-        answers = {a: np.concatenate([seed.answers[a][MAIN_FAMILY].answers.scores for seed in measured.runs])
-                   for a in measured.arms if a in ("vanilla", *run.scores.arms)}  # fmt: skip
-        spread = {
-            "By the model itself": histograms(own, objectives),
-            "Held-out answers, by the evaluation's judge": histograms(answers, objectives),
-        }
-        found["scores"] = "\n\n".join([f"## {run.scores.title}", run.scores.note, scores_markdown(spread)]), spread
-    if run.funnel is not None:
-        table = funnel_table({arm: [read_made(f, arm).funnel for f in folders] for arm in run.funnel.arms})
-        found["funnel"] = "\n\n".join([f"## {run.funnel.title}", run.funnel.note, funnel_markdown(table)]), table
-    return found
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class PaperTable(Section):
     """The published table that ours is laid beside (`spa_ray.evaluation.published`), and what is compared."""
 
     table: str = Field(description="its key there")
+    turned: bool = Field(False, description="whether the paper's columns are our rows")
     rows: dict[str, str] = Field(default_factory=dict, description="our arm -> the paper's row")
     columns: dict[str, tuple[str, ...]] = Field(
         min_length=1, description="our column -> the paper's columns that it stands for"
@@ -70,6 +71,15 @@ class PaperFigure(Section):
     families: tuple[str, ...] = Field((), description="none: all")
 
 
+class Start(Section):
+    """Another run's model, of the same seed, in the place of the config's own. Tables call it by the arm's name, and
+    see the arms of the run `beside` as well."""
+
+    run: str
+    arm: str
+    beside: str
+
+
 class StudyRun(Section):
     """One config, its seeds, its tables."""
 
@@ -77,11 +87,17 @@ class StudyRun(Section):
     seeds: int = Field(ge=1)
     extended: bool = Field(False, description="left out unless all is asked for")
     config: dict[str, Any] = Field(default_factory=dict, description="sections and keys that differ from the base's")
+    start: Start | None = Field(None, description="a run before this one whose model this one starts from; null: none")
     study: Study
     scores: PaperFigure | None = Field(None, description="how to show the spread of scores before and after; null: not")
     funnel: PaperFigure | None = Field(None, description="how to show its arms' funnels side by side; null: not")
     rv: PaperFigure | None = Field(None, description="how to show `evaluation.rv`; null: not")
     win_rates: PaperFigure | None = Field(None, description="how to show `evaluation.pairwise`; null: not")
+    sensed: PaperFigure | None = Field(None, description="how to show sensed scores beside true ones; null: not")
+    steering: PaperFigure | None = Field(None, description="how to show what asking for a level moves; null: not")
+    radar: PaperFigure | None = Field(None, description="how to show the arms' means as a radar chart; null: not")
+    costs: PaperFigure | None = Field(None, description="how to show what training took; null: not")
+    cases: PaperFigure | None = Field(None, description="two arms, whose answers are shown by the rule; null: not")
 
 
 class Reproduction(Section):

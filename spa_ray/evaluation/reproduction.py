@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spa_ray.config.pairwise import REFERENCE
 from spa_ray.config.study import PaperFigure, StudyTable
 from spa_ray.evaluation.bootstrap import Interval
 from spa_ray.evaluation.prompts import MAIN_FAMILY
@@ -38,6 +39,7 @@ def compare(measured: Measured, spec: StudyTable, paper: Published) -> list[Comp
     """All comparisons that a table asks for and that both sides have numbers for."""
     section = spec.paper
     assert section is not None
+    paper = paper.turned() if section.turned else paper
     found = []
     families = spec.families or (MAIN_FAMILY,)
     places = {column_name(spec, family, name): (family, name) for family in families for name in spec.measures}
@@ -107,20 +109,22 @@ def win_rates_section(figure: PaperFigure, seeds: Sequence[Mapping[str, Any]]) -
         for objective in objectives
     ]
     head = [objective if family == MAIN_FAMILY else f"{family}: {objective}" for family, objective in columns]
+    against = seeds[0][arms[0]]["against"]
+    strict = against == REFERENCE  # as the SGA paper counts
     lines = [["", *head], ["---", *["---:"] * len(head)]]
     for arm in arms:
         cells = []
         for family, objective in columns:
             found = [seed[arm]["families"][family][objective] for seed in seeds]
             wins, ties, losses = (sum(f[name] for f in found) for name in ("wins", "ties", "losses"))
-            share = (wins + ties / 2) / max(1, wins + ties + losses)
+            share = (wins + (0 if strict else ties / 2)) / max(1, wins + ties + losses)
             cells.append(f"{wins} / {ties} / {losses}  {share:.1%}")
         lines.append([arm, *cells])
-    against = seeds[0][arms[0]]["against"]
     over = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    what = f"Wins / ties / losses against {against} over {over}, and (wins + ties / 2) / all."
+    rule = "wins / all" if strict else "(wins + ties / 2) / all"
+    what = f"Wins / ties / losses against {against} over {over}, and {rule}."
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([f"## {figure.title}", f"{what} {figure.note}".strip(), table])
+    return f"{what}\n\n{table}"
 
 
 def as_data(found: Sequence[Comparison]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -148,6 +148,10 @@ class Measured:
         ]
         return {name: [m[name] for m in means] for name in means[0] if all(name in m for m in means)}
 
+    def by_prompt(self, arm: str) -> dict[str, Floats]:
+        """Measure -> its values by prompt of the main set, each the mean over the seeds."""
+        return by_prompt(self.answers(arm, MAIN_FAMILY), objectives=self.objectives, unsafe_below=self.unsafe_below)
+
     def prompts(self, families: Iterable[str]) -> dict[str, int]:
         return {f: len(set().union(*(a.prompt_ids for a in self.answers(self.arms[0], f)))) for f in families}
 
@@ -174,6 +178,20 @@ class Measured:
     def answers(self, arm: str, family: str, judge: str = "") -> list[Answers]:
         """Of every seed."""
         return [(run.judges[judge] if judge else run.answers)[arm][family].answers for run in self.runs]
+
+
+def together(first: Measured, other: Measured, vanilla: str) -> Measured:
+    """The arms of two runs of every seed: those of `other` after the first's, whose `vanilla` they call by that name.
+
+    Raises: ValueError for an arm that both have, or other seeds.
+    """
+    runs = []
+    for mine, theirs in zip(first.runs, other.runs, strict=True):
+        own = {(vanilla if arm == "vanilla" else arm): found for arm, found in mine.answers.items()}
+        if mine.seed != theirs.seed or own.keys() & theirs.answers.keys():
+            raise ValueError(f"runs of seeds {mine.seed} and {theirs.seed} with arms {[*own]} and {[*theirs.answers]}")
+        runs.append(SeedRun(mine.seed, {**theirs.answers, **own}))
+    return replace(first, runs=runs)
 
 
 def _table(measured: Measured, spec: StudyTable) -> ResultTable:

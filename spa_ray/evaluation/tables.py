@@ -165,6 +165,13 @@ def plain_means(
     return {name: float(v.mean()) for name, v in finite.items() if v.size}
 
 
+def by_prompt(
+    by_seed: Sequence[Answers], *, objectives: Sequence[str], unsafe_below: float = UNSAFE_BELOW
+) -> dict[str, Floats]:
+    """Measure -> (prompts,): each the mean over the seeds, over the prompts that all of them answered."""
+    return dict(_over_seeds([_measure(answers, objectives, {}, unsafe_below) for answers in by_seed]).values)
+
+
 @dataclass(frozen=True)
 class _Measured:
     """Measures of n prompts: name -> (n,), NaN where the measure does not apply to the prompt."""

@@ -24,7 +24,7 @@ from spa_ray.evaluation.study import Measured, PairOrder, SeedRun, build_study, 
 from spa_ray.generation.judging import Item, Parts, Scorer
 from spa_ray.objectives import Objective, load_objectives
 from spa_ray.pipeline.inspect import run_configs
-from spa_ray.storage.files import AnyPath, is_file, parquet_dataset, read_json, write_json, write_text
+from spa_ray.storage.files import AnyPath, as_path, is_file, parquet_dataset, read_json, write_json, write_text
 from spa_ray.storage.folder import EVALUATION, RunFolder, StageFolder, open_run
 
 SCORED = "score:"  # how the label of a further judge's stages begins
@@ -163,6 +163,31 @@ def read_made(run_dir: AnyPath, arm: str) -> Made:
         np.array(rows, dtype=np.float64).reshape(-1, len(config.objectives)) for rows in found.values()
     )
     return Made(candidate, refined, read_json(folder / stages["build"] / "funnel.json"))
+
+
+def arm_model(run_dir: AnyPath, arm: str) -> AnyPath:
+    """The model of a finished arm's last iteration. Raises: InputError where it has none."""
+    run = open_run(run_dir)
+    config = run_configs(run).get(arm)
+    record = run.arm_file(arm, config.iterations.count if config else 1)
+    if config is None or not is_file(record):
+        raise InputError(f"{run_dir}: arm {arm} has no model; run it to its end first")
+    return as_path(read_json(record)["model"])
+
+
+def read_costs(run_dir: AnyPath) -> dict[str, dict[str, float]]:
+    """Arm -> the seconds of training its model, and of the models that its method trains first (`Method.recipe`)."""
+    run = open_run(run_dir)
+    found = {}
+    for arm, config in run_configs(run).items():
+        record = run.arm_file(arm, 1)
+        if config.merge is None and is_file(record):
+            stages = read_json(record)["stages"]
+            seconds = {label: read_json(run.path / "stages" / name / "stage.json")["seconds"]
+                       for label, name in stages.items() if label.split(":")[0] == "train"}  # fmt: skip
+            own = seconds.pop("train")
+            found[arm] = {"training, s": own, "further models, s": sum(seconds.values())}
+    return found
 
 
 class _Asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -233,10 +234,38 @@ def rv(found: Mapping[str, Any]) -> Markup | None:
     return picture(body, 230.0, "RV coefficient of both judges by share of prompts")
 
 
+def radar(series: Mapping[str, Sequence[float]], axes: Sequence[str]) -> Markup:
+    """Means of several arms on as many axes as there are objectives, from the lowest mean of all to the highest."""
+    values = [value for found in series.values() for value in found]
+    middle, radius = (W / 2, 130.0), 100.0
+    low, high = spread(values)
+    at = scale(low, high, 0, radius)
+    turns = [2 * math.pi * k / len(axes) for k in range(len(axes))]
+
+    def place(k: int, value: float) -> Point:
+        return middle[0] + at(value) * math.sin(turns[k]), middle[1] - at(value) * math.cos(turns[k])
+
+    marks, body = [*ticks(low, high, 3), high], ""
+    for value in marks:
+        body += f'<polygon points="{points([place(k, value) for k in range(len(axes))])}" class="ring faint"/>'
+    for k, name in enumerate(axes):
+        x, y = place(k, high)
+        body += line(*middle, x, y, "faint")
+        body += text(x + 10 * math.sin(turns[k]), y + 4 - 12 * math.cos(turns[k]), name, "tick", "middle")
+    body += "".join(text(middle[0] + 3, middle[1] - at(v) + 4, tick(v), "tick") for v in marks[:-1])
+    for s, (arm, found) in enumerate(series.items()):
+        corners = [place(k, value) for k, value in enumerate(found)]
+        body += path([*corners, corners[0]], f"s{s % SERIES}-line curve")
+        body += "".join(marker(s, *corner, f"{arm}, {axes[k]}: {found[k]:.3f}", 3) for k, corner in enumerate(corners))
+        x, y = 12 + 110 * (s % 3), 268.0 + 18 * (s // 3)
+        body += marker(s, x, y, arm) + text(x + 10, y + 4, arm, "label")
+    return picture(body, 268.0 + 18 * -(-len(series) // 3), f"Mean scores: {', '.join(axes)}")
+
+
 def thinned(found: Sequence[Point]) -> list[Point]:
     size = -(-len(found) // STEPS)
     groups = [found[k : k + size] for k in range(0, len(found), size)]
     return [(group[-1][0], sum(b for _, b in group) / len(group)) for group in groups]
 
 
-__all__ = ["bubbles", "curve", "distribution", "forest", "funnel", "histogram", "legend", "plane", "tick"]
+__all__ = ["bubbles", "curve", "distribution", "forest", "funnel", "histogram", "legend", "plane", "radar", "tick"]

@@ -22,6 +22,21 @@ def picture(body: str, height: float, label: str) -> Markup:
     return Markup(f'<svg viewBox="0 0 {W} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>')
 
 
+# The page's colours on light and dark, for a picture that is a file of its own.
+COLOURS = ("#6f7277", "#0072b2", "#b66d00", "#00805c", "#b0588a", "#d55e00", "#2a8fc7", "#7a6a00")
+
+
+def alone(drawn: Markup) -> str:
+    """A picture as a file of its own, with what it needs of the page's style sheet."""
+    series = "".join(f".s{k}{{fill:{c}}}.s{k}-line{{stroke:{c}}}" for k, c in enumerate(COLOURS))
+    style = (
+        f"svg{{background:#fff}}text{{font:11px system-ui,sans-serif;fill:#1c1d20}}{series}"
+        ".curve{fill:none;stroke-width:1.8}.ring{fill:none}.faint,.rule{stroke:#bbb;stroke-width:.8}"
+    )
+    opened, _, rest = str(drawn).partition(">")
+    return f'{opened} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{rest}\n'
+
+
 def text(x: float, y: float, said: str, kind: str = "", anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(said)}</text>'
 

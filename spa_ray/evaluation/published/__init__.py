@@ -27,6 +27,12 @@ class Published:
             return self.differences[f"{a} − {b}"][at]
         return round(self.rows[a][at] - self.rows[b][at], 3) if {a, b} <= self.rows.keys() else None
 
+    def turned(self) -> Published:
+        """Rows as columns, columns as rows."""
+        turned = zip(*self.rows.values(), strict=True)
+        rows = {name: list(values) for name, values in zip(self.columns, turned, strict=True)}
+        return Published(self.title, list(self.rows), rows)
+
 
 def published(paper: str) -> dict[str, Published]:
     """A paper's tables by key. Raises: InputError for a paper that is not here."""
