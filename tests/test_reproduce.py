@@ -121,11 +121,21 @@ def test_a_direction_is_a_sign_that_the_interval_bears_out(paper: list[float], o
     assert verdict(paper, Interval(sum(ours) / 2, *ours, 9)) == said
 
 
-@pytest.mark.parametrize("paper", ["spa", "beyond"])
+@pytest.mark.parametrize("paper", ["spa", "sga", "beyond"])
 def test_the_package_study_names_arms_columns_and_rows_that_there_are(paper: str) -> None:
-    for name, run in reproduction(paper).runs.items():
-        (configs,) = seed_configs(name, run, [], seeds=1, real={}, out="/x")
+    spec = reproduction(paper)
+    numbers = published(spec.paper) if spec.paper else {}
+    made = {name: seed_configs(name, run, [], seeds=1, real={}, out="/x")[0] for name, run in spec.runs.items()}
+    for name, run in spec.runs.items():
+        configs = made[name]
         arms = {"vanilla", *configs}
+        if run.start is not None:
+            assert list(made).index(run.start.run) < list(made).index(name)
+            assert run.start.arm in made[run.start.run]
+            arms |= {run.start.arm, *made[run.start.beside]}
+            assert not configs.keys() & made[run.start.beside].keys()
+        shown = [run.sensed, run.steering, run.radar, run.costs, run.cases]
+        assert {arm for figure in shown if figure for arm in figure.arms} <= arms
         for table in run.study.tables.values():
             assert {*table.arms, *itertools.chain(*table.differences)} <= arms
             evaluation = configs[next(iter(configs))].evaluation
@@ -133,7 +143,8 @@ def test_the_package_study_names_arms_columns_and_rows_that_there_are(paper: str
             assert table.judge in ("", *evaluation.judges)
             if table.paper is None:
                 continue
-            theirs = SPA[table.paper.table]
+            theirs = numbers[table.paper.table]
+            theirs = theirs.turned() if table.paper.turned else theirs
             assert set(table.paper.rows) <= arms
             known = {*theirs.rows, *itertools.chain(*(key.split(" − ") for key in theirs.differences))}
             assert set(table.paper.rows.values()) <= known

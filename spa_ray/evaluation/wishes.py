@@ -91,6 +91,8 @@ def _each(name: str, values: Floats, objectives: Sequence[str]) -> dict[str, Flo
 
 def rank_correlation(levels: Floats, values: Floats) -> float:
     """Spearman's: Pearson's of the ranks, equal values with their mean rank. NaN where either has no spread."""
+    if not len(levels):
+        return float("nan")
     a, b = (_ranks(column) for column in (levels, values))
     a, b = a - a.mean(), b - b.mean()
     norm = np.sqrt((a @ a) * (b @ b))
