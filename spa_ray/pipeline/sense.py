@@ -112,7 +112,7 @@ def run_pass(
     from spa_ray.generation.stage import explained, row_checkpoint
     from spa_ray.steering.actor import upstream_of
 
-    upstream = upstream_of(config, [(model, Steer())], prompts=prompts, day=day)
+    upstream = upstream_of(config, [(model, Steer())], prompts=prompts, day=day, alone=True)
     assert upstream is not None
     schema = with_attributes(SENSED, method.state["objectives"])
     size = config.generation.rows_per_block

@@ -129,10 +129,11 @@ _known = lru_cache(maxsize=64)(conditioning_of)  # of actors, whose models do no
 
 
 def upstream_of(
-    config: Config, uses: Sequence[tuple[AnyPath, Steer]], *, prompts: AnyPath, day: date | None
+    config: Config, uses: Sequence[tuple[AnyPath, Steer]], *, prompts: AnyPath, day: date | None, alone: bool = False
 ) -> Upstream | None:
     """What comes in front of the engines of a pass over `prompts` by these models, each under its `steer`; None where
-    no model of them is conditioned on scores. Without a name in a row it is the first use's.
+    no model of them is conditioned on scores. Without a name in a row it is the first use's. `alone`: without engines
+    beside it, whose cores it must leave them.
 
     Raises: InputError for what a model cannot be asked.
     """
@@ -144,7 +145,7 @@ def upstream_of(
         check_prompts(steer, method, prompts)
     names = {tuple(method.state["objectives"]) for method, _ in found}
     gpus = config.resources.gpus_per_sensor
-    cores = takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
+    cores = alone and takes_all_cores(config.resources, gpus=gpus, environment=os.environ)
     model, steer = uses[0]
     how = Steering(config.model, model, steer, day, "cuda" if gpus else "cpu", cores)
     return Upstream(SteeringActor, (how,), render, next(iter(names)) if len(names) == 1 else None, gpus)
