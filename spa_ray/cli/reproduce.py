@@ -163,7 +163,7 @@ def write_page(
     paper, parts, everything = published(spec.paper) if spec.paper else {}, [], []
     data: dict[str, Any] = {}
     for name, run in chosen.items():
-        measured = read_measured(folders[name], run.study.judged)
+        measured = read_measured(folders[name], run.study.judged, own_models=run.start is not None)
         if run.start is not None:
             measured = together(measured, read_measured(folders[run.start.beside]), run.start.arm)
         results = build_study(measured, run.study)

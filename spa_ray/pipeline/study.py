@@ -44,9 +44,11 @@ class _Run:
     def config(self) -> Config:
         return next(iter(self.configs.values()))
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, *, own_models: bool) -> dict[str, Any]:
         """What must be equal in every run of a study."""
         arms = {name: config.model_dump(mode="json", exclude=OF_A_SEED) for name, config in self.configs.items()}
+        for arm in arms.values() if own_models else ():
+            arm["model"].pop("path")
         return {"arms": arms, "evalprompts": self.stages["evalprompts"]}
 
     def stage(self, folder_name: str) -> AnyPath:
@@ -69,13 +71,14 @@ def write_study(run_dirs: Sequence[AnyPath], out: AnyPath, study: Study) -> AnyP
     return out
 
 
-def read_measured(run_dirs: Sequence[AnyPath], judged: Sequence[str] = ()) -> Measured:
-    """The answers of finished runs, and how the evaluation's judge sees the pairs of the `judged` arms.
+def read_measured(run_dirs: Sequence[AnyPath], judged: Sequence[str] = (), *, own_models: bool = False) -> Measured:
+    """The answers of finished runs, and how the evaluation's judge sees the pairs of the `judged` arms. `own_models`:
+    each started from another model.
 
     Raises: InputError as `write_study` does.
     """
     runs = [_open(path) for path in run_dirs]
-    check_comparable(runs)
+    check_comparable(runs, own_models=own_models)
     first = runs[0].config
     objectives = list(first.evaluation.objectives or first.objectives)
     evaluation = first.evaluation
@@ -98,7 +101,7 @@ def _open(path: AnyPath) -> _Run:
     return run
 
 
-def check_comparable(runs: Sequence[_Run]) -> None:
+def check_comparable(runs: Sequence[_Run], *, own_models: bool = False) -> None:
     """Raises: InputError unless there are runs, each of another seed, that are alike in all else."""
     if not runs:
         raise InputError("a study needs at least one run folder")
@@ -108,7 +111,7 @@ def check_comparable(runs: Sequence[_Run]) -> None:
         if run.config.seed in seeds:
             raise InputError(f"{path}: seed {run.config.seed} again, as {seeds[run.config.seed]}; one run a seed")
         seeds[run.config.seed] = path
-        if run.settings() != runs[0].settings():
+        if run.settings(own_models=own_models) != runs[0].settings(own_models=own_models):
             raise InputError(
                 f"{path}: its arms, settings or held-out prompts are not those of {runs[0].folder.path}; "
                 "only the seed may differ within a study"
