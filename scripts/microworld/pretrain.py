@@ -135,7 +135,7 @@ def pretrain(
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(json.dumps(row), flush=True)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 100 == 0:
             save(model, tokenizer, out)
     save(model, tokenizer, out)
 
