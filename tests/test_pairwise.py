@@ -28,6 +28,7 @@ from spa_ray.generation.setup import Task, check_judges, make_episodes
 from spa_ray.generation.templates import PairTemplate
 from spa_ray.objectives import load_objectives
 from spa_ray.pipeline import recipe
+from spa_ray.pipeline.judged import references
 from spa_ray.pipeline.plan import make_plan
 from spa_ray.pipeline.preflight import check_opponent, eval_config
 from spa_ray.pipeline.stage_keys import Known
@@ -330,6 +331,23 @@ def test_an_opponent_that_is_no_model_of_the_run_is_told() -> None:
     arms = run_of(pairwise={"against": "spy"})
     with pytest.raises(InputError, match="'spy' is not one of vanilla, spa, sft, reference"):
         check_opponent(arms, arms["spa"])
+
+
+def test_a_reference_is_read_from_the_column_that_is_named() -> None:
+    meta = json.dumps({"reference": "by hand", "response": "of the data", "n": 3})
+    answers = pa.table({"prompt_id": ["test/1"], "meta": [meta]})
+    assert references(answers)["test/1"]["text"] == "by hand"
+    assert references(answers, "response")["test/1"]["text"] == "of the data"
+    assert references(answers, "n") == {}
+
+
+@pytest.mark.parametrize("judge", [ORACLE, "base"])
+def test_another_column_is_another_comparison(judge: str) -> None:
+    def key(**section: Any) -> str:
+        config = pairwise_config(against="reference", judge=judge, **section)
+        return STAGES["pairwise"].key(config, {}, Known(names=("pairwise.judge", "spa", "reference")))
+
+    assert key() == key(reference="reference") != key(reference="response")
 
 
 def test_judges_without_held_out_prompts_are_told() -> None:

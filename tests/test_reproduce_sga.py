@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from spa_ray.cli.reproduce import reproduction, seed_configs, started_from, write_page
 from spa_ray.config import Config
@@ -115,3 +116,37 @@ def test_the_page_shows_the_papers_numbers_and_every_figure(page: Path) -> None:
     assert "| spa_sga_floors − adversarial |" in text
     assert page.with_name("RESULTS-radar.svg").read_text().startswith("<svg")
     assert STEERED.names[0] not in text.partition("## Not here")[2]
+
+
+@pytest.mark.parametrize(("data", "split"), [("helpsteer2", "validation"), ("ultrafeedback", "test")])
+def test_a_real_study_has_the_arms_and_nothing_of_the_world(tmp_path: Path, spa: Any, data: str, split: str) -> None:
+    reward = "{path: /rm, output: rewards, attributes: {helpfulness: 0}}"
+    real = ["--paper", "sga", "--model", "org/8b", "--reward", reward, "--data", data]
+    status, out, err = spa("reproduce", *real, "--configs", tmp_path / "c", "--out", tmp_path / "o", "--json")
+    assert status == 0, err
+    (path,) = json.loads(out.splitlines()[-1])["configs"]
+    text = Path(path).read_text()
+    written = yaml.safe_load(text)
+    assert "tones" not in text
+    assert "harmless" not in text
+    assert written["arms"]["sga_dpo"] == {"train.method": "sga_dpo"}  # its paper's settings
+    assert written["arms"]["half"]["steer"] == dict.fromkeys(written["objectives"], 0.5)
+    assert not {"truth", "levels", "adversarial", "floors"} & written["arms"].keys()
+    assert written["evaluation"]["judge"]["output"] == "rewards"
+    assert written["evaluation"]["prompts"]["split"] == split
+    assert written["evaluation"].get("pairwise", {}).get("reference") == ("response" if data == "helpsteer2" else None)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--model", "m", "--data", "helpsteer2"], "--reward: missing"),
+        (["--model", "m", "--data", "helpsteer2", "--reward", "r", "--judge", "j"], "--judge: not of this paper"),
+        (["--model", "m", "--data", "honeset", "--reward", "r"], "--data honeset: give helpsteer2 or ultrafeedback"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_line(tmp_path: Path, spa: Any, given: list[str], told: str) -> None:
+    status, _, err = spa("reproduce", "--paper", "sga", *given, "--configs", tmp_path / "c")
+    assert status == 2
+    assert told in err
+    assert not (tmp_path / "c").exists()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spa_ray.config.study import PaperFigure, StudyRun
-from spa_ray.storage.files import AnyPath, read_json, write_text
+from spa_ray.storage.files import AnyPath, is_file, read_json, write_text
 
 if TYPE_CHECKING:
     from spa_ray.evaluation.study import Measured
@@ -41,10 +41,13 @@ def figures(run: StudyRun, folders: Sequence[AnyPath], measured: Measured, page:
     return found
 
 
-def _win_rates(figure: PaperFigure, folders: Sequence[AnyPath], *_: Any) -> Found:
+def _win_rates(figure: PaperFigure, folders: Sequence[AnyPath], *_: Any) -> Found | None:
+    """None where nothing was compared in pairs."""
     from spa_ray.evaluation.reproduction import win_rates_section
     from spa_ray.pipeline.run import WIN_RATES
 
+    if not all(is_file(folder / WIN_RATES) for folder in folders):
+        return None
     rates = [read_json(folder / WIN_RATES) for folder in folders]
     return win_rates_section(figure, rates), rates
 

@@ -18,7 +18,9 @@ import yaml
 from spa_ray.cli.demo import WORLD, of_seed, run_locked
 from spa_ray.cli.figures import figures
 from spa_ray.config import Config, arm_configs
+from spa_ray.config.plugs import SOURCES, load_plug
 from spa_ray.config.study import Reproduction, Start, StudyRun
+from spa_ray.data.named import HALVES
 from spa_ray.errors import InputError
 from spa_ray.storage.files import AnyPath, as_path, write_json, write_text
 
@@ -43,7 +45,7 @@ def reproduce(
     from spa_ray.pipeline.run import Pipeline
 
     started, spec = time.time(), reproduction(paper)
-    chosen = {name: run for name, run in spec.runs.items() if extended or not run.extended}
+    chosen = chosen_runs(spec, extended=extended, real=bool(real))
     progress = Progress()
     configs = {
         name: seed_configs(name, run, overrides, seeds=seeds or run.seeds, real=real, out=out)
@@ -80,8 +82,8 @@ def write_configs(
 ) -> list[Path]:
     """One YAML file a config, for `spa plan` and `spa run`; nothing is run. Seeds are the first one's."""
     written = []
-    for name, run in reproduction(paper).runs.items():
-        if (extended or not run.extended) and run.start is None:  # else its model is not there yet
+    for name, run in chosen_runs(reproduction(paper), extended=extended, real=bool(real)).items():
+        if run.start is None:  # else its model is not there yet
             config = raw_config(name, run, real, out)
             arm_configs(config, overrides, where=name, stem=name)  # refused before anything is written
             written.append((folder / f"{name}.yaml", config))
@@ -96,6 +98,19 @@ def reproduction(paper: str) -> Reproduction:
     if not file.is_file():
         raise InputError(f"--paper {paper}: not here; spa, sga and beyond are")
     return Reproduction.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def chosen_runs(spec: Reproduction, *, extended: bool, real: bool) -> dict[str, StudyRun]:
+    return {
+        name: run
+        for name, run in spec.runs.items()
+        if (extended or not run.extended) and not (real and run.of_the_world)
+    }
+
+
+def needed(paper: str) -> tuple[str, ...]:
+    """The options that a study on real models needs, all of them."""
+    return ("model", reproduction(paper).judged_by, "data")
 
 
 def seed_configs(
@@ -124,7 +139,9 @@ def raw_config(name: str, run: StudyRun, real: dict[str, str], out: str) -> dict
     """One config as plain data: the base's, with what differs."""
     base = yaml.safe_load(resources.files(WORLD).joinpath(run.base).read_text(encoding="utf-8"))
     raw = _merged(base, run.config)
-    if real:
+    if "reward" in real:
+        raw = real_given(raw, real)
+    elif real:
         kept = {key: raw[key] for key in OF_THE_STUDY if key in raw}
         held_out = {"source": real["data"], "split": "test", "limit": 400}
         asked = {key: raw["evaluation"][key] for key in ("pairwise", "rv") if key in raw["evaluation"]}
@@ -137,6 +154,42 @@ def raw_config(name: str, run: StudyRun, real: dict[str, str], out: str) -> dict
             "evaluation": {"prompts": held_out, "judge": real["judge"], **asked},
         }
     return {**raw, "name": name, "run_dir": str(as_path(out) / name)}
+
+
+OF_A_SIZE = ("train.lr", "train.head_lr", "train.max_pairs")  # of an arm: chosen for a tiny model
+
+
+def real_given(raw: Mapping[str, Any], real: Mapping[str, str]) -> dict[str, Any]:
+    """A study of given answers on a public data set by name. The arms are without what was chosen for the world, those
+    that ask for its columns left out. Raises: InputError for data whose scores have no known names."""
+    found = load_plug(SOURCES, real["data"], where="--data") if real["data"] in SOURCES else None
+    if found is None or not found.ranges:
+        raise InputError(f"--data {real['data']}: give helpsteer2 or ultrafeedback; of others write a config")
+    given = yaml.safe_load(real["reward"])
+    judge = {"kind": "reward", **(given if isinstance(given, dict) else {"path": given})}
+    train, *_, held_out = found.splits or HALVES
+    against = {"against": "reference", "reference": found.reference, "judge": judge, "both_orders": False}
+    asked = {"source": real["data"], "split": held_out, "limit": 1000}
+    return {
+        "arms": {name: kept for name, arm in raw["arms"].items() if (kept := _real_arm(arm, list(found.ranges)))},
+        "objectives": list(found.ranges),
+        "constitution": "attributes",
+        "model": {"path": real["model"]},
+        "episodes": {"source": real["data"], "split": train, "on_bad_row": "skip"},
+        "pairs": {"order": "mean"},
+        "evaluation": {"prompts": asked, "judge": judge, **({"pairwise": against} if found.reference else {})},
+    }
+
+
+def _real_arm(arm: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, Any] | None:
+    """None for an arm that asks for columns or several values of the world's; one value for all is one here too."""
+    kept = {key: value for key, value in arm.items() if key not in OF_A_SIZE}
+    if isinstance(steer := arm.get("steer"), Mapping):
+        values = list(steer.values())
+        if isinstance(values[0], str) or any(value != values[0] for value in values):
+            return None
+        kept["steer"] = dict.fromkeys(objectives, values[0])
+    return kept
 
 
 def write_page(

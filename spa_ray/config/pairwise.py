@@ -18,9 +18,9 @@ class Pairwise(Compare):
 
     against: str = Field(
         "vanilla",
-        description="`vanilla` (the model before training), an arm, or `reference`: each prompt's own column of that"
-        " name",
+        description="`vanilla` (the model before training), an arm, or `reference`: an answer that each prompt brings",
     )
+    reference: str = Field(REFERENCE, description="the prompts' column with that answer, of HelpSteer2 `response`")
     judge: str | JudgeKinds = Field(
         "base",
         description="as `evaluation.judge`, or a class derived from `spa_ray.PairwiseJudge`; one that scores single"

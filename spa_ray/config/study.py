@@ -5,7 +5,7 @@ A study is runs of one config that differ in their seeds, and the tables that ar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -86,6 +86,7 @@ class StudyRun(Section):
     base: str = Field(description="a config beside this file")
     seeds: int = Field(ge=1)
     extended: bool = Field(False, description="left out unless all is asked for")
+    of_the_world: bool = Field(False, description="left out of a study on real models")
     config: dict[str, Any] = Field(default_factory=dict, description="sections and keys that differ from the base's")
     start: Start | None = Field(None, description="a run before this one whose model this one starts from; null: none")
     study: Study
@@ -105,6 +106,9 @@ class Reproduction(Section):
 
     title: str
     paper: str | None = Field(None, description="whose numbers stand beside ours; null: nobody's")
+    judged_by: Literal["judge", "reward"] = Field(
+        "judge", description="what a study on real models is given beside a model and data; reward: given answers too"
+    )
     intro: str = Field(description="what the page says first")
     runs: dict[str, StudyRun] = Field(min_length=1)
     not_here: dict[str, str] = Field(default_factory=dict, description="a table or figure -> why this world lacks it")

@@ -46,6 +46,7 @@ class DataSet:
     answers: Callable[[Values], list[Answer]] | None = None  # those of a published row, taken out of it
     shown_by: tuple[str, ...] = ()  # columns that show such a row, wherever it comes from
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # the lowest and highest of each score
+    reference: str | None = None  # the column of its prompts that holds an answer
 
     def rows(self, section: Prompts, *, where: str, notes: dict[str, None], raw: bool = False) -> Iterator[Row]:
         """The rows of a split; `raw`: as they are published. Raises: InputError where they cannot be had."""

@@ -84,7 +84,9 @@ def steering_section(measured: Measured, arms: Sequence[str]) -> tuple[str, dict
     score. What is asked of an attribute moves that one, and those in conflict with it the other way."""
     parts, data = [], {}
     for arm in (arm for arm in arms if arm in measured.arms):
-        found = data[arm] = steering(measured, arm)
+        if not (found := steering(measured, arm)):
+            continue
+        data[arm] = found
         rows = [
             [asked, *(cell("correlation", row[name]) for name in measured.objectives)] for asked, row in found.items()
         ]

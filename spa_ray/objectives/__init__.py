@@ -60,7 +60,9 @@ def _constitution(name: str) -> tuple[str, dict[str, dict[str, str]]]:
         data = source.read_bytes()
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise InputError(f"constitution: {name!r} is neither built in (hhh) nor a readable YAML file ({reason})") from e
+        raise InputError(
+            f"constitution: {name!r} is neither built in (hhh, attributes) nor a readable YAML file ({reason})"
+        ) from e
     entries = parse_yaml(data, where=f"constitution: {name}", what="constitution", kind_of=lambda _: str)
     if not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"constitution: {name}: a constitution maps each objective's name to its principle and rubric")

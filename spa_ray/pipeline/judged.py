@@ -142,19 +142,21 @@ def _opponents(work: Work) -> dict[str, Mapping[str, Any]]:
     if "against" in work.inputs:
         rows = _answers(work, "against").to_pylist()
         return {row["prompt_id"]: row["responses"][0] for row in rows if row["error"] is None}
-    found = references(_answers(work, "answers"))
+    column = section_of(work.config).reference
+    found = references(_answers(work, "answers"), column)
     if not found:
         raise InputError(
-            f"evaluation.pairwise.against: no held-out prompt has a column {REFERENCE!r}; give vanilla or an arm"
+            f"evaluation.pairwise.against: no held-out prompt has a column {column!r}; give vanilla or an arm, or "
+            "pairwise.reference another column"
         )
     return found
 
 
-def references(answers: pa.Table) -> dict[str, Mapping[str, Any]]:
+def references(answers: pa.Table, column: str = REFERENCE) -> dict[str, Mapping[str, Any]]:
     """Prompt -> its own reference answer, as a response, where it brings one as text."""
     found: dict[str, Mapping[str, Any]] = {}
     for row in answers.select(["prompt_id", "meta"]).to_pylist():
-        text = json.loads(row["meta"]).get(REFERENCE)
+        text = json.loads(row["meta"]).get(column)
         if isinstance(text, str):
             found[row["prompt_id"]] = {"index": 0, "kind": REFERENCE, "text": text, "token_ids": []}
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 from spa_ray.config.benchmark import benchmark_class
 from spa_ray.config.models import Config, evaluation_scoring
-from spa_ray.config.pairwise import PROTOCOL
+from spa_ray.config.pairwise import PROTOCOL, REFERENCE
 from spa_ray.config.plugs import source_hash
 from spa_ray.config.rollout import Scoring
 from spa_ray.config.section import JudgeSection, Section
@@ -190,7 +190,10 @@ def pairwise(config: Config, known: Known) -> dict[str, Any]:
         **_judging(config, known, judge, config.evaluation.objectives),
         "between": [a, b],
         "both_orders": section.both_orders,
-        "asked": [PROTOCOL, _plain(section, "against", "judge", "both_orders")] if judge.reads_prompts else scale,
+        "asked": [PROTOCOL, _plain(section, "against", "reference", "judge", "both_orders")]
+        if judge.reads_prompts
+        else scale,
+        **({} if section.reference == REFERENCE else {"reference": section.reference}),  # as before the key
         "judge": judge.key(),
     }
 

@@ -31,4 +31,5 @@ SET = DataSet(
     answers=answers,
     shown_by=("response", *ATTRIBUTES),
     ranges=dict.fromkeys(ATTRIBUTES, RANGE),
+    reference="response",
 )
