@@ -75,7 +75,7 @@ def print_examples(examples: Sequence[Example]) -> None:
     if examples:
         print(f"\n{RULE}")
     for example in examples:
-        changed = "/".join(f"{c:+g}" for c in example.change)
+        changed = "/".join(f"{c:+.3g}" for c in example.change)
         said = example.asked.messages[-1]["content"] if example.asked.messages else example.asked.prompt_id
         category = f"{example.asked.category}: " if example.asked.category else ""
         print(printable(f"\n[{category}{example.shown_as}, {changed}] {said}"))
@@ -86,5 +86,5 @@ def print_examples(examples: Sequence[Example]) -> None:
 
 
 def marks(answer: Answer) -> str:
-    """`8/3`, with a dash where a judgement failed."""
-    return "/".join("–" if score is None else f"{score:g}" for score in answer.scores)
+    """`8/3`, with a dash where a judgement failed; three digits of a score."""
+    return "/".join("–" if score is None else f"{score:.3g}" for score in answer.scores)
