@@ -156,7 +156,7 @@ def raw_config(name: str, run: StudyRun, real: dict[str, str], out: str) -> dict
     return {**raw, "name": name, "run_dir": str(as_path(out) / name)}
 
 
-OF_A_SIZE = ("train.lr", "train.head_lr", "train.max_pairs")  # of an arm: chosen for a tiny model
+OF_A_SIZE = ("train.lr", "train.head_lr", "train.epochs", "train.max_pairs")  # of an arm: chosen for a tiny model
 
 
 def real_given(raw: Mapping[str, Any], real: Mapping[str, str]) -> dict[str, Any]:
