@@ -114,7 +114,7 @@ def test_a_harmful_prompts_answer_is_unsafe_below_what_the_config_says() -> None
 
 
 def test_what_was_asked_is_read_in_the_scores_own_units(tmp_path: Path) -> None:
-    meta = json.dumps({"family": "test", "wish": {"bold": 3.0}, "cues": {}, "reference": "x"})
+    meta = json.dumps({"family": "test", "wish": {"bold": 3.0, "harmless": "much"}, "cues": {}, "scores": [1, 2]})
     response = {"text": "x", "scores": [1.0, 2.0], "token_ids": [1]}
     row = {"prompt_id": "test/a", "meta": meta, "responses": [response], "sensed": None, "asked": [0.5, 1.0]}
     schema = with_ranges(with_attributes(episodes_schema(steered=True), ["bold", "harmless"]), [(0, 4), (1, 3)])

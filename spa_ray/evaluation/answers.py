@@ -76,9 +76,14 @@ def read_answers(episodes: AnyPath) -> dict[str, FamilyAnswers]:
                 parts = zip(names, ranges, row[name] or [], strict=row[name] is not None)
                 rows.beside[name].append({n: low + part * (high - low) for n, (low, high), part in parts})
             for name in COLUMNS:
-                found = meta.get(name)
-                rows.beside[name].append(dict(found) if isinstance(found, Mapping) else {})
+                rows.beside[name].append(_numbers(meta.get(name)))
     return {name: _close(rows) for name, rows in families.items()}
+
+
+def _numbers(column: Any) -> dict[str, float]:
+    """What a prompt's column says of objectives; a user's own column of that name may hold anything."""
+    given = column.items() if isinstance(column, Mapping) else ()
+    return {name: value for name, value in given if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 def _add(rows: _Rows, prompt_id: str, meta: dict[str, Any], response: dict[str, Any]) -> None:
