@@ -138,7 +138,7 @@ def test_a_real_reward_model_tells_hh_rlhfs_chosen_answers_from_rejected_ones(
 ) -> None:
     """HH-RLHF as two answers each, scored by an encoder that was trained on other pairs of it."""
     folder = ROOT / ".cache" / "real" / "reward-minilm"
-    assert real_reward.main([str(folder), str(HH), "--pairs", "480", "--epochs", "1"]) == 0
+    assert real_reward.main([str(folder), str(HH), "--pairs", "320", "--epochs", "1"]) == 0
     held_out = tmp_path / "held_out.jsonl"
     put(held_out, *real_reward.read_rows(HH)[: real_reward.HELD_OUT])
     raw = {

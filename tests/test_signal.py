@@ -19,6 +19,7 @@ from spa_ray.config import arm_configs
 from spa_ray.config.models import Config
 from spa_ray.config.training import Train
 from spa_ray.engine.cpu_dtype import with_dtype
+from spa_ray.errors import InputError
 from spa_ray.evaluation.signal import Sample, judge_signal, optimizer_steps, wilson
 from spa_ray.pipeline.preview import sharing
 from spa_ray.pipeline.progress import Progress
@@ -70,6 +71,17 @@ def scores(by_place: Callable[[int], list[float | None]]) -> list[Row]:
 
 def test_a_healthy_sample_calls_for_nothing() -> None:
     assert advice(healthy(), denoise__tau_quantile=None) == {}
+
+
+def test_a_mean_of_parts_is_of_the_scales_parts_where_a_sample_says_no_ranges() -> None:
+    config = make_config(**OPEN, pairs__order="mean")
+    signal = judge_signal(make_episodes(healthy(), config), config, prompts=RUN)
+    assert signal["pairs"] == [RUN, RUN, RUN]  # one per prompt
+    unbounded = {"scoring__judge": {"kind": "reward", "path": "r"}}
+    with pytest.raises(InputError, match="this judge's are not known"):
+        make_config(**OPEN, **unbounded, pairs__order="mean")
+    given = {"harmless": (1, 10), "helpful": (1, 10)}
+    make_config(**OPEN, **unbounded, pairs__order="mean", episodes__ranges=given)
 
 
 # --- advice ---------------------------------------------------------------------------------------------------------

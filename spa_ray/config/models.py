@@ -331,6 +331,11 @@ class Config(Section):
                 raise ValueError(f"pairs.{key}: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
         if pairs.order == "mean" and pairs.delta == "auto":
             raise ValueError("pairs.delta: auto is of score sums; order mean takes a number, or no delta")
+        judged = not self.episodes.source or self.labels_given
+        if pairs.order == "mean" and judged and self.scoring.ranges is None and not self.episodes.ranges:
+            raise ValueError(
+                "pairs.order: mean needs the scores' ranges, and this judge's are not known; set episodes.ranges"
+            )
         ranges = {} if self.episodes.source else self.episodes.ranges or {}  # of given answers `attributes` are theirs
         if stray := sorted(set(ranges) - set(self.objectives)):
             raise ValueError(f"episodes.ranges: {stray[0]!r} is not one of the objectives {list(self.objectives)}")

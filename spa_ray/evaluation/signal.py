@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from spa_ray.config.models import Config
 from spa_ray.config.training import Train, method_class
+from spa_ray.data.schemas import ranges_of, with_ranges
 from spa_ray.evaluation.advice import advise
 from spa_ray.evaluation.bootstrap import mean_interval
 from spa_ray.preferences import build_pairs, denoise, resolve_delta, resolve_tau
@@ -107,6 +108,8 @@ class Sample:
             raise ValueError("judge_signal: no episode to look at")
         last = {name: row for row, name in enumerate(episodes["prompt_id"].to_pylist())}
         table = episodes.take(pa.array(sorted(last.values())))
+        if ranges_of(table.schema) is None and (bounds := config.scoring.ranges) is not None:
+            table = table.cast(with_ranges(table.schema, [bounds] * len(config.objectives)))
         return cls(table, table.to_pylist(), config, prompts)
 
     def under(self, changes: Mapping[str, Any]) -> Sample:
