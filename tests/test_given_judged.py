@@ -98,6 +98,7 @@ def test_a_plan_counts_the_judgements_of_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_a_reward_models_scores_become_pairs(tmp_path: Path, tiny_model: Path, reward_model: Path, spa: Any) -> None:
     prompts = ("Name a tree.", "Is a rose a tree?", "What is an oak?")

@@ -161,6 +161,7 @@ def test_the_engine_reads_the_sentence_of_its_own_model_and_nothing_in_the_plain
     assert [at for at in range(4) if rows_of(tmp_path / "b")[f"{at}:p04"]["error"] is not None] == [2]
 
 
+@pytest.mark.long
 def test_a_pass_that_dies_is_resumed_and_every_row_is_there_once_as_if_nothing_had_been(
     whole: Path, prompts: Path, folders: Mapping[str, Path], floor: float, tmp_path: Path
 ) -> None:

@@ -112,7 +112,8 @@ def test_they_are_those_of_the_packed_layout_that_training_reads(folder: Path, s
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-3), pytest.param("bfloat16", 1e-2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-3), ("bfloat16", 1e-2)])
 def test_vllms_pooling_senses_the_same(tmp_path: Path, dtype: str, most: float) -> None:
     """In a process of its own, whose engine ends with it; a head as it is drawn, without the other tests' scale."""
     folder = sga_folder(EMBEDDED, tmp_path / "sga", scale=1.0)
