@@ -36,6 +36,7 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` with several end tokens in its generation config, and a method's own modules beside the weights."""
     import torch
 
+    from spa_ray.config.training import train_section
     from spa_ray.training.own_modules import Beside
 
     folder = tmp_path_factory.mktemp("engine") / "model"
@@ -43,7 +44,8 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "generation_config.json").read_text())
     config["eos_token_id"] = sorted(end_ids(tokenizer_of(folder)))
     (folder / "generation_config.json").write_text(json.dumps(config))
-    Beside({"mean": [0.5]}, {"0.weight": torch.ones(2, 64)}).write(folder, "dual_head:DualHead")
+    senses = Beside({"objectives": ["helpful"], "ranges": [[0, 1]]}, {"0.weight": torch.ones(2, 64)})
+    senses.write(folder, train_section({"method": "sga_sft"}))
     return folder
 
 
