@@ -182,6 +182,7 @@ def test_a_pass_that_dies_is_resumed_and_every_row_is_there_once_as_if_nothing_h
             assert mine == (None if other is None else pytest.approx(other, abs=1e-5))
 
 
+@pytest.mark.long
 def test_candidates_are_sampled_from_what_the_model_reads(
     prompts: Path, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_pass_whose_models_read_prompts_as_they_are_has_nothing_in_front(
     assert upstream_of(config(), [(folders["plain"], Steer())], prompts=prompts, day=None) is None
 
 
+@pytest.mark.long
 def test_a_head_that_is_not_the_models_ends_the_pass_with_one_line(
     prompts: Path, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:

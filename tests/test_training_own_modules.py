@@ -103,7 +103,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+SLOW = ("zero0_several", "zero1", "lora0")  # much like one of the others
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in SLOW else ()) for n in SETTINGS])
 def test_clipped_steps_are_those_of_plain_torch(
     tmp_path: Path, tiny_model: Path, pairs: Path, plain: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -213,6 +213,7 @@ def test_a_run_leaves_a_model_that_others_read_and_what_inference_needs(
         assert loaded.sense(head, torch.randn(3, width)).shape == (3, 2)
 
 
+@pytest.mark.long
 def test_modpo_trains_beside_its_margin_model(tmp_path: Path, embedded: Path, few: Path) -> None:
     margin = paper_job(tmp_path, embedded, few, "spa_dpo", lr=1e-3)
     run_job(margin)
