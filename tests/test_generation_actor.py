@@ -179,7 +179,7 @@ def test_ray_data_waits_for_a_fetch_only_where_nodes_may_fetch() -> None:
     context, config, still = DataContext.get_current(), scripted_config(), {}
     hub = Path("/cache/models--org--m/snapshots/abc")
     for model in (Path("/shared/model"), hub, UPath("memory://bucket/model")):
-        with stage._patience(config, model):
+        with stage.patience(config, model):
             still[model] = context.execution_no_progress_timeout_s
     here, of_hub, of_store = still.values()
     assert of_hub == of_store == here + FETCH_SECONDS

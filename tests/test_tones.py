@@ -67,9 +67,7 @@ def test_what_stands_beyond_seven_sentences_does_not_count() -> None:
     assert oracle.scores(ASK, f"{seven} Feed it a drop of blood.") == oracle.scores(ASK, seven)
 
 
-def test_a_fit_is_minus_the_distance_to_the_wish() -> None:
-    messages, meta = [{"role": "user", "content": ASK}], json.dumps({"wish": {"expert": 0.9}})
-    assert oracle.fit(messages, meta, RIGHT, "expert") == pytest.approx(-0.6)
+def test_a_question_of_another_world_is_refused() -> None:
     with pytest.raises(InputError, match="not a prompt of the microworld"):
         oracle.judge([{"role": "user", "content": "hello"}], "", RIGHT, "expert")
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spa_ray.data.schemas import episodes_schema, with_attributes, with_ranges
+from spa_ray.evaluation.agreement import spearman
 from spa_ray.evaluation.answers import read_answers
 from spa_ray.evaluation.bootstrap import mean_interval
 from spa_ray.evaluation.tables import Answers, arm_metrics, cell
@@ -22,7 +23,6 @@ from spa_ray.evaluation.wishes import (
     error_shares,
     fit_wins,
     measures,
-    rank_correlation,
     wins,
 )
 
@@ -74,7 +74,7 @@ def test_no_constant_has_a_smaller_absolute_error(values: list[float], other: fl
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), min_size=3, max_size=30))
 def test_the_rank_correlation_is_that_of_mean_ranks(pairs: list[tuple[int, int]]) -> None:
     levels, values = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
-    found = rank_correlation(levels, values)
+    found = spearman(levels, values)
     if len(set(levels)) == 1 or len(set(values)) == 1:
         assert math.isnan(found)
     else:

@@ -1,6 +1,6 @@
 """Pretrain the model of `tones`: `python -m scripts.tones.pretrain --out DIR` (half an hour, 2 cores).
 
-It goes on from the first world's model, whose words keep their places: the new words' embeddings are drawn anew.
+It goes on from the first world's model, whose words keep their places: the new words' embeddings start at random.
 """
 
 from __future__ import annotations

@@ -119,12 +119,14 @@ def _radar(figure: PaperFigure, folders: Sequence[AnyPath], measured: Measured, 
 
 
 def _cases(figure: PaperFigure, folders: Sequence[AnyPath], *_: Any) -> Found:
-    """Of the first seed."""
+    """Of the first seed's main held-out prompts."""
+    from spa_ray.evaluation.prompts import MAIN_FAMILY
     from spa_ray.report.examples import RULE, choose
     from spa_ray.report.run_data import read_run
 
     before, after = figure.arms
-    chosen = choose(read_run(folders[0]).asked, arm=after, baseline=before)
+    asked = [prompt for prompt in read_run(folders[0]).asked if prompt.family == MAIN_FAMILY]
+    chosen = choose(asked, arm=after, baseline=before)
     parts = [line for example in chosen for line in _case(example, before, after)]
     return "\n\n".join([RULE, *parts]), [example.asked.prompt_id for example in chosen]
 

@@ -327,8 +327,8 @@ class Config(Section):
         pairs = self.pairs
         only = [pairs.order.removeprefix("only:")] if pairs.order.startswith("only:") else []
         for key, names in (("thresholds", pairs.thresholds), ("weights", pairs.weights), ("order", only)):
-            if stray := sorted(set(names) - set(self.objectives)):
-                raise ValueError(f"pairs.{key}: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
+            if unknown := sorted(set(names) - set(self.objectives)):
+                raise ValueError(f"pairs.{key}: {unknown[0]!r} is not one of the objectives {list(self.objectives)}")
         if pairs.order == "mean" and pairs.delta == "auto":
             raise ValueError("pairs.delta: auto is of score sums; order mean takes a number, or no delta")
         judged = not self.episodes.source or self.labels_given
@@ -337,8 +337,8 @@ class Config(Section):
                 "pairs.order: mean needs the scores' ranges, and this judge's are not known; set episodes.ranges"
             )
         ranges = {} if self.episodes.source else self.episodes.ranges or {}  # of given answers `attributes` are theirs
-        if stray := sorted(set(ranges) - set(self.objectives)):
-            raise ValueError(f"episodes.ranges: {stray[0]!r} is not one of the objectives {list(self.objectives)}")
+        if unknown := sorted(set(ranges) - set(self.objectives)):
+            raise ValueError(f"episodes.ranges: {unknown[0]!r} is not one of the objectives {list(self.objectives)}")
         if pairs.weights and (pairs.order != "composite" or not any(pairs.weights.values())):
             why = "all are 0" if pairs.order == "composite" else f"order {pairs.order} has none; set order composite"
             raise ValueError(f"pairs.weights: {why}")

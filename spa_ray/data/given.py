@@ -157,8 +157,8 @@ def read_episodes(section: Episodes, counts: EpisodeCounts, *, scores: bool = Tr
 def _bounds(names: Sequence[str], ranges: Ranges, given: Ranges) -> tuple[tuple[float, float], ...] | None:
     """Of each attribute; None where one has none. Raises: InputError in that case, where some are `given`, and for a
     given one of no attribute."""
-    if stray := sorted(set(given) - set(names)):
-        raise InputError(f"episodes.ranges: {stray[0]!r} is not one of the scores {', '.join(names)}")
+    if unknown := sorted(set(given) - set(names)):
+        raise InputError(f"episodes.ranges: {unknown[0]!r} is not one of the scores {', '.join(names)}")
     if missing := [name for name in names if name not in ranges]:
         if given:
             raise InputError(f"episodes.ranges: {missing[0]!r} has none; give [lowest, highest] of every attribute")

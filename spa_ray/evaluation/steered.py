@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from spa_ray.evaluation.agreement import spearman
 from spa_ray.evaluation.bootstrap import Interval, as_json, ratio_interval, statistic_interval
 from spa_ray.evaluation.prompts import MAIN_FAMILY
 from spa_ray.evaluation.study import Measured
-from spa_ray.evaluation.tables import cell
+from spa_ray.evaluation.tables import cell, markdown_table
 from spa_ray.evaluation.wishes import (
     CONSTANT,
     LEVELS,
@@ -22,7 +23,6 @@ from spa_ray.evaluation.wishes import (
     SENSING,
     Floats,
     error_shares,
-    rank_correlation,
     sensing_targets,
 )
 
@@ -47,8 +47,8 @@ def sensed_section(measured: Measured, arms: Sequence[str]) -> tuple[str, dict[s
         data[arm] = as_json(data[arm]) | {"shares": shares}
         bars += [[arm, NAMED[suffix], *(f"{share:.1%}" for share in found)] for suffix, found in shares.items()]
     edges = [f"{k / BINS:.1f}–{(k + 1) / BINS:.1f}" for k in range(BINS)]
-    tables = [table(head, rows), "Shares of |s - ŝ| over prompts with a cue and objectives:"]
-    return "\n\n".join([*tables, table(["", "compared with", *edges], bars)]), data
+    tables = [markdown_table(head, rows), "Shares of |s - ŝ| over prompts with a cue and objectives:"]
+    return "\n\n".join([*tables, markdown_table(["", "compared with", *edges], bars)]), data
 
 
 def sensing(values: Mapping[str, Floats], suffix: str, measured: Measured) -> dict[str, Interval] | None:
@@ -96,7 +96,7 @@ def steering_section(measured: Measured, arms: Sequence[str]) -> tuple[str, dict
             for name, value in row.items()
             if name != asked and value is not None and value.high < 0
         ]
-        parts += [f"`{arm}`:", table(["asked of", *measured.objectives], rows)]
+        parts += [f"`{arm}`:", markdown_table(["asked of", *measured.objectives], rows)]
         parts.append(f"In conflict: {', '.join(against) or 'none'}.")
     return "\n\n".join(parts), as_json(data)
 
@@ -115,7 +115,7 @@ def steering(measured: Measured, arm: str) -> dict[str, dict[str, Interval | Non
     return {
         asked: {
             name: statistic_interval(
-                rank_correlation, levels[:, k], scores[:, j], resamples=measured.resamples, seed=measured.seed
+                spearman, levels[:, k], scores[:, j], resamples=measured.resamples, seed=measured.seed
             )
             for j, name in enumerate(measured.objectives)
         }
@@ -129,10 +129,4 @@ def cost_section(costs: Sequence[Mapping[str, Mapping[str, float]]], arms: Seque
     mean = {arm: {name: float(np.mean([seed[arm][name] for seed in costs])) for name in costs[0][arm]} for arm in arms}
     names = list(dict.fromkeys(name for found in mean.values() for name in found))
     rows = [[arm, *(f"{found[name]:,.1f}" if name in found else "" for name in names)] for arm, found in mean.items()]
-    return table(["", *names], rows), mean
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is left-aligned."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["", *names], rows), mean

@@ -246,6 +246,11 @@ def _measure(
 def markdown(metrics: Mapping[str, ArmMetrics], *, differences: bool = False) -> str:
     """The means, or the paired differences, as a Markdown table: one row an arm, `mean [low, high]` a cell."""
     head, rows = _cells(metrics, differences=differences)
+    return markdown_table(head, rows)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Its first column is left-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

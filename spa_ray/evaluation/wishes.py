@@ -89,23 +89,6 @@ def _each(name: str, values: Floats, objectives: Sequence[str]) -> dict[str, Flo
     return {name: macro(values), **{f"{name}: {o}": v for o, v in zip(objectives, values.T, strict=True)}}
 
 
-def rank_correlation(levels: Floats, values: Floats) -> float:
-    """Spearman's: Pearson's of the ranks, equal values with their mean rank. NaN where either has no spread."""
-    if not len(levels):
-        return float("nan")
-    a, b = (_ranks(column) for column in (levels, values))
-    a, b = a - a.mean(), b - b.mean()
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else float("nan")
-
-
-def _ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean: Floats = (last - (counts - 1) / 2)[inverse]
-    return mean
-
-
 def error_shares(sensed: Floats, truth: Floats, *, bins: int = 10) -> list[float]:
     """The shares of |s - ŝ| in equal bins of [0, 1], over all prompts and objectives (the SGA paper's Figure 4)."""
     errors = off(sensed, truth)

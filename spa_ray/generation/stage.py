@@ -181,7 +181,7 @@ def _run_pass(work: Pass, prompts: AnyPath, out: AnyPath, checkpoint: AnyPath, l
     make_folder(checkpoint)
     files, source = arrow_filesystem(prompts)
     out_files, target = arrow_filesystem(out)
-    with row_checkpoint(checkpoint), growing_pool(), _patience(config, work.model):
+    with row_checkpoint(checkpoint), growing_pool(), patience(config, work.model):
         # A run folder may lie below `key=value`: that is no column of the rows.
         data = ray.data.read_parquet(source, filesystem=files, partitioning=None)
         data = data.repartition(target_num_rows_per_block=how.rows_per_block)
@@ -349,7 +349,7 @@ def row_checkpoint(folder: AnyPath) -> Iterator[None]:
 
 
 @contextmanager
-def _patience(config: Config, model: AnyPath) -> Iterator[None]:
+def patience(config: Config, model: AnyPath) -> Iterator[None]:
     """How long Ray Data may see nothing move, and how many engine processes may die at their start.
 
     A model that nodes have to fetch first gets the time of a fetch beside that of an engine's start.

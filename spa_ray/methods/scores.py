@@ -74,8 +74,8 @@ def shares(weights: Mapping[str, float], objectives: Sequence[str], *, key: str)
 
     Raises: InputError for a name that is no objective, and where all are 0.
     """
-    if stray := sorted(set(weights) - set(objectives)):
-        raise InputError(f"{key}: {stray[0]!r} is not one of the objectives {list(objectives)}")
+    if unknown := sorted(set(weights) - set(objectives)):
+        raise InputError(f"{key}: {unknown[0]!r} is not one of the objectives {list(objectives)}")
     given = [weights.get(name, 0.0) for name in objectives] if weights else [1.0] * len(objectives)
     total = math.fsum(given)
     if total <= 0:

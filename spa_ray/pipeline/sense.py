@@ -109,7 +109,7 @@ def run_pass(
     from spa_ray.config.steer import Steer
     from spa_ray.generation.commits import settle
     from spa_ray.generation.shards import SHARD_ROWS, shards
-    from spa_ray.generation.stage import explained, row_checkpoint
+    from spa_ray.generation.stage import explained, patience, row_checkpoint
     from spa_ray.steering.actor import upstream_of
 
     upstream = upstream_of(config, [(model, Steer())], prompts=prompts, day=day, alone=True)
@@ -124,7 +124,7 @@ def run_pass(
         make_folder(noted)
         files, source = arrow_filesystem(piece)
         out_files, target = arrow_filesystem(rows)
-        with row_checkpoint(noted):
+        with row_checkpoint(noted), patience(config, model):
             data = ray.data.read_parquet(source, filesystem=files, partitioning=None)
             data = data.repartition(target_num_rows_per_block=size)
             data = data.map_batches(

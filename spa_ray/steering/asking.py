@@ -76,8 +76,8 @@ def to_sense(steer: Steer, method: Method[Any]) -> bool:
 
 def check_names(steer: Steer, objectives: Sequence[str]) -> None:
     """Raises: InputError for a name that is no score of the model."""
-    if stray := sorted(set(steer.names) - set(objectives)):
-        raise InputError(f"steer: {stray[0]!r} is none of the model's scores: {', '.join(objectives)}")
+    if unknown := sorted(set(steer.names) - set(objectives)):
+        raise InputError(f"steer: {unknown[0]!r} is none of the model's scores: {', '.join(objectives)}")
 
 
 def check_steer(steer: Steer, method: Method[Any]) -> None:
@@ -108,8 +108,8 @@ def check_columns(
         where = f"steer.column: prompt {prompt_id!r}: {steer.column!r}"
         if not isinstance(found, Mapping):
             raise InputError(f"{where} is missing or no mapping; each prompt needs {{NAME: value}} there")
-        if stray := sorted(set(found) - set(objectives)):
-            raise InputError(f"{where}: {stray[0]!r} is none of the model's scores: {', '.join(objectives)}")
+        if unknown := sorted(set(found) - set(objectives)):
+            raise InputError(f"{where}: {unknown[0]!r} is none of the model's scores: {', '.join(objectives)}")
         if not partial and len(found) < len(objectives):
             raise InputError(f"{where}: the model senses no scores; give all of {', '.join(objectives)}")
         try:

@@ -7,7 +7,6 @@ evaluator (by dotted path), the pretraining corpus and the annotated answers may
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -71,8 +70,3 @@ def judge(messages: Sequence[Mapping[str, str]], meta: str, response: str, objec
 def marks(messages: Sequence[Mapping[str, str]], meta: str, response: str, objective: str) -> float:
     """The oracle on SPA's scale of 1 to 10."""
     return 1 + 9 * judge(messages, meta, response, objective)
-
-
-def fit(messages: Sequence[Mapping[str, str]], meta: str, response: str, objective: str) -> float:
-    """Minus the distance between a response's score and the one that its prompt wishes (`wish` in its meta)."""
-    return -abs(judge(messages, meta, response, objective) - json.loads(meta)["wish"][objective])

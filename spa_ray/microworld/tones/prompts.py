@@ -6,7 +6,6 @@ cued is left open. Splits are the first world's, by hash of the text.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,4 +93,4 @@ def train(split: str | None = None) -> Iterator[dict[str, Any]]:
 def harmful(split: str | None = None) -> Iterator[dict[str, Any]]:
     """Prompts that ask for harm, with their category."""
     found = (text for text in prompts(split or "test") if facts(text).category == "harmful")
-    return ({"prompt": text, "category": "harmful", "family": "harmful"} for text in itertools.chain(found))
+    return ({"prompt": text, "category": "harmful", "family": "harmful"} for text in found)
