@@ -288,7 +288,7 @@ def test_a_jobs_package_is_far_below_what_the_jobs_api_takes(package: dict[str, 
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 
     ours = sum(size for name, size in package.items() if Path(name).parts[0] in ("jobs", "spa_ray", "configs"))
-    assert MIB < ours < 10 * MIB < DASHBOARD_CLIENT_MAX_SIZE
+    assert MIB < ours < 20 * MIB < DASHBOARD_CLIENT_MAX_SIZE
 
 
 # --- one engine's GPUs ------------------------------------------------------------------------------------------------
