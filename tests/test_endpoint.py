@@ -26,7 +26,8 @@ from spa_ray.engine.openai import (
     EndpointError,
 )
 from spa_ray.errors import InputError, RunError
-from spa_ray.generation.endpoint_judge import EndpointJudge, api_key, check_endpoint
+from spa_ray.generation.endpoint_check import api_key, check_endpoint
+from spa_ray.generation.endpoint_judge import EndpointJudge
 from spa_ray.generation.judging import Item, Judgement
 from spa_ray.generation.templates import Templates
 from spa_ray.objectives import load_objectives

@@ -13,7 +13,8 @@ import pytest
 
 from spa_ray.config.judge import judge_section
 from spa_ray.errors import InputError
-from spa_ray.generation.function_judge import FunctionJudge, JudgeTimeoutError, load_judge, number_of
+from spa_ray.generation.calls import JudgeTimeoutError, number_of
+from spa_ray.generation.function_judge import FunctionJudge, load_judge
 from spa_ray.generation.judging import Item, Judgement
 from spa_ray.objectives import Objective
 

@@ -22,7 +22,7 @@ from spa_ray.engine.openai import (
     EndpointDeadError,
     EndpointError,
 )
-from spa_ray.generation.endpoint_judge import api_key, check_endpoint
+from spa_ray.generation.endpoint_check import api_key, check_endpoint
 from spa_ray.storage.files import AnyPath
 
 SIGN_OF_LIFE = 60.0  # seconds: an actor that is asked whether it is alive says so within them

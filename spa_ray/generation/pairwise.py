@@ -22,11 +22,13 @@ from spa_ray.config.models import Config
 from spa_ray.config.pairwise import Pairwise
 from spa_ray.config.plugs import JUDGES, load_dotted
 from spa_ray.config.section import JudgeSection, Section
+from spa_ray.engine.openai import EndpointClient
 from spa_ray.engine.protocol import Completion, Engine, Request
 from spa_ray.errors import InputError
-from spa_ray.generation.endpoint_judge import Ask, EndpointClient, api_key
+from spa_ray.generation.calls import Calls, shown
+from spa_ray.generation.endpoint_check import api_key
+from spa_ray.generation.endpoint_judge import Ask
 from spa_ray.generation.episode import Row, error_of, error_row
-from spa_ray.generation.function_judge import Calls, shown
 from spa_ray.generation.judging import Item, Parts, Scorer, spoken, together
 from spa_ray.generation.seeds import seed_for
 from spa_ray.generation.templates import PairTemplate

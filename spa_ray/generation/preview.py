@@ -15,7 +15,8 @@ from spa_ray.config.models import Config
 from spa_ray.config.section import JudgeSection
 from spa_ray.engine import Completion, Engine, EngineStats, Request, create_engine
 from spa_ray.engine.openai import Answer, EndpointClient
-from spa_ray.generation.endpoint_judge import Ask, api_key, check_endpoint
+from spa_ray.generation.endpoint_check import api_key, check_endpoint
+from spa_ray.generation.endpoint_judge import Ask
 from spa_ray.generation.episode import error_row
 from spa_ray.generation.setup import Task, check_generation, make_episodes
 from spa_ray.storage.deadline import within
