@@ -22,7 +22,7 @@ SCORES = ("chosen_scores", "rejected_scores")
 class Completions(SFT):
     """Cross-entropy on chosen and rejected answers alike. `render` of a method says how its prompts have scores."""
 
-    conditioned = True
+    conditioned = every_answer = True
     columns: ClassVar[tuple[str, ...]] = (PAIR, *SCORES)
     needs_ranges: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spa_ray.config.models import Config
+from spa_ray.config.models import ANY, Config
 from spa_ray.config.section import JudgeSection
 from spa_ray.engine.placement import engine_world
 from spa_ray.engine.vllm_start import CPU_KV_GIB
@@ -121,18 +121,38 @@ def build_seconds(rows: int) -> float:
     return BUILD_SECONDS + rows / BUILD_ROWS_PER_SECOND
 
 
+def kept_shares(config: Config) -> tuple[float, float]:
+    """Of the prompts, those below τ, and of these the consistent ones."""
+    denoise = config.denoise
+    below = BELOW_TAU_SHARE if denoise.informativeness and (denoise.tau or denoise.tau_quantile) else 1.0
+    return below, 1.0 if denoise.consistency == "off" else CONSISTENT_SHARE
+
+
 def pairs_of(config: Config, prompts: int) -> int:
     """Pairs that the filters leave, by the shares above; of `pairs.order: mean` one per prompt."""
     if config.pairs.order == "mean":
         return prompts
-    n, denoise, include = config.sampling.n, config.denoise, config.pairs.include
-    below = BELOW_TAU_SHARE if denoise.informativeness and (denoise.tau or denoise.tau_quantile) else 1.0
-    consistent = 1.0 if denoise.consistency == "off" else CONSISTENT_SHARE
+    n, include = config.sampling.n, config.pairs.include
+    differ = 1.0 if config.pairs.delta <= ANY else PAIRS_SHARE
+    below, consistent = kept_shares(config)
     with_refined = {"all": n * (n + 1) / 2, "refined_only": n, "candidates_only": n * (n - 1) / 2}[include]
     without = 0.0
-    if denoise.on_inconsistent == "drop_refined" and include != "refined_only":
+    if config.denoise.on_inconsistent == "drop_refined" and include != "refined_only":
         without = (1 - consistent) * n * (n - 1) / 2
-    return round(prompts * below * PAIRS_SHARE * (consistent * with_refined + without))
+    return round(prompts * below * differ * (consistent * with_refined + without))
+
+
+def examples_of(config: Config, prompts: int, pairs: float) -> float:
+    """What training runs through in an epoch: the pairs, or of a method that looks at no rejected answer each distinct
+    answer of them once."""
+    method, n, include = method_of(config.train), config.sampling.n, config.pairs.include
+    if "rejected" in method.sides:
+        return pairs
+    if config.pairs.order == "mean":
+        a_prompt = 2 if method.every_answer else 1
+    else:
+        a_prompt = n + (include != "candidates_only") - (not method.every_answer)
+    return min(prompts * math.prod(kept_shares(config)) * a_prompt, pairs * (2 if method.every_answer else 1))
 
 
 def sequences_a_pair(config: Config, *, pairs: float, of: float, batch: float) -> float:
@@ -173,9 +193,9 @@ def training(config: Config, model: ModelFacts, prompts: int, prompt_tokens: flo
     train = config.train
     everything = pairs_of(config, prompts)
     pairs = min(everything, train.max_pairs or math.inf)
-    steps = math.ceil(pairs / train.batch_size * train.epochs)
-    steps = train.max_steps or steps
-    seen = steps * train.batch_size if train.max_steps else pairs * train.epochs
+    examples = examples_of(config, prompts, pairs)
+    steps = train.max_steps or math.ceil(examples / train.batch_size * train.epochs)
+    seen = steps * train.batch_size if train.max_steps else examples * train.epochs
     length = min(prompt_tokens + ANSWER_SHARE * config.sampling.max_tokens, train.max_length)
     of = {"pairs": pairs, "of": everything}
     tokens = seen * sequences_a_pair(config, batch=train.batch_size, **of) * length

@@ -136,6 +136,7 @@ class Method(Generic[C]):
     # What the loss gets of every sequence: log-probs, and the backbone's last hidden state at the prompt's last token.
     outputs: ClassVar[tuple[Literal["logps", "hidden"], ...]] = ("logps",)
     needs_reference: ClassVar[bool] = False  # log-probs of the policy before step 0
+    every_answer: ClassVar[bool] = False  # each answer of a pair is an example of its own
     weighted: ClassVar[bool] = False  # whether `weights` looks at the gaps
     stats: ClassVar[tuple[str, ...]] = ()  # the names of `loss`'s statistics
     # Of a trained model. Its prompts say which scores an answer should have: `state` has `objectives`, their names in
