@@ -133,7 +133,7 @@ def pairs_of(config: Config, prompts: int) -> int:
     if config.pairs.order == "mean":
         return prompts
     n, include = config.sampling.n, config.pairs.include
-    differ = 1.0 if config.pairs.delta <= ANY else PAIRS_SHARE
+    differ = 1.0 if config.pairs.delta == ANY else PAIRS_SHARE
     below, consistent = kept_shares(config)
     with_refined = {"all": n * (n + 1) / 2, "refined_only": n, "candidates_only": n * (n - 1) / 2}[include]
     without = 0.0
