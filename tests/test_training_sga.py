@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from spa_ray.methods import sga
 from spa_ray.training import loop
-from spa_ray.training.job import TrainJob
+from spa_ray.training.job import TrainJob, write_job
 from spa_ray.training.loop import run_job
 from spa_ray.training.method import METHOD, method_of_folder
 from spa_ray.training.policy import quiet_deepspeed
@@ -168,6 +170,36 @@ def test_a_killed_run_ends_at_the_undisturbed_weights_and_head(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [row["loss"] for row in log_of(whole)] == [row["loss"] for row in log_of(killed)]
     assert log_of(whole)[-1]["head/mae"] < log_of(whole)[0]["head/mae"]
+
+
+@pytest.mark.long
+def test_a_job_whose_process_is_killed_ends_at_the_undisturbed_weights_and_head(
+    tmp_path: Path, tiny_model: Path, pairs: Path, process_group: dict[str, str]
+) -> None:
+    kept = {"method": "sga_sft", "save_every_steps": 1, "lr": 1e-3, "head_lr": 1e-2, "epochs": 20.0}
+    jobs = [job_of(tmp_path, tiny_model, pairs, name, **kept) for name in ("whole", "killed")]
+    for job in jobs:
+        job.work.mkdir(parents=True)
+        write_job(job)
+    whole, killed = jobs
+    without_group = {key: value for key, value in os.environ.items() if key not in process_group}
+    env = {**without_group, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+    def command(job: TrainJob) -> list[str]:
+        return [sys.executable, "-m", "spa_ray.training.loop", "--job", str(job.work / "job.json")]
+
+    with subprocess.Popen(command(killed), env=env, stdout=subprocess.DEVNULL) as process:
+        while not (killed.work / loop.LOG).is_file() or len(log_of(killed)) < 5:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not killed.out.exists()
+    for job in jobs:
+        subprocess.run(command(job), env=env, capture_output=True, timeout=600, check=True)
+    before, after = weights(whole), weights(killed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [row["loss"] for row in log_of(whole)] == [row["loss"] for row in log_of(killed)]
 
 
 # --- one run of each with its own defaults on the embedded model -----------------------------------------------------
