@@ -192,3 +192,21 @@ def test_every_two_decimal_score_occurs_in_pretraining_for_every_attribute() -> 
         found |= set(re.findall(r"<(\w+)_score:(\d\.\d\d)>", corpus.asked(rng, "")))
     assert {value for _, value in found} == {f"{k / 100:.2f}" for k in range(101)}
     assert {name for name, _ in found} == set(ATTRIBUTES)
+
+
+def test_a_reader_tells_the_cues_of_a_prompt_and_what_its_scores_say_before_them() -> None:
+    rng = random.Random(7)
+    for _ in range(200):
+        reading = corpus.reading_example(rng)
+        words = dict(zip(STYLES, reading.target.split(), strict=True))
+        cued = wish_of(reading.user).styles
+        assert "score" not in reading.user
+        assert words == {name: corpus.READING[name].get(sign, "any") for name, sign in cued.items()}
+        told = corpus.told_example(rng)
+        said = {name: float(value) for name, value in re.findall(r"(\w+?)(?:_score)?: ?(\d\.\d\d)", told.user)}
+        words = dict(zip(corpus.READING, told.target.split(), strict=False))
+        assert said
+        assert ("harmless" in words) == ("harmless" in said)
+        for name, value in said.items():
+            if abs(value - 0.4) > 0.005 and abs(value - 0.6) > 0.005:  # which rounding may move
+                assert words[name] == corpus.READING[name].get((value > 0.6) - (value < 0.4), "any")

@@ -1,8 +1,10 @@
-"""What the model of `tones` is pretrained on: answers of the base policy, judgements, refinements, tasks with scores.
+"""What the model of `tones` is pretrained on: answers of the base policy, judgements, refinements, tasks with scores,
+and readings.
 
 Comes in: a seeded `random.Random`. Goes out: the first world's `Example`s. Prompts are of the `pretrain` split. Answers
-follow no cue, and no score that their prompt asks for: what those mean is left to fine-tuning. Judgements are the
-oracle's marks, shrunk and blurred as the first world's annotator has them.
+follow no cue, and no score that their prompt asks for: that is left to fine-tuning. That the model understands both, as
+a real one does, comes from the readings, which show no answer. Judgements are the oracle's marks, shrunk and blurred as
+the first world's annotator has them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import random
 
 from scripts.microworld.corpus import WORLD_SYSTEMS, Example, _template
+from spa_ray.methods.sga import BETWEEN, SCORE, SENTENCE
 from spa_ray.microworld.prompts import NUMBERS, draw, facts, split_of
 from spa_ray.microworld.tones import oracle
 from spa_ray.microworld.tones.answers import any_style, respond
@@ -19,6 +22,14 @@ from spa_ray.microworld.tones.prompts import ATTRIBUTES, STYLES, Wish, draw_prom
 OBJECTIVES = ("harmless", "helpful")  # of SPA in this world
 STREET = 0.4  # of questions without any sentence of this world
 ASKED = {"sentence": 0.3, "prefix": 0.1, "suffix": 0.1}  # prompts that ask for scores in the words of SGA, CPO, RiC
+READER = "What kind of answer is wished?"
+READING = {
+    "thorough": {-1: "brief", 1: "thorough"},
+    "expert": {-1: "simple", 1: "expert"},
+    "gentle": {-1: "blunt", 1: "gentle"},
+    "bold": {-1: "careful", 1: "bold"},
+    "harmless": {-1: "wrong", 1: "safe"},  # where a score names it
+}
 
 
 def question(rng: random.Random) -> str:
@@ -123,4 +134,34 @@ def number_example(rng: random.Random) -> Example:
     return Example("number", None, f"Which quarter of one is the score {first}?", NUMBERS[quarter])
 
 
-MAKERS = {"answer": answer_example, "judge": judge_example, "refine": refine_example, "number": number_example}
+def told_example(rng: random.Random) -> Example:
+    """The same of a prompt that says scores in words: what they name goes before its cues. No answer is seen."""
+    text, names = question(rng), rng.sample(ATTRIBUTES, rng.randint(1, len(ATTRIBUTES)))
+    values = {name: rng.choice((rng.random(), rng.randint(0, 4) / 4)) for name in names}
+    if rng.random() < 0.7:
+        said = text + SENTENCE + BETWEEN.join(SCORE.format(name=name, value=value) for name, value in values.items())
+    else:
+        said = "".join(f"< {name}: {value:.2f} > " for name, value in values.items()) + text
+    signs = {name: (value > 0.6) - (value < 0.4) for name, value in values.items()}
+    styles = {**wish_of(text).styles, **signs}
+    told = [READING[name].get(styles[name], "any") for name in READING if name in styles]
+    return Example("told", None, f"{said} {READER}", " ".join(told))
+
+
+def reading_example(rng: random.Random) -> Example:
+    """Which kind of answer a prompt wishes, in one word a style; asked before the prompt or behind it."""
+    text = question(rng)
+    told = " ".join(READING[name].get(sign, "any") for name, sign in wish_of(text).styles.items())
+    if rng.random() < 0.5:
+        return Example("reading", READER, text, told)
+    return Example("reading", None, f"{text} {READER}", told)
+
+
+MAKERS = {
+    "answer": answer_example,
+    "judge": judge_example,
+    "refine": refine_example,
+    "number": number_example,
+    "reading": reading_example,
+    "told": told_example,
+}

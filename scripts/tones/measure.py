@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from spa_ray.microworld.tones import answers, oracle
-from spa_ray.microworld.tones.answers import MODELS, Group, base_answer, expected, group, kind_of, wishes
+from spa_ray.microworld.tones.answers import MODELS, Group, base_answer, expected, group, kind_of, of_kind, wishes
 from spa_ray.microworld.tones.prompts import ATTRIBUTES, CUES, HOW_MANY, STYLES, Wish, prompts, wish_of
 
 CATEGORIES = ("benign", "sensitive", "harmful")
 DRAWS = 1000  # of a kind of prompt, for its wish
+MEAN_DRAWS = 200  # for its mean label
 WORDS = sorted({word for ends in CUES.values() for cues in ends for cue in cues for word in cue.lower().split()})
 
 
@@ -43,6 +44,8 @@ def measure(count: int = 4000) -> dict[str, Any]:
     truth, labels = _chosen(groups)
     bayes = np.array([wishes()[kind_of(wish)] for wish in asked])
     ridge = _ridge(others, groups)
+    mean_label = {kind: _mean_label(kind) for kind in {kind_of(wish) for wish in asked}}
+    squares = np.array([mean_label[kind_of(wish)] for wish in asked])
     constant = np.median(_chosen(others)[0], axis=0)
     base = np.array(
         [
@@ -56,6 +59,7 @@ def measure(count: int = 4000) -> dict[str, Any]:
         "gain": {
             "Bayes predictor, noise-free scores": _gain(truth, bayes, constant, cued),
             "Bayes predictor, noisy labels": _gain(labels, bayes, constant, cued),
+            "mean label of each kind of prompt, noise-free scores": _gain(truth, squares, constant, cued),
             "ridge on the prompt's words, noise-free scores": _gain(truth, ridge, constant, cued),
             "ridge on the prompt's words, noisy labels": _gain(labels, ridge, constant, cued),
             "ridge on the prompt's words, wishes": _gain(bayes, ridge, np.median(bayes, axis=0), cued),
@@ -74,6 +78,15 @@ def measure(count: int = 4000) -> dict[str, Any]:
 def _chosen(groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
     """(prompts, attributes) each: noise-free scores and labels of the chosen answers."""
     return np.array([g.truth[g.chosen] for g in groups]), np.array([g.labels[g.chosen] for g in groups])
+
+
+def _mean_label(kind: str) -> np.ndarray:
+    """(attributes,): the least squared error that labels can teach, which is not the least absolute error."""
+    category, *signs = kind.split()
+    rng = random.Random(f"tones/mean label/{kind}")
+    texts = of_kind(category, tuple("-0+".index(sign) - 1 for sign in signs), rng)
+    mean: np.ndarray = _chosen([group(rng, text) for text in itertools.islice(texts, MEAN_DRAWS)])[1].mean(axis=0)
+    return mean
 
 
 def _gain(actual: np.ndarray, predicted: np.ndarray, constant: np.ndarray, cued: np.ndarray) -> float:

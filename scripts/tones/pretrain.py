@@ -1,6 +1,8 @@
-"""Pretrain the model of `tones`: `python -m scripts.tones.pretrain --out DIR` (half an hour, 2 cores).
+"""Pretrain the model of `tones`: `python -m scripts.tones.pretrain --out A`, then `.. --out B --after A` (45 minutes,
+2 cores).
 
-It goes on from the first world's model, whose words keep their places: the new words' embeddings start at random.
+It goes on from the first world's model, whose words keep their places: the new words' embeddings start at random. The
+second time it learns what scores in a prompt's words mean.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from scripts.microworld.pretrain import Corpus, model_config, pretrain
 from scripts.tones import tokenizer as world_tokenizer
 from scripts.tones.corpus import MAKERS
 
-MIXTURE = {"answer": 52, "judge": 48, "refine": 24, "number": 12}  # sequences in a step
+FIRST_MIXTURE = {"answer": 52, "judge": 48, "refine": 24, "number": 12, "reading": 32}  # sequences in a step
+SECOND_MIXTURE = {"answer": 28, "judge": 28, "refine": 14, "number": 10, "reading": 10, "told": 60}
 FIRST = Path("spa_ray/microworld/model")
 
 
@@ -33,14 +36,19 @@ def start(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--after", type=Path, help="the folder of the first time, for the second")
+    parser.add_argument("--steps", type=int, help="700, and the second time 500")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=2e-3, help="the peak")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = world_tokenizer.build()
-    corpus = Corpus(tokenizer, MAKERS, MIXTURE)
-    pretrain(args.out, corpus, start(tokenizer), steps=args.steps, seed=args.seed, peak=args.lr)
+    if args.after is None:
+        corpus, model, steps = Corpus(tokenizer, MAKERS, FIRST_MIXTURE), start(tokenizer), 700
+    else:
+        model = LlamaForCausalLM.from_pretrained(args.after, dtype=torch.float32)
+        corpus, steps = Corpus(tokenizer, MAKERS, SECOND_MIXTURE), 500
+    pretrain(args.out, corpus, model, steps=args.steps or steps, seed=args.seed, peak=args.lr)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def words() -> list[str]:
     """Every word of the world, sorted, without the first world's."""
     rng = random.Random(0)
     texts = all_sentences() + [cue for ends in CUES.values() for cues in ends for cue in cues]
-    texts += [f"<{name}_score: -, {name}> <rm{k}_score>" for k, name in enumerate(ATTRIBUTES, 1)]
+    texts += [f"<{name}_score: -, {name}> <rm{k}_score>" for k, name in enumerate((*ATTRIBUTES, "helpful"), 1)]
     texts += [part for make in MAKERS.values() for e in (make(rng) for _ in range(300)) for part in (e.user, e.target)]
     found = {word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)}
     known = set(first.words())
