@@ -49,13 +49,17 @@ def answer(rng: random.Random, wish: Wish, system: str | None = None) -> str:
     return respond(rng, wish, style, quality=min(1.0, quality), daring=min(1.0, max(0.0, daring)))
 
 
+def asking(text: str, scores: dict[str, float]) -> str:
+    """The prompt with SGA's sentence."""
+    return text + SENTENCE + BETWEEN.join(SCORE.format(name=name, value=value) for name, value in scores.items())
+
+
 def asked(rng: random.Random, text: str) -> str:
     """The prompt as it is, or with scores that the answer will not heed."""
     names = rng.sample(ATTRIBUTES, rng.randint(1, len(ATTRIBUTES)))
     at, kinds = rng.random(), list(ASKED)
     if at < ASKED["sentence"]:
-        told = " and ".join(f"<{name}_score:{_unit(rng)}>" for name in names)
-        return f"{text}\nYour response must satisfy the following scores: {told}"
+        return asking(text, {name: float(_unit(rng)) for name in names})
     if at < ASKED["sentence"] + ASKED["prefix"]:
         return "".join(f"< {name}: {rng.choice((0, 0.25, 0.5, 0.75, 1)):g} > " for name in names) + text
     if at < sum(ASKED[kind] for kind in kinds):
@@ -134,20 +138,6 @@ def number_example(rng: random.Random) -> Example:
     return Example("number", None, f"Which quarter of one is the score {first}?", NUMBERS[quarter])
 
 
-def told_example(rng: random.Random) -> Example:
-    """The same of a prompt that says scores in words: what they name goes before its cues. No answer is seen."""
-    text, names = question(rng), rng.sample(ATTRIBUTES, rng.randint(1, len(ATTRIBUTES)))
-    values = {name: rng.choice((rng.random(), rng.randint(0, 4) / 4)) for name in names}
-    if rng.random() < 0.7:
-        said = text + SENTENCE + BETWEEN.join(SCORE.format(name=name, value=value) for name, value in values.items())
-    else:
-        said = "".join(f"< {name}: {value:.2f} > " for name, value in values.items()) + text
-    signs = {name: (value > 0.6) - (value < 0.4) for name, value in values.items()}
-    styles = {**wish_of(text).styles, **signs}
-    told = [READING[name].get(styles[name], "any") for name in READING if name in styles]
-    return Example("told", None, f"{said} {READER}", " ".join(told))
-
-
 def reading_example(rng: random.Random) -> Example:
     """Which kind of answer a prompt wishes, in one word a style; asked before the prompt or behind it."""
     text = question(rng)
@@ -155,6 +145,20 @@ def reading_example(rng: random.Random) -> Example:
     if rng.random() < 0.5:
         return Example("reading", READER, text, told)
     return Example("reading", None, f"{text} {READER}", told)
+
+
+def told_example(rng: random.Random) -> Example:
+    """The same of a prompt that says scores in words: what they name goes before its cues. No answer is seen."""
+    text, names = question(rng), rng.sample(ATTRIBUTES, rng.randint(1, len(ATTRIBUTES)))
+    values = {name: rng.choice((rng.random(), rng.randint(0, 4) / 4)) for name in names}
+    if rng.random() < 0.7:
+        said = asking(text, values)
+    else:
+        said = "".join(f"< {name}: {value:.2f} > " for name, value in values.items()) + text
+    signs = {name: (value > 0.6) - (value < 0.4) for name, value in values.items()}
+    styles = {**wish_of(text).styles, **signs}
+    told = [READING[name].get(styles[name], "any") for name in READING if name in styles]
+    return Example("told", None, f"{said} {READER}", " ".join(told))
 
 
 MAKERS = {

@@ -19,19 +19,14 @@ from typing import Any
 import yaml
 
 from scripts.microworld.judge_quality import episodes, quality
+from scripts.tones.corpus import asking
 from spa_ray.generation.setup import Task
-from spa_ray.methods.sga import BETWEEN, SCORE, SENTENCE
 from spa_ray.microworld.prompts import facts
 from spa_ray.microworld.tones import oracle
 from spa_ray.microworld.tones.grammar import UNKNOWN, read
 from spa_ray.microworld.tones.prompts import ATTRIBUTES, STYLES, prompts, wish_of
 
 CONFIG = Path("spa_ray/microworld/tones/spa.yaml")
-
-
-def asking(text: str, scores: dict[str, float]) -> str:
-    """The prompt with SGA's sentence."""
-    return text + SENTENCE + BETWEEN.join(SCORE.format(name=name, value=value) for name, value in scores.items())
 
 
 def answers(rows: list[dict[str, Any]], asked: list[dict[str, float]]) -> dict[str, Any]:
